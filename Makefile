@@ -1,0 +1,53 @@
+# make            build/chimera            make test       everything that proves it (minutes)
+# make run        answer a prompt          make test-full  the long sweeps as well
+# make bench      measure                  make clean
+#
+# DEBUG=1   SANITIZE=address,undefined   CUDA=0|1 (default: whether nvcc is found)
+# PROMPT="..." ARGS="--temp 0.7 ..."  for make run
+
+PROMPT ?= Why is the sky blue? Answer in three sentences.
+ARGS   ?=
+CUDA   ?= $(if $(shell command -v nvcc 2>/dev/null),1,0)
+CXX    ?= g++
+BUILD  ?= build$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(filter 1,$(DEBUG)),-debug)
+comma  := ,
+
+CXXFLAGS := -std=c++20 -I. -Wall -Wextra -Wpedantic -Werror -g -MMD -MP -ffp-contract=off \
+            $(if $(filter 1,$(DEBUG)),-O0,-O2) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
+LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE))
+
+# Files of one instruction set carry its name; nothing else is compiled with its flags.
+FLAGS_avx2   := -mavx2 -mfma -mf16c
+# (g++ 12 warns inside its own AVX-512 headers.)
+FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512 \
+                -Wno-uninitialized -Wno-maybe-uninitialized
+FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
+
+LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc cuda/*.cc)
+PROGRAM := $(wildcard tools/*.cc)
+TESTS   := $(wildcard tests/*.cc)
+
+objects  = $(patsubst %.cc,$(BUILD)/obj/%.o,$(1))
+isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
+
+.PHONY: all run test test-full bench clean build-tests
+all: $(BUILD)/chimera
+
+$(BUILD)/libchimera.a: $(call objects,$(LIBRARY))
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
+	$(CXX) -o $@ $^ $(LDFLAGS)
+
+$(BUILD)/chimera_tests: $(call objects,$(TESTS)) $(BUILD)/libchimera.a
+	$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
+
+$(BUILD)/obj/%.o: %.cc
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(call isa,$<) -c -o $@ $<
+
+clean:
+	rm -rf build build-*
+
+-include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(TESTS)))

@@ -1,0 +1,158 @@
+// What a backend does: the ops that a step is made of, over buffers of fixed capacity.
+//
+// # How a step runs
+//   draft    a drafter writes a tree of candidates into the Step             (drafter.h)
+//   forward  embed, then for every layer norm + qkv product, RoPE + append, attention, output
+//            product, norm + gate/up product, SwiGLU + down product; norm; head     (llama.h)
+//   accept   sample along the tree as far as it agrees; says which rows are kept
+//   keep     move the kept keys, values and states to their final places
+//
+// All that varies between steps is in the Step, which lives in the backend's memory; the list of ops
+// and every pointer in them is the same each time. submit() brackets the list: the CPU runs it as it
+// comes; CUDA captures it on the first call for a key and replays the graph afterwards, without
+// coming back to the host in between. (Acceptance is an op for that reason.) Ops that only the host
+// can do go through on_host(), which is where such a graph would have to be cut.
+//
+// # What comes later, and where it goes
+//   CUDA graphs     one per (depth, node bucket): the key of submit(). Grids are sized for the
+//                   capacity and leave early by n_rows.
+//   Chimera draft   the same linear(), rms_norm() and attention() over its own rows, cache and
+//                   states; a restricted head is a linear() over gathered rows; plus top-k and tree
+//                   growth as new ops. It reads the states that forward() leaves.
+//   many sequences  a Step holds rows of any number of sequences; ops already work that way.
+//
+// # The promise
+// A row's results are the same bits whatever else is in the step: see "The arithmetic contract" in
+// cpu/kernels.h. Fused ops are defined by their unfused parts; there is one forward.
+//
+// Buffers are row-major f32, `rows` meaning a capacity of Step::kMaxRows at most; only the live rows
+// are touched. Pointers are the backend's memory (allocate()); on the CPU the host may read it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "engine/dtype.h"
+#include "engine/step.h"
+#include "engine/tensor.h"
+
+namespace chimera {
+
+// A weight matrix in the backend's own layout, made by prepare(). (rows, cols) as stacked.
+class Matrix {
+ public:
+  virtual ~Matrix() = default;
+  int64_t rows = 0, cols = 0;
+  size_t bytes = 0;
+};
+
+// The keys and values of every layer and sequence. Made by allocate_kv(); the layout is the backend's.
+struct KvShape {
+  DType type = DType::kF16;  // or kF32: what K and V are rounded to, once, on append
+  int n_layers = 0, n_kv_heads = 0, head_dim = 0;
+  int n_sequences = 1;
+  int capacity = 0;          // slots a sequence: context + rows of one step
+};
+struct KvCache {
+  KvShape shape;
+  void* k = nullptr;
+  void* v = nullptr;
+};
+
+// Which rows of a step an op works on.
+enum class Rows : uint8_t { kAll, kLogits };  // every row, or row logits_row[i] as output row i
+
+// y = W f(x), or y += W f(x).
+struct Linear {
+  enum class Input : uint8_t {
+    kPlain,    // x: (rows, cols)
+    kRmsNorm,  // f = RMS norm with norm_weight: (cols), eps
+    kSwiGlu,   // x: (rows, 2 * cols) holds gate, then up; f = silu(gate) * up
+  };
+  const Matrix* weights = nullptr;  // (n, cols)
+  const float* x = nullptr;
+  float* y = nullptr;  // (rows, n)
+  Input input = Input::kPlain;
+  const float* norm_weight = nullptr;
+  float eps = 0;
+  bool accumulate = false;
+  Rows rows = Rows::kAll;
+};
+
+// The rotated pairs (i, i + head_dim / 2) of position p turn by angle[p][i].
+struct RopeTable {
+  const float* cos = nullptr;  // (positions, head_dim / 2)
+  const float* sin = nullptr;
+};
+
+struct Heads {
+  int n_heads = 0, n_kv_heads = 0, head_dim = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string name() const = 0;         // "cpu"
+  virtual std::string description() const = 0;  // "cpu avx512, 2 threads"
+  virtual std::string isa() const = 0;          // "avx512"
+  virtual int contract_version() const = 0;
+
+  // ---- memory ----
+  // Zeroed, aligned to 64 bytes. Throws Error if there is not enough.
+  virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
+  virtual void upload(void* device, const void* host, size_t bytes) = 0;
+  // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
+  // for this machine. The views may be dropped afterwards.
+  virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) = 0;
+  virtual size_t kv_bytes(const KvShape& shape) const = 0;
+  virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;  // memory: kv_bytes, zeroed
+  // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and products
+  // as wide as max_cols. Throws away what an earlier call reserved if that was less.
+  virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads, int64_t vocab) = 0;
+  virtual size_t reserved_bytes() const = 0;
+
+  // ---- running ----
+  virtual void submit(uint64_t key, const std::function<void()>& ops) = 0;
+  virtual void on_host(const std::function<void()>& op) = 0;
+
+  // ---- ops ----
+  // out[r] = row token[r] of the table, dequantised.
+  virtual void embed(const Step* step, const Matrix& table, float* out) = 0;
+  virtual void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) = 0;
+  virtual void linear(const Step* step, const Linear& op) = 0;
+  // qkv: (rows, (n_heads + 2 n_kv_heads) * head_dim). Rotates q in place and scales it by
+  // 1 / sqrt(head_dim); rotates k; rounds k and v into the slots of their rows.
+  virtual void rope_append(const Step* step, float* qkv, const Heads& heads, const RopeTable& rope, const KvCache& kv,
+                           int layer) = 0;
+  // out: (rows, n_heads * head_dim). Each row sees its sequence's committed positions and its
+  // ancestors, itself included.
+  virtual void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv, int layer,
+                         float* out) = 0;
+  // Copies the live rows; width floats each.
+  virtual void copy_rows(const Step* step, const float* x, int64_t width, float* y) = 0;
+  // For every sequence with a root: t = sample(logits of the root); while the current node has a
+  // child with token t, go there and sample again. Keeps the root's ancestors and the nodes walked;
+  // writes kept_at, n_kept, next; advances committed. Sequences without a root keep all their rows.
+  virtual void accept(Step* step, const float* logits, int32_t vocab) = 0;
+  // After accept(): moves the kept rows' keys and values of all layers to their positions.
+  virtual void keep(const Step* step, const KvCache& kv) = 0;
+  // After accept(): moves the kept rows of a sequence to its first rows, in order.
+  virtual void keep_rows(const Step* step, int64_t width, float* x) = 0;
+};
+
+struct BackendOptions {
+  int threads = 0;  // CPU: 0 = one for each physical core
+};
+// name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others, and
+// for "cuda" where this build or this machine has none.
+std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOptions& options);
+
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);   // engine/cpu
+std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);  // cuda/, or its stub
+bool cuda_available();                                                      // cuda/, or its stub
+
+}  // namespace chimera

@@ -1,0 +1,334 @@
+// The row kernels written over 16 lanes: one text for every instruction set with a lanes_*.h, which
+// must be included first. reference.cc says the same in plain loops.
+#pragma once
+
+#include <cstddef>
+
+#include "engine/cpu/exp.h"
+#include "engine/cpu/kernels.h"
+
+namespace chimera::cpu {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+inline Lanes exp(Lanes x) {
+  const Lanes round = broadcast(kExpRound);
+  const Lanes n = (x * broadcast(kExpLog2e) + round) - round;
+  Lanes r = fma(n, broadcast(-kExpLn2High), x);
+  r = fma(n, broadcast(-kExpLn2Low), r);
+  Lanes p = broadcast(kExpTaylor[7]);
+  for (int i = 6; i >= 0; --i) p = fma(p, r, broadcast(kExpTaylor[i]));
+  Lanes y = p * power_of_two(n);
+  y = where_less(x, broadcast(kExpLow), broadcast(0.0f), y);
+  y = where_less(broadcast(kExpHigh), x, broadcast(kInfinity), y);
+  return where_nan(x, x, y);
+}
+
+inline float exp_one(float x) {
+  float y[16];
+  store(y, exp(broadcast(x)));
+  return y[0];
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+  Lanes sum = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Lanes v = load(x + i);
+    sum = fma(v, v, sum);
+  }
+  if (i < n) {
+    const Lanes v = load_first(x + i, n - i);
+    sum = fma(v, v, sum);
+  }
+  const float mean = fold(sum) / static_cast<float>(n) + eps;
+  const Lanes r = broadcast(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
+  for (i = 0; i + 16 <= n; i += 16) store(y + i, (load(x + i) * r) * load(weight + i));
+  if (i < n) store_first(y + i, (load_first(x + i, n - i) * r) * load_first(weight + i, n - i), n - i);
+}
+
+void swiglu(const float* gate_up, int64_t n, float* y) {
+  const Lanes one = broadcast(1.0f);
+  const auto silu_times = [one](Lanes gate, Lanes up) { return (gate / (one + exp(negate(gate)))) * up; };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, silu_times(load(gate_up + i), load(gate_up + n + i)));
+  if (i < n) store_first(y + i, silu_times(load_first(gate_up + i, n - i), load_first(gate_up + n + i, n - i)), n - i);
+}
+
+void quantize_q8(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
+  for (int64_t b = 0; b < n / 32; ++b, x += 32, q += 32) {
+    const Lanes lo = load(x), hi = load(x + 16);
+    // As integers the bits of magnitudes order like the numbers, with infinity and NaN on top.
+    const int32_t bits = fold_max(max(magnitude_bits(lo), magnitude_bits(hi)));
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    const bool finite = bits < 0x7f800000, zero = largest < 0x1p-100f;
+    const Lanes inverse = broadcast(127.0f / largest);
+    if (!finite || zero) {
+      scale[b] = finite ? 0.0f : __builtin_nanf("");
+      sum[b] = 0;
+      __builtin_memset(q, 0, 32);
+      continue;
+    }
+    const IntLanes a = round_to_int(lo * inverse), c = round_to_int(hi * inverse);
+    store_int8(q, a);
+    store_int8(q + 16, c);
+    scale[b] = largest / 127.0f;
+    sum[b] = fold_sum(a + c);
+  }
+}
+
+void round_bf16(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_bf16(y + i, load(x + i));
+  if (i < n) {
+    store_bf16(y + i, load_first(x + i, n - i));
+    i += 16;
+  }
+  if (i % 32 != 0) store_bf16(y + i, broadcast(0.0f));
+}
+
+void round_f16(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_f16(y + i, load(x + i));
+  if (i < n) {
+    uint16_t rest[16];
+    store_f16(rest, load_first(x + i, n - i));
+    __builtin_memcpy(y + i, rest, static_cast<size_t>(n - i) * 2);
+  }
+}
+
+void rotate(float* x, const float* cos, const float* sin, int head_dim, float scale) {
+  const int half = head_dim / 2;
+  const Lanes s = broadcast(scale);
+  float* z = x + half;
+  int i = 0;
+  for (; i + 16 <= half; i += 16) {
+    const Lanes a = load(x + i), b = load(z + i), c = load(cos + i), d = load(sin + i);
+    store(x + i, fma(a, c, negate(b * d)) * s);
+    store(z + i, fma(b, c, a * d) * s);
+  }
+  if (i < half) {
+    const int rest = half - i;
+    const Lanes a = load_first(x + i, rest), b = load_first(z + i, rest);
+    const Lanes c = load_first(cos + i, rest), d = load_first(sin + i, rest);
+    store_first(x + i, fma(a, c, negate(b * d)) * s, rest);
+    store_first(z + i, fma(b, c, a * d) * s, rest);
+  }
+}
+
+// ---- Attention --------------------------------------------------------------------------------
+
+inline Lanes load_kv(const uint16_t* p) { return load_f16(p); }
+inline Lanes load_kv(const float* p) { return load(p); }
+
+// Scores of one block of 16 keys against `Q` queries: each key element is loaded and widened once.
+template <int Q, typename T>
+inline void score_block(const T* block, int head_dim, const AttentionChunk::Query* query, float (*scores)[kChunk + 32],
+                        int at) {
+  Lanes s[Q];
+  for (int q = 0; q < Q; ++q) s[q] = broadcast(0.0f);
+  for (int d = 0; d < head_dim; ++d) {
+    const Lanes key = load_kv(block + d * kKeyBlock);
+    for (int q = 0; q < Q; ++q) s[q] = fma(broadcast(query[q].q[d]), key, s[q]);
+  }
+  for (int q = 0; q < Q; ++q) store(scores[q] + at, s[q]);
+}
+
+// Scores of the slots [first, last), whole blocks of them, for all queries: scores[q][slot - first].
+template <typename T>
+void score_slots(const AttentionChunk& c, int first, int last, float (*scores)[kChunk + 32]) {
+  const T* keys = static_cast<const T*>(c.k);
+  for (int slot = first; slot < last; slot += kKeyBlock) {
+    const T* block = keys + static_cast<size_t>(slot / kKeyBlock) * static_cast<size_t>(c.head_dim) * kKeyBlock;
+    int q = 0;
+    for (; q + 8 <= c.n_queries; q += 8) score_block<8>(block, c.head_dim, c.query + q, scores + q, slot - first);
+    if (q + 4 <= c.n_queries) {
+      score_block<4>(block, c.head_dim, c.query + q, scores + q, slot - first);
+      q += 4;
+    }
+    switch (c.n_queries - q) {
+      case 3: score_block<3>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
+      case 2: score_block<2>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
+      case 1: score_block<1>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
+      default: break;
+    }
+  }
+}
+
+// o += e(p) v(p) over positions [begin, end) that stand in slots of the same number, for Q queries
+// and J * 16 dimensions: each value is loaded and widened once for all queries.
+template <int Q, int J, typename T>
+inline void weigh_values(const T* values, int stride, int begin, int end, const float (*e)[kChunk + 32], int chunk_begin,
+                         float* const* o, int at) {
+  Lanes sum[Q][J];
+  for (int q = 0; q < Q; ++q)
+    for (int j = 0; j < J; ++j) sum[q][j] = load(o[q] + at + 16 * j);
+  const T* row = values + static_cast<size_t>(begin) * static_cast<size_t>(stride) + at;
+  for (int p = begin; p < end; ++p, row += stride) {
+    Lanes v[J];
+    for (int j = 0; j < J; ++j) v[j] = load_kv(row + 16 * j);
+    for (int q = 0; q < Q; ++q) {
+      const Lanes weight = broadcast(e[q][p - chunk_begin]);
+      for (int j = 0; j < J; ++j) sum[q][j] = fma(weight, v[j], sum[q][j]);
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int j = 0; j < J; ++j) store(o[q] + at + 16 * j, sum[q][j]);
+}
+
+template <int J, typename T>
+void weigh_values_all(const AttentionChunk& c, int n, int begin, int end, const float (*e)[kChunk + 32], float* const* o,
+                      int at) {
+  const T* values = static_cast<const T*>(c.v);
+  int q = 0;
+  for (; q + kQueryTile <= n; q += kQueryTile)
+    weigh_values<kQueryTile, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+  if constexpr (kQueryTile > 2) {
+    if (n - q == 3) {
+      weigh_values<3, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+      return;
+    }
+    if (n - q == 2) {
+      weigh_values<2, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+      return;
+    }
+  }
+  if (n - q == 1) weigh_values<1, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+}
+
+template <typename T>
+void attention_chunk(const AttentionChunk& c) {
+  float e[kMaxQueries][kChunk + 32];  // scores, then weights, by logical position
+  const int chunk_end = c.begin + kChunk;
+  int direct_end = c.begin, shared_end = chunk_end;
+  bool tree = false;
+  for (int q = 0; q < c.n_queries; ++q) {
+    const AttentionChunk::Query& query = c.query[q];
+    const int end = query.length < chunk_end ? query.length : chunk_end;
+    const int direct = query.direct < end ? query.direct : end;
+    if (direct > direct_end) direct_end = direct;
+    if (direct < shared_end) shared_end = direct;
+    if (direct < end) tree = true;
+  }
+  score_slots<T>(c, c.begin, direct_end, e);
+
+  // Nodes of a tree: their last positions stand somewhere behind the committed ones, among siblings.
+  // The scores of that whole tail are taken, 16 keys at a time, and picked by the path.
+  if (tree) {
+    int last = c.committed;
+    for (int q = 0; q < c.n_queries; ++q)
+      for (int p = c.query[q].direct; p < c.query[q].length; ++p) {
+        const int slot = c.query[q].path[p - c.committed];
+        if (slot > last) last = slot;
+      }
+    const int aligned = c.committed / kKeyBlock * kKeyBlock;
+    for (int first = aligned; first <= last; first += kChunk) {
+      float tail[kMaxQueries][kChunk + 32];
+      const int end = last + 1 < first + kChunk ? last + 1 : first + kChunk;
+      score_slots<T>(c, first, end, tail);
+      for (int q = 0; q < c.n_queries; ++q) {
+        const AttentionChunk::Query& query = c.query[q];
+        for (int p = query.direct > c.begin ? query.direct : c.begin; p < query.length && p < chunk_end; ++p) {
+          const int slot = query.path[p - c.committed];
+          if (slot >= first && slot < end) e[q][p - c.begin] = tail[q][slot - first];
+        }
+      }
+    }
+  }
+
+  float* o[kMaxQueries];
+  for (int q = 0; q < c.n_queries; ++q) {
+    const AttentionChunk::Query& query = c.query[q];
+    const int n = (query.length < chunk_end ? query.length : chunk_end) - c.begin;
+    const int padded = (n + 15) / 16 * 16;
+    for (int i = n; i < padded; ++i) e[q][i] = -kInfinity;  // exp gives 0, which changes no sum
+    Lanes largest = broadcast(-kInfinity);
+    for (int i = 0; i < padded; i += 16) largest = max(load(e[q] + i), largest);
+    const float chunk_max = fold_max(largest);
+    const Lanes shift = broadcast(chunk_max);
+    Lanes sum = broadcast(0.0f);
+    for (int i = 0; i < padded; i += 16) {
+      const Lanes weight = exp(load(e[q] + i) - shift);
+      store(e[q] + i, weight);
+      sum = sum + weight;
+    }
+    query.partial[0] = chunk_max;
+    query.partial[1] = fold(sum);
+    o[q] = query.partial + 2;
+    for (int d = 0; d < c.padded_dim; d += 16) store(o[q] + d, broadcast(0.0f));
+  }
+
+  const int n16 = c.padded_dim / 16;
+  int j = 0;
+  for (; j + kHeadTile <= n16; j += kHeadTile)
+    weigh_values_all<kHeadTile, T>(c, c.n_queries, c.begin, shared_end, e, o, 16 * j);
+  for (; j < n16; ++j) weigh_values_all<1, T>(c, c.n_queries, c.begin, shared_end, e, o, 16 * j);
+  for (int q = 0; q < c.n_queries; ++q) {
+    const AttentionChunk::Query& query = c.query[q];
+    const int end = query.length < chunk_end ? query.length : chunk_end;
+    for (int p = shared_end > c.begin ? shared_end : c.begin; p < end; ++p) {
+      const int slot = p < query.direct ? p : query.path[p - c.committed];
+      const T* row = static_cast<const T*>(c.v) + static_cast<size_t>(slot) * static_cast<size_t>(c.padded_dim);
+      const Lanes weight = broadcast(e[q][p - c.begin]);
+      for (int d = 0; d < c.padded_dim; d += 16) store(o[q] + d, fma(weight, load_kv(row + d), load(o[q] + d)));
+    }
+  }
+}
+
+void attention(const AttentionChunk& chunk) {
+  if (chunk.type == DType::kF16)
+    attention_chunk<uint16_t>(chunk);
+  else
+    attention_chunk<float>(chunk);
+}
+
+void combine(const float* partials, int n, int64_t stride, int head_dim, int padded_dim, float* out) {
+  constexpr int kMaxHeadDim = 1024;
+  float o[kMaxHeadDim];
+  for (int d = 0; d < padded_dim; d += 16) store(o + d, load(partials + 2 + d));
+  float m = partials[0], l = partials[1];
+  for (int c = 1; c < n; ++c) {
+    const float* p = partials + c * stride;
+    const float larger = p[0] > m ? p[0] : m;
+    const float a = exp_one(m - larger), b = exp_one(p[0] - larger);
+    l = __builtin_fmaf(l, a, p[1] * b);
+    for (int d = 0; d < padded_dim; d += 16)
+      store(o + d, fma(load(o + d), broadcast(a), load(p + 2 + d) * broadcast(b)));
+    m = larger;
+  }
+  const Lanes total = broadcast(l);
+  int d = 0;
+  for (; d + 16 <= head_dim; d += 16) store(out + d, load(o + d) / total);
+  if (d < head_dim) store_first(out + d, load(o + d) / total, head_dim - d);
+}
+
+// ---- Sampling ---------------------------------------------------------------------------------
+
+int32_t argmax(const float* x, int64_t n) {
+  Lanes best = broadcast(-kInfinity);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) best = max(load(x + i), best);
+  float largest = fold_max(best);
+  for (; i < n; ++i)
+    if (x[i] > largest) largest = x[i];
+  for (i = 0; i + 16 <= n; i += 16) {
+    const uint32_t equal = equal_mask(load(x + i), largest);
+    if (equal != 0) return static_cast<int32_t>(i + __builtin_ctz(equal));
+  }
+  for (; i < n; ++i)
+    if (x[i] == largest) return static_cast<int32_t>(i);
+  return 0;
+}
+
+void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {
+  const Lanes t = broadcast(divisor), shift = broadcast(largest / divisor);
+  const auto one = [t, shift](Lanes v) { return where_nan(v, broadcast(0.0f), exp(v / t - shift)); };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, one(load(x + i)));
+  if (i < n) store_first(out + i, one(load_first(x + i, n - i)), n - i);
+}
+
+}  // namespace
+}  // namespace chimera::cpu

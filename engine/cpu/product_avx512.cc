@@ -1,0 +1,275 @@
+// Products over panels with AVX-512 and VNNI.
+//
+// A tile is one panel (16 rows, a lane each) times up to kTile tokens. It goes over the columns once;
+// every vector of weights that it loads meets all its tokens. The tiles of a panel follow each other,
+// so that the panel comes from memory once, during the first tile, and from the cache after that.
+//
+// Nothing in this file may have linkage but the table at its end: an inline function of this file,
+// compiled for AVX-512, could otherwise be the copy that the linker keeps for the whole program.
+#include "engine/cpu/kernels.h"
+#include "engine/cpu/panels.h"
+#include "engine/cpu/product_avx512.h"
+
+namespace chimera::cpu {
+namespace {
+
+constexpr int kTile = 8;  // tokens: 8 f32 sums and 8 integer dots are 16 of the 32 registers
+
+// The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the bytes
+// that are this far ahead, which are those of the next panels.
+constexpr int kPrefetchBytes = 4096;
+
+template <int kBytes>
+void prefetch(const std::byte* p) {
+#pragma GCC unroll 9
+  for (int i = 0; i < kBytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T0);
+}
+
+// ---- Tiles ------------------------------------------------------------------------------------
+
+// y of one tile: lanes `rows` of acc[t] belong to y[t * stride + 0..15].
+template <int T>
+void store(const __m512* acc, __mmask16 rows, float* y, int64_t stride, bool accumulate) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    __m512 v = acc[t];
+    if (accumulate) v = _mm512_add_ps(_mm512_maskz_loadu_ps(rows, y + t * stride), v);
+    _mm512_mask_storeu_ps(y + t * stride, rows, v);
+  }
+}
+
+// One panel times T tokens.
+struct Tile {
+  const Product& p;
+  const std::byte* panel;
+  int token;           // the first
+  bool first;          // of its panel
+  __mmask16 rows;      // that exist
+  float* y;            // of the first row and token
+};
+
+// A token's four bytes of one group, in every lane.
+__m512i broadcast(const int8_t* q) {
+  return _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(q));
+}
+
+template <typename Reader, int T>
+void quantised_tile(const Tile& tile) {
+  const Product& p = tile.p;
+  const int64_t blocks = p.cols / 32;
+  const int8_t* q8 = p.x.q8 + tile.token * p.cols;
+  const float* scale_x = p.x.scale + tile.token * blocks;
+  const int32_t* sum_x = p.x.sum + tile.token * blocks;
+  const __m512 zero = _mm512_setzero_ps();
+  __m512 acc[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) acc[t] = zero;
+
+  for (int64_t b = 0; b < blocks; ++b, q8 += 32, ++scale_x, ++sum_x) {
+    if (tile.first) prefetch<Reader::kBytes>(tile.panel + b * Reader::kBytes);
+    const Reader w(tile.panel, b);
+    __m512 u[T];
+    __m512i rest[T];  // kScales == 2: the activations' sum over the second half
+#pragma GCC unroll 2
+    for (int h = 0; h < Reader::kScales; ++h) {
+      constexpr int kGroups = 8 / Reader::kScales;
+      // The dots start at -kOffset * sum of the activations, which takes the offset out for nothing.
+      __m512i dot[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        __m512i sum = _mm512_setzero_si512();
+        if (Reader::kOffset != 0) sum = _mm512_set1_epi32(sum_x[t * blocks]);
+        if (Reader::kScales == 2) {
+          if (h == 0) {  // the first half's own sum: 16 bytes times ones, then a sum of four lanes
+            const __m512i x = _mm512_broadcast_i32x4(
+                _mm_loadu_si128(reinterpret_cast<const __m128i*>(q8 + t * p.cols)));
+            __m512i half = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
+            half = _mm512_add_epi32(half, _mm512_shuffle_epi32(half, _MM_PERM_BADC));
+            half = _mm512_add_epi32(half, _mm512_shuffle_epi32(half, _MM_PERM_CDAB));
+            rest[t] = _mm512_sub_epi32(sum, half);
+            sum = half;
+          } else {
+            sum = rest[t];
+          }
+        }
+        // kOffset is a power of two
+        dot[t] = Reader::kOffset == 0
+                     ? sum
+                     : _mm512_sub_epi32(_mm512_setzero_si512(),
+                                        _mm512_slli_epi32(sum, __builtin_ctz(Reader::kOffset | 256)));
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) {
+        const __m512i quants = w.group(h * kGroups + g);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          dot[t] = _mm512_dpbusd_epi32(dot[t], quants,
+                                       broadcast(q8 + t * p.cols + (h * kGroups + g) * 4));
+        }
+      }
+      const __m512 scale = w.scale(h);
+      const __m512 min = w.min();
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        if (h == 0) {
+          u[t] = zero;
+          if (Reader::kHasMin)
+            u[t] = _mm512_mul_ps(min, _mm512_cvtepi32_ps(_mm512_set1_epi32(sum_x[t * blocks])));
+        }
+        u[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot[t]), u[t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(scale_x[t * blocks]), u[t], acc[t]);
+  }
+  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+}
+
+__m512 load_column(const float* p) { return _mm512_loadu_ps(p); }
+__m512 load_column(const uint16_t* p) { return load_halves(p); }
+
+// F32 and F16: a multiply-add for every column.
+template <typename Weight, int T>
+void float_tile(const Tile& tile) {
+  const Product& p = tile.p;
+  const auto* w = reinterpret_cast<const Weight*>(tile.panel);
+  const float* x = p.x.f32 + tile.token * p.cols;
+  __m512 acc[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < p.cols; ++k, w += 16) {
+    if (tile.first) prefetch<16 * sizeof(Weight)>(reinterpret_cast<const std::byte*>(w));
+    const __m512 column = load_column(w);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      acc[t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[t * p.cols + k]), acc[t]);
+  }
+  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+}
+
+// A bf16 is the upper half of a float: of a pair, the odd one needs its neighbour masked away, the
+// even one a shift.
+__m512 even_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+__m512 odd_of(__m512i pairs) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+template <int T>
+void bf16_tile(const Tile& tile) {
+  const Product& p = tile.p;
+  const int64_t cols = (p.cols + 31) / 32 * 32;
+  const uint16_t* x = p.x.bf16 + tile.token * cols;
+  const std::byte* w = tile.panel;
+  __m512 acc[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
+  for (int64_t step = 0; step < cols; step += 32) {
+    // The step's activations as floats, evens and odds apart: from here they are broadcast.
+    alignas(64) float x_even[T][16], x_odd[T][16];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m512i pairs = _mm512_loadu_si512(x + t * cols + step);
+      _mm512_store_ps(x_even[t], even_of(pairs));
+      _mm512_store_ps(x_odd[t], odd_of(pairs));
+    }
+    __m512 even[T], odd[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
+    for (int i = 0; i < 16; ++i, w += 64) {
+      if (tile.first) prefetch<64>(w);
+      const __m512i pairs = _mm512_loadu_si512(w);
+      const __m512 w_even = even_of(pairs), w_odd = odd_of(pairs);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        even[t] = _mm512_fmadd_ps(w_even, _mm512_set1_ps(x_even[t][i]), even[t]);
+        odd[t] = _mm512_fmadd_ps(w_odd, _mm512_set1_ps(x_odd[t][i]), odd[t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = _mm512_add_ps(acc[t], _mm512_add_ps(even[t], odd[t]));
+  }
+  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+}
+
+// ---- Products ---------------------------------------------------------------------------------
+
+// Kernels of one type: run<T>(tile) for every tile width.
+template <typename Reader>
+struct Quantised {
+  template <int T>
+  static void run(const Tile& tile) { quantised_tile<Reader, T>(tile); }
+};
+template <typename Weight>
+struct Float {
+  template <int T>
+  static void run(const Tile& tile) { float_tile<Weight, T>(tile); }
+};
+struct BFloat {
+  template <int T>
+  static void run(const Tile& tile) { bf16_tile<T>(tile); }
+};
+
+template <typename Kernel>
+void over_panels(const Product& p, size_t panel_size) {
+  for (int64_t panel = p.panel_begin; panel < p.panel_end; ++panel) {
+    const int64_t row = panel * kPanelRows, rows = p.rows - row;
+    const auto mask = static_cast<__mmask16>(rows < kPanelRows ? (1u << rows) - 1 : 0xffffu);
+    for (int t = 0; t < p.m; t += kTile) {
+      const Tile tile{p,    p.panels + static_cast<size_t>(panel) * panel_size, t, t == 0,
+                      mask, p.y + t * p.y_stride + row};
+      switch (p.m - t) {
+        case 1: Kernel::template run<1>(tile); break;
+        case 2: Kernel::template run<2>(tile); break;
+        case 3: Kernel::template run<3>(tile); break;
+        case 4: Kernel::template run<4>(tile); break;
+        case 5: Kernel::template run<5>(tile); break;
+        case 6: Kernel::template run<6>(tile); break;
+        case 7: Kernel::template run<7>(tile); break;
+        default: Kernel::template run<8>(tile); break;
+      }
+    }
+  }
+}
+
+template <typename Reader>
+void quantised(const Product& p) {
+  over_panels<Quantised<Reader>>(p, static_cast<size_t>(p.cols / 32) * Reader::kBytes);
+}
+
+void f32(const Product& p) { over_panels<Float<float>>(p, static_cast<size_t>(p.cols) * 64); }
+void f16(const Product& p) { over_panels<Float<uint16_t>>(p, static_cast<size_t>(p.cols) * 32); }
+
+// The compiler does not know that the mode of the next function matters to the arithmetic in this
+// one; a call that it cannot look into keeps the two apart.
+[[gnu::noinline]] void bf16_flushed(const Product& p) {
+  over_panels<BFloat>(p, static_cast<size_t>((p.cols + 31) / 32) * 1024);
+}
+
+void bf16(const Product& p) {
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040u);  // FTZ | DAZ, as the contract wants it for BF16
+  bf16_flushed(p);
+  _mm_setcsr(mode);
+}
+
+}  // namespace
+
+// In the order of DType.
+const ProductFunction kProductsAvx512[kDTypeCount] = {
+    f32,
+    f16,
+    bf16,
+    quantised<ReadQ8_0>,
+    quantised<ReadQ4_0>,
+    quantised<ReadQ4_1>,
+    quantised<ReadQ5_0>,
+    quantised<ReadQ5_1>,
+    quantised<ReadQ4_K>,
+    quantised<ReadQ5_K>,
+    quantised<ReadQ6_K>,
+};
+
+}  // namespace chimera::cpu

@@ -1,0 +1,11 @@
+// The row kernels for AVX2 + FMA + F16C.
+#include "engine/cpu/lanes_avx2.h"
+// The lanes come first.
+#include "engine/cpu/lanes_kernels.h"
+
+namespace chimera::cpu {
+
+const Kernels kAvx2Kernels = {Isa::kAvx2, "avx2",    kProductsAvx2, rms_norm,  swiglu,  quantize_q8,
+                              round_bf16, round_f16, rotate,        attention, combine, {argmax, exp_scaled}};
+
+}  // namespace chimera::cpu

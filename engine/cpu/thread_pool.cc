@@ -1,0 +1,96 @@
+#include "engine/cpu/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <fstream>
+#include <set>
+#include <string>
+
+namespace chimera::cpu {
+namespace {
+
+constexpr int kSpins = 4000;  // some 50 us: longer than the host works between two ops of a step
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins until done() holds. On a machine with fewer free cores than threads, spinning for long keeps
+// the one we wait for from running: yield then.
+template <typename F>
+void spin_until(const F& done) {
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace
+
+int physical_cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  std::set<std::string> cores;  // distinct sets of sibling threads
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    if (!std::getline(file, siblings)) siblings = std::to_string(cpu);
+    cores.insert(siblings);
+  }
+  return std::max<int>(1, static_cast<int>(cores.size()));
+}
+
+ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) {
+  for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(Job job, void* context) {
+  if (size_ > 1) {
+    job_ = job;
+    context_ = context;
+    busy_.store(size_ - 1, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+  }
+  job(context, 0);
+  if (size_ > 1) spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
+}
+
+void ThreadPool::work(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
+    generation_.wait(seen, std::memory_order_acquire);
+    ++seen;
+    if (stop_) return;
+    job_(context_, thread);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void ThreadPool::barrier() {
+  if (size_ == 1) return;
+  const uint32_t passed = barriers_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    barriers_.fetch_add(1, std::memory_order_release);
+  } else {
+    spin_until([&] { return barriers_.load(std::memory_order_acquire) != passed; });
+  }
+}
+
+}  // namespace chimera::cpu

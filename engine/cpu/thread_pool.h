@@ -1,0 +1,51 @@
+// A small thread pool for work that comes every few microseconds: the caller is thread 0, the others
+// spin for a while between jobs before they sleep.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace chimera::cpu {
+
+// Physical cores that this process may run on; at least 1.
+int physical_cores();
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs job(context, thread) on every thread and returns when all have finished. Not reentrant.
+  using Job = void (*)(void* context, int thread);
+  void run(Job job, void* context);
+  template <typename F>
+  void run(F&& f) {
+    run([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &f);
+  }
+
+  // Inside a job: waits until every thread is here.
+  void barrier();
+
+ private:
+  void work(int thread);
+
+  const int size_;
+  std::vector<std::thread> workers_;
+  Job job_ = nullptr;
+  void* context_ = nullptr;
+  bool stop_ = false;
+  // Each on its own cache line: they are written by different threads.
+  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs
+  alignas(64) std::atomic<int> busy_{0};             // workers still in the current job
+  alignas(64) std::atomic<int> arrived_{0};          // threads at the barrier
+  alignas(64) std::atomic<uint32_t> barriers_{0};    // counts barriers passed
+};
+
+}  // namespace chimera::cpu

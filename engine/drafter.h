@@ -1,0 +1,44 @@
+// Where candidate trees come from. A drafter guesses; it never changes the text.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "engine/backend.h"
+#include "engine/step.h"
+
+namespace chimera {
+
+// What a drafter may look at for one sequence of a step.
+struct DraftContext {
+  Backend& backend;
+  int sequence;
+  std::span<const int32_t> tokens;  // the text so far; the last token is the root
+  int root;                         // its row in the step
+  int max_nodes;                    // candidates to add at most, without the root
+  int max_depth;                    // below the root; longer paths would leave the context
+};
+
+class Drafter {
+ public:
+  virtual ~Drafter() = default;
+  virtual std::string name() const = 0;
+  // Most candidates that draft() ever adds for one sequence.
+  virtual int max_nodes() const = 0;
+  // Appends ops that write candidates below the root into the step: rows of the same sequence, parents
+  // before children, siblings with different tokens, all wanting logits.
+  virtual void draft(const DraftContext& context, Step* step) = 0;
+};
+
+// Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
+// context: positions of a sequence at most. Allocates here and never again.
+struct NgramOptions {
+  int nodes = 8;       // candidates a step
+  int min_match = 2;   // tokens that must agree
+  int max_match = 5;
+};
+std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences, int context);
+
+}  // namespace chimera

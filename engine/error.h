@@ -1,0 +1,24 @@
+// The one error type. Its text is one line: where, what was expected, what was found, what to do.
+//
+//   throw Error("model.gguf: tensor 'output.weight'", "49152 columns", "1024",
+//               "the file is damaged: download it again");
+//   -> model.gguf: tensor 'output.weight': expected 49152 columns, found 1024; the file is damaged: ...
+//
+// Exceptions are used inside the library and caught at its boundary (tools/).
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace chimera {
+
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const std::string& message) : std::runtime_error(message) {}
+  Error(const std::string& where, const std::string& expected, const std::string& found,
+        const std::string& hint = "")
+      : std::runtime_error(where + ": expected " + expected + ", found " + found +
+                           (hint.empty() ? "" : "; " + hint)) {}
+};
+
+}  // namespace chimera

@@ -1,0 +1,66 @@
+// The LLaMA decoder: weights prepared for a backend, and the one forward pass.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "engine/backend.h"
+#include "engine/llama_tensors.h"
+
+namespace chimera {
+
+// What a forward pass works in; carved by the Session. R = rows of a step, L = rows with logits.
+struct Activations {
+  float* hidden = nullptr;   // (R, hidden)   the residual stream
+  float* qkv = nullptr;      // (R, (n_heads + 2 n_kv_heads) * head_dim)
+  float* attended = nullptr; // (R, n_heads * head_dim)
+  float* gate_up = nullptr;  // (R, 2 * ffn)
+  float* states = nullptr;   // (R, hidden)   after the final norm: what a draft model reads
+  float* taps = nullptr;     // (n_taps, R capacity, hidden)  the residual stream after chosen layers
+  float* logits = nullptr;   // (L, vocab)
+  RopeTable rope;
+  std::vector<int> tap_layers;
+  int64_t tap_stride = 0;    // R capacity * hidden
+};
+
+// Weights are immutable and shared by sessions.
+class Llama {
+ public:
+  // Prepares every weight, in the order of execution. consumed(view) is called when a view is no
+  // longer needed, so that its pages can be dropped.
+  Llama(Backend& backend, const LlamaTensors& tensors,
+        const std::function<void(const TensorView&)>& consumed = nullptr);
+
+  // One pass over the step's rows: fills states for all of them and logits for those that want them;
+  // appends their keys and values.
+  void forward(const Step* step, const KvCache& kv, const Activations& a) const;
+
+  Backend& backend() const { return backend_; }
+  const LlamaConfig& config() const { return config_; }
+  const std::string& name() const { return name_; }
+  Heads heads() const { return {config_.n_heads, config_.n_kv_heads, config_.head_dim}; }
+  size_t weight_bytes() const { return weight_bytes_; }  // read by one pass that wants logits
+
+ private:
+  struct Layer {
+    const float* attn_norm;                // (hidden)
+    std::unique_ptr<Matrix> qkv;           // ((n_heads + 2 n_kv_heads) * head_dim, hidden)
+    std::unique_ptr<Matrix> attn_output;   // (hidden, n_heads * head_dim)
+    const float* ffn_norm;                 // (hidden)
+    std::unique_ptr<Matrix> gate_up;       // (2 * ffn, hidden)
+    std::unique_ptr<Matrix> down;          // (hidden, ffn)
+  };
+
+  Backend& backend_;
+  LlamaConfig config_;
+  std::string name_;
+  std::unique_ptr<Matrix> embedding_;  // (vocab, hidden); null: rows are read from the head
+  std::vector<Layer> layers_;
+  const float* output_norm_ = nullptr;  // (hidden)
+  std::unique_ptr<Matrix> head_;        // (vocab, hidden)
+  std::shared_ptr<void> norms_;         // all norm weights
+  size_t weight_bytes_ = 0;
+};
+
+}  // namespace chimera

@@ -1,0 +1,180 @@
+#include "engine/session.h"
+
+#include <algorithm>
+
+#include "engine/error.h"
+#include "engine/rope.h"
+
+namespace chimera {
+namespace {
+
+// Offsets of a session's buffers in its one allocation.
+struct Layout {
+  MemoryPlan plan;
+  size_t step, kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, taps, logits;
+  int max_rows, max_logits;
+  KvShape kv_shape;
+};
+
+Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOptions& o) {
+  const auto require = [](bool ok, const char* name, const std::string& expected, int64_t found) {
+    if (!ok) throw Error(name, expected, std::to_string(found));
+  };
+  require(o.context >= 1 && o.context <= (1 << 20), "context", "1 to 1048576 tokens", o.context);
+  require(o.n_sequences >= 1 && o.n_sequences <= Step::kMaxSequences, "sequences",
+          "1 to " + std::to_string(Step::kMaxSequences), o.n_sequences);
+  require(o.max_nodes >= 0 && o.n_sequences * (o.max_nodes + 1) <= Step::kMaxRows, "nodes",
+          "0 to " + std::to_string(Step::kMaxRows / o.n_sequences - 1), o.max_nodes);
+  require(o.prefill_rows >= 1 && o.prefill_rows <= Step::kMaxRows, "prefill rows",
+          "1 to " + std::to_string(Step::kMaxRows), o.prefill_rows);
+  require(o.kv_type == DType::kF16 || o.kv_type == DType::kF32, "KV type", "F16 or F32", static_cast<int64_t>(o.kv_type));
+  for (int layer : o.tap_layers) require(layer >= 0 && layer < c.n_layers, "tap layer", "a layer of the model", layer);
+
+  Layout l;
+  l.max_logits = o.n_sequences * (o.max_nodes + 1);
+  l.max_rows = std::max(o.prefill_rows, l.max_logits);
+  const int64_t rows = l.max_rows, positions = o.context, half = c.head_dim / 2;
+  l.kv_shape = {o.kv_type, c.n_layers, c.n_kv_heads, c.head_dim, o.n_sequences, o.context + l.max_rows};
+  l.step = l.plan.add("step", "1", sizeof(Step));
+  l.kv = l.plan.add("kv cache",
+                    "(" + std::to_string(c.n_layers) + " layers, " + std::to_string(o.n_sequences) + " sequences, " +
+                        std::to_string(c.n_kv_heads) + " heads, " + std::to_string(l.kv_shape.capacity) + " slots, 2 x " +
+                        std::to_string(c.head_dim) + ") " + (o.kv_type == DType::kF16 ? "f16" : "f32"),
+                    backend.kv_bytes(l.kv_shape));
+  l.rope_cos = l.plan.add_f32("rope cos", positions, half);
+  l.rope_sin = l.plan.add_f32("rope sin", positions, half);
+  l.hidden = l.plan.add_f32("hidden", rows, c.hidden_size);
+  l.qkv = l.plan.add_f32("q, k, v", rows, c.q_size() + 2 * c.kv_size());
+  l.attended = l.plan.add_f32("attended", rows, c.q_size());
+  l.gate_up = l.plan.add_f32("gate, up", rows, 2 * int64_t{c.ffn_size});
+  l.states = l.plan.add_f32("states", rows, c.hidden_size);
+  l.taps = l.plan.add_f32("taps", rows * static_cast<int64_t>(o.tap_layers.size()), c.hidden_size);
+  l.logits = l.plan.add_f32("logits", l.max_logits, c.vocab_size);
+  return l;
+}
+
+}  // namespace
+
+MemoryPlan Session::plan(const LlamaConfig& config, const Backend& backend, const SessionOptions& options) {
+  return lay_out(config, backend, options).plan;
+}
+
+Session::Session(const Llama& model, const SessionOptions& options) : model_(model), options_(options) {
+  const LlamaConfig& c = model.config();
+  Backend& backend = model.backend();
+  const Layout l = lay_out(c, backend, options);
+  max_rows_ = l.max_rows;
+  std::sort(options_.tap_layers.begin(), options_.tap_layers.end());
+  memory_ = backend.allocate(l.plan.total());
+  auto* base = static_cast<std::byte*>(memory_.get());
+  const auto floats = [base](size_t offset) { return reinterpret_cast<float*>(base + offset); };
+  step_ = reinterpret_cast<Step*>(base + l.step);
+  step_->n_sequences = options.n_sequences;
+  kv_ = backend.bind_kv(l.kv_shape, base + l.kv);
+  activations_ = {floats(l.hidden), floats(l.qkv),  floats(l.attended), floats(l.gate_up),
+                  floats(l.states), floats(l.taps), floats(l.logits),   {floats(l.rope_cos), floats(l.rope_sin)},
+                  options_.tap_layers, int64_t{l.max_rows} * c.hidden_size};
+
+  const auto table = static_cast<size_t>(options.context) * static_cast<size_t>(c.head_dim / 2);
+  std::vector<float> cos(table), sin(table);
+  fill_rope_table(c, options.context, cos.data(), sin.data());
+  backend.upload(floats(l.rope_cos), cos.data(), table * 4);
+  backend.upload(floats(l.rope_sin), sin.data(), table * 4);
+  backend.reserve(l.max_rows, l.kv_shape.capacity, std::max({c.hidden_size, c.ffn_size, c.q_size()}), model.heads(),
+                  c.vocab_size);
+
+  texts_.resize(static_cast<size_t>(options.n_sequences));
+  for (Text& text : texts_) text.tokens.reserve(static_cast<size_t>(options.context) + 1);
+}
+
+void Session::start(int sequence, std::span<const int32_t> prompt, const Sampling& sampling) {
+  check(sampling);
+  if (prompt.empty()) throw Error("prompt", "at least one token", "none");
+  if (static_cast<int64_t>(prompt.size()) > options_.context)
+    throw Error("prompt", "at most " + std::to_string(options_.context) + " tokens (the context)",
+                std::to_string(prompt.size()), "shorten it or raise --ctx");
+  for (const int32_t id : prompt)
+    if (id < 0 || id >= model_.config().vocab_size)
+      throw Error("prompt", "token ids below " + std::to_string(model_.config().vocab_size), std::to_string(id));
+  Text& text = texts_[static_cast<size_t>(sequence)];
+  text.tokens.assign(prompt.begin(), prompt.end());
+  text.active = true;
+  text.emitted = text.drafted = 0;
+  step_->sequences[sequence].committed = 0;
+  step_->sequences[sequence].sampling = sampling;
+}
+
+void Session::truncate(int sequence, int n) {
+  Text& text = texts_[static_cast<size_t>(sequence)];
+  text.tokens.resize(std::min(text.tokens.size(), static_cast<size_t>(n)));
+  int32_t& committed = step_->sequences[sequence].committed;
+  committed = std::min(committed, static_cast<int32_t>(text.tokens.size()) - 1);
+}
+
+int Session::pending(int sequence) const {
+  const Text& text = texts_[static_cast<size_t>(sequence)];
+  if (!text.active || full(sequence)) return 0;
+  return static_cast<int>(text.tokens.size()) - step_->sequences[sequence].committed;
+}
+
+bool Session::step(Drafter* drafter) {
+  model_.backend().submit(0, [&] {
+    step_->clear();
+    // Rows for prompts: what the sequences that decode leave over. There is always some, since every
+    // sequence brings room for a root and its candidates.
+    int room = max_rows_;
+    for (int s = 0; s < options_.n_sequences; ++s)
+      if (pending(s) == 1) room -= options_.max_nodes + 1;
+    for (int s = 0; s < options_.n_sequences; ++s) {
+      Text& text = texts_[static_cast<size_t>(s)];
+      text.emitted = text.drafted = 0;
+      const int waiting = pending(s);
+      const int take = waiting > 1 ? std::min(waiting, room) : waiting;
+      if (take == 0) continue;
+      if (waiting > 1) room -= take;
+      step_->begin_sequence(s);
+      int row = -1;
+      for (int i = 0; i < take; ++i) {
+        const bool last = i + 1 == waiting;
+        row = step_->add_row(text.tokens[static_cast<size_t>(step_->sequences[s].committed + i)], row, last);
+        if (last) step_->set_root(row);
+      }
+      if (drafter != nullptr && waiting == 1) {
+        const int max_depth = options_.context - static_cast<int>(text.tokens.size());
+        drafter->draft({model_.backend(), s, text.tokens, row, options_.max_nodes, max_depth}, step_);
+        text.drafted = step_->n_rows - row - 1;
+      }
+    }
+    if (step_->n_rows == 0) return;
+    forward();
+    accept_and_keep();
+  });
+  for (int s = 0; s < options_.n_sequences; ++s) read_back(s);
+  return step_->n_rows > 0;
+}
+
+void Session::accept_and_keep() {
+  Backend& backend = model_.backend();
+  const LlamaConfig& c = model_.config();
+  backend.accept(step_, activations_.logits, c.vocab_size);
+  backend.keep(step_, kv_);
+  backend.keep_rows(step_, c.hidden_size, activations_.states);
+  for (size_t t = 0; t < options_.tap_layers.size(); ++t)
+    backend.keep_rows(step_, c.hidden_size, activations_.taps + static_cast<int64_t>(t) * activations_.tap_stride);
+}
+
+// Appends what the step accepted and sampled to the text.
+void Session::read_back(int sequence) {
+  const Step::Sequence& s = step_->sequences[sequence];
+  Text& text = texts_[static_cast<size_t>(sequence)];
+  if (s.n_rows == 0 || s.root < 0) return;
+  for (int r = s.root + 1; r < s.first_row + s.n_rows; ++r) {
+    if (step_->kept_at[r] < 0) continue;
+    text.tokens.push_back(step_->token[r]);
+    ++text.emitted;
+  }
+  text.tokens.push_back(s.next);
+  ++text.emitted;
+}
+
+}  // namespace chimera

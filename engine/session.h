@@ -1,0 +1,91 @@
+// A session: the texts of one or more sequences, and everything that changes while they grow - KV
+// cache, activations, the Step. The weights (Llama) are shared; nothing is global.
+//
+// One function advances it. Tokens that are known but not yet in the KV cache are the sequence's
+// pending tokens: a prompt, or the one token sampled last. step() runs as many of them as fit; where
+// it reaches the last one, that is the root of a tree for the drafter, and new tokens come out. So
+// prefill, plain decoding and verification are the same code with other contents.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/drafter.h"
+#include "engine/llama.h"
+#include "engine/memory_plan.h"
+
+namespace chimera {
+
+struct SessionOptions {
+  int context = 2048;         // tokens of a sequence at most
+  int n_sequences = 1;
+  int max_nodes = 0;          // candidates a sequence and step at most, without the root
+  int prefill_rows = 64;      // prompt tokens a step; changes speed and memory, never a bit
+  DType kv_type = DType::kF16;
+  std::vector<int> tap_layers;  // layers whose residual stream is kept besides the final states
+};
+
+class Session {
+ public:
+  // Allocates everything it will ever need. Throws Error if an option is out of range.
+  Session(const Llama& model, const SessionOptions& options);
+
+  // What the constructor will allocate, weights apart.
+  static MemoryPlan plan(const LlamaConfig& config, const Backend& backend, const SessionOptions& options);
+
+  const SessionOptions& options() const { return options_; }
+  const Llama& model() const { return model_; }
+
+  // Starts a sequence over with a text. Throws Error if it is empty, longer than the context, or
+  // holds an id outside the vocabulary.
+  void start(int sequence, std::span<const int32_t> prompt, const Sampling& sampling);
+  // Cuts a text to its first n tokens, n >= 1; decoding goes on from there.
+  void truncate(int sequence, int n);
+  // Takes a sequence out of the following steps until it is started again.
+  void stop(int sequence) { texts_[static_cast<size_t>(sequence)].active = false; }
+
+  // One pass. drafter: nullptr for plain decoding. Returns false if there was nothing to do.
+  bool step(Drafter* drafter);
+
+  std::span<const int32_t> tokens(int sequence) const { return texts_[static_cast<size_t>(sequence)].tokens; }
+  // Tokens that the last step added to the text, the sampled one included: 0 inside a prompt.
+  int emitted(int sequence) const { return texts_[static_cast<size_t>(sequence)].emitted; }
+  // Nodes drafted for it in the last step.
+  int drafted(int sequence) const { return texts_[static_cast<size_t>(sequence)].drafted; }
+  bool full(int sequence) const { return static_cast<int>(tokens(sequence).size()) >= options_.context; }
+
+  // The last step and what it computed; rows kept are the first n_kept of each sequence in states().
+  const Step& last_step() const { return *step_; }
+  const float* states() const { return activations_.states; }
+  const float* taps() const { return activations_.taps; }
+  const float* logits() const { return activations_.logits; }
+
+  // For tests and for the trainer: runs one forward pass over rows that the caller has put into the
+  // step (clear(), begin_sequence(), add_row()), without accepting anything.
+  Step& edit_step() { return *step_; }
+  void forward() { model_.forward(step_, kv_, activations_); }
+  // ... and accepts and keeps, advancing the committed length but not the text.
+  void accept_and_keep();
+
+ private:
+  struct Text {
+    std::vector<int32_t> tokens;
+    bool active = false;
+    int emitted = 0, drafted = 0;
+  };
+  int pending(int sequence) const;  // tokens of the text that are not in the KV cache; 0: nothing to do
+  void read_back(int sequence);
+
+  const Llama& model_;
+  SessionOptions options_;
+  int max_rows_ = 0;
+  std::vector<Text> texts_;
+  std::shared_ptr<void> memory_;
+  Step* step_ = nullptr;
+  KvCache kv_;
+  Activations activations_;
+};
+
+}  // namespace chimera

@@ -1,0 +1,37 @@
+// A view of a weight matrix where the file has it: no ownership, no copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "engine/dtype.h"
+
+namespace chimera {
+
+struct TensorView {
+  std::string name;                 // for messages and `info`
+  DType type = DType::kF32;
+  int64_t rows = 0;                 // outputs; a vector has one row
+  int64_t cols = 0;                 // inputs, contiguous
+  const std::byte* data = nullptr;  // rows * row_bytes(type, cols) bytes, any alignment
+
+  // The engine rotates pairs (i, i + head_dim/2) of a head (RoPE). Files that rotate pairs
+  // (2i, 2i+1) store the rows of q and k in another order; the loader says so here, and row() hands
+  // them out in the engine's order. 0: rows are in the engine's order already.
+  int interleaved_head_dim = 0;
+
+  bool empty() const { return data == nullptr; }
+  size_t bytes() const { return static_cast<size_t>(rows) * row_bytes(type, cols); }
+
+  // Row r in the engine's order.
+  const std::byte* row(int64_t r) const {
+    if (interleaved_head_dim != 0) {
+      const int64_t d = interleaved_head_dim, half = d / 2, i = r % d;
+      r = r - i + (i < half ? 2 * i : 2 * (i - half) + 1);
+    }
+    return data + static_cast<size_t>(r) * row_bytes(type, cols);
+  }
+};
+
+}  // namespace chimera

@@ -1,0 +1,97 @@
+#include "loader/load.h"
+
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "engine/error.h"
+#include "loader/gguf.h"
+#include "loader/llama2c.h"
+#include "loader/llama_gguf.h"
+
+namespace chimera {
+namespace {
+
+constexpr char kUseGguf[] = "use a GGUF file of the model";
+
+// PyTorch files before zip: a pickle begins with 0x80, its protocol (2 to 5) and an opcode, none of
+// which is 0. (A llama2.c header may begin with the first two: dim 640 is 80 02 00 00.)
+bool is_pickle(std::string_view start) {
+  return start.size() > 2 && start[0] == '\x80' && start[1] >= 2 && start[1] <= 5 &&
+         start[2] != '\0';
+}
+
+// u64 length of the header, at most 100,000,000, and the header, which begins with '{'.
+bool is_safetensors(std::span<const std::byte> bytes) {
+  if (bytes.size() < 9 || static_cast<char>(bytes[8]) != '{') return false;
+  uint64_t header_bytes;
+  std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
+  return header_bytes <= 100'000'000;
+}
+
+void refuse_known_formats(std::span<const std::byte> bytes, const std::string& name) {
+  const std::string_view start(reinterpret_cast<const char*>(bytes.data()),
+                               bytes.size() < 16 ? bytes.size() : 16);
+  const char* expected = "a GGUF or llama2.c model";
+  if (is_pickle(start) || start.starts_with("PK\x03\x04")) {
+    throw Error(
+        name, expected, start[0] == 'P' ? "a zip archive (PyTorch?)" : "a Python pickle",
+        "loading pickles runs the code in them: use a GGUF or safetensors file of the model");
+  }
+  if (is_safetensors(bytes)) {
+    throw Error(name, expected, "a safetensors file",
+                "not supported yet: convert it to GGUF with llama.cpp's convert_hf_to_gguf.py");
+  }
+  if (start.starts_with("24ka")) {
+    throw Error(name, "version 0 of llama2.c's format", "version 1 or 2",
+                "export the model with --version 0");
+  }
+  if (start.starts_with("lmgg") || start.starts_with("fmgg") || start.starts_with("tjgg")) {
+    throw Error(name, expected, "a file of the formats before GGUF", kUseGguf);
+  }
+}
+
+void check_vocabulary(ModelFile* model) {
+  const auto tokens = model->vocabulary.tokens.size();
+  const auto rows = static_cast<size_t>(model->tensors.config.vocab_size);
+  const std::string& name = model->file.name();
+  if (tokens > rows) {
+    throw Error(name + ": tokenizer",
+                "at most " + std::to_string(rows) + " tokens, the rows of the embedding",
+                std::to_string(tokens), "convert the model again");
+  }
+  if (tokens < rows) {
+    model->warnings.push_back(name + ": the tokenizer has " + std::to_string(tokens) +
+                              " tokens for " + std::to_string(rows) +
+                              " rows of the embedding: the last rows have no text");
+  }
+}
+
+}  // namespace
+
+ModelFile load_model(const std::string& path) {
+  ModelFile model;
+  model.file = MappedFile(path);
+  const std::span<const std::byte> bytes = model.file.bytes();
+  const std::string& name = model.file.name();
+  const bool gguf = bytes.size() >= 4 && (std::memcmp(bytes.data(), "GGUF", 4) == 0 ||
+                                          std::memcmp(bytes.data(), "FUGG", 4) == 0);
+  if (gguf) {
+    const GgufFile file(bytes, name);
+    model.format = "GGUF v" + std::to_string(file.version());
+    model.tensors = read_gguf_llama(file, &model.warnings);
+    model.vocabulary = read_gguf_vocabulary(file);
+  } else {
+    refuse_known_formats(bytes, name);
+    if (!looks_like_llama2c(bytes)) {
+      throw Error(name, "a GGUF or llama2.c model", "neither", kUseGguf);
+    }
+    model.format = "llama2.c";
+    model.tensors = read_llama2c(bytes, name);
+    model.vocabulary = load_llama2c_vocabulary(path, model.tensors.config.vocab_size);
+  }
+  check_vocabulary(&model);
+  return model;
+}
+
+}  // namespace chimera

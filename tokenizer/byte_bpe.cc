@@ -1,0 +1,125 @@
+#include "tokenizer/byte_bpe.h"
+
+#include <optional>
+
+#include "engine/error.h"
+#include "tokenizer/pre_tokenizer.h"
+#include "tokenizer/unicode.h"
+
+namespace chimera {
+namespace {
+
+constexpr uint32_t kFirstShifted = 0x100;
+constexpr uint32_t kShiftedCount = 68;
+
+bool is_printable(uint32_t byte) {
+  return (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
+}
+
+// The bytes that U+0100 and up stand for.
+std::array<uint8_t, kShiftedCount> shifted_bytes() {
+  std::array<uint8_t, kShiftedCount> bytes{};
+  size_t count = 0;
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    if (!is_printable(byte)) bytes[count++] = static_cast<uint8_t>(byte);
+  }
+  return bytes;
+}
+
+std::optional<uint8_t> byte_of(uint32_t code_point) {
+  static const std::array<uint8_t, kShiftedCount> shifted = shifted_bytes();
+  if (code_point < kFirstShifted) {
+    if (!is_printable(code_point)) return std::nullopt;
+    return static_cast<uint8_t>(code_point);
+  }
+  if (code_point - kFirstShifted >= kShiftedCount) return std::nullopt;
+  return shifted[code_point - kFirstShifted];
+}
+
+uint64_t pair_key(int32_t left, int32_t right) {
+  return static_cast<uint64_t>(left) << 32 | static_cast<uint32_t>(right);
+}
+
+}  // namespace
+
+ByteBpe::ByteBpe(const Vocabulary& vocabulary,
+                 const std::unordered_map<std::string_view, int32_t>& ids)
+    : pre_(vocabulary.pre) {
+  if (pre_ == PreTokenizer::kNone) {
+    throw Error("tokenizer", "a pre-tokenizer for byte-level BPE", "none");
+  }
+  if (vocabulary.merges.empty()) {
+    throw Error("tokenizer", "merges for byte-level BPE", "none",
+                "without them every byte would be a token: convert the model again");
+  }
+
+  const auto id_of = [&](std::string_view text) {
+    const auto found = ids.find(text);
+    return found == ids.end() ? -1 : found->second;
+  };
+  const auto is_control = [&](int32_t id) { return vocabulary.types[id] == TokenType::kControl; };
+
+  byte_ids_.fill(-1);
+  for (uint32_t code_point = 0; code_point < kFirstShifted + kShiftedCount; ++code_point) {
+    const std::optional<uint8_t> byte = byte_of(code_point);
+    if (!byte) continue;
+    std::string text;
+    append_utf8(text, code_point);
+    const int32_t id = id_of(text);
+    if (id >= 0 && !is_control(id)) byte_ids_[*byte] = id;
+  }
+
+  merges_.reserve(vocabulary.merges.size());
+  for (size_t i = 0; i < vocabulary.merges.size(); ++i) {
+    const std::string_view line = vocabulary.merges[i];
+    const auto where = [&] { return "tokenizer: merge " + std::to_string(i); };
+
+    const size_t space = line.find(' ');
+    if (space == std::string_view::npos || line.find(' ', space + 1) != std::string_view::npos) {
+      throw Error(where(), "two tokens with one space between", in_quotes(line));
+    }
+    const std::string_view left_text = line.substr(0, space), right_text = line.substr(space + 1);
+    const int32_t left = id_of(left_text), right = id_of(right_text);
+    const int32_t merged = id_of(std::string(left_text) + std::string(right_text));
+    if (left < 0 || right < 0 || merged < 0) {
+      throw Error(where(), "two tokens whose union is a token", in_quotes(line));
+    }
+    if (is_control(merged)) continue;
+    merges_.try_emplace(pair_key(left, right), Merge{static_cast<uint32_t>(i), merged});
+  }
+}
+
+void ByteBpe::encode(std::string_view text, std::vector<int32_t>& out) const {
+  MergeQueue queue;
+  for (const std::string_view word : split_words(pre_, text)) {
+    queue.clear();
+    for (size_t i = 0; i < word.size(); ++i) {
+      queue.add(byte_ids_[static_cast<unsigned char>(word[i])], static_cast<uint32_t>(i), 1);
+    }
+    queue.run([&](const Symbol& left, const Symbol& right) -> Merge {
+      if (left.id < 0 || right.id < 0) return kNoMerge;
+      const auto found = merges_.find(pair_key(left.id, right.id));
+      return found == merges_.end() ? kNoMerge : found->second;
+    });
+    queue.for_each([&](const Symbol& symbol) {
+      if (symbol.id >= 0) out.push_back(symbol.id);
+    });
+  }
+}
+
+std::string ByteBpe::token_bytes(std::string_view token_text) {
+  std::string bytes;
+  while (!token_text.empty()) {
+    const Utf8Char c = first_utf8_char(token_text);
+    if (const std::optional<uint8_t> byte = byte_of(c.code_point);
+        byte && c.state == Utf8::kValid) {
+      bytes += static_cast<char>(*byte);
+    } else {
+      bytes += token_text.substr(0, c.length);
+    }
+    token_text.remove_prefix(c.length);
+  }
+  return bytes;
+}
+
+}  // namespace chimera

@@ -1,0 +1,42 @@
+// Chat formats: how a conversation becomes the tokens that a model was trained on.
+//
+// A model file describes its format as a Jinja template. That is code from an untrusted file and is
+// never run: it is compared with the templates known here.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tokenizer/tokenizer.h"
+#include "tokenizer/vocabulary.h"
+
+namespace chimera {
+
+struct Message {
+  std::string role;  // "system", "user" or "assistant"
+  std::string content;
+};
+
+enum class ChatFormat : uint8_t {
+  kNone,    // not known: the model can complete text only
+  kChatMl,  // SmolLM2's ChatML; it has a default system message
+};
+
+// The format whose template the vocabulary carries, or kNone.
+ChatFormat detect_chat_format(const Vocabulary& vocabulary);
+
+// "none", "chatml".
+std::string_view name(ChatFormat format);
+
+// The tokens of a conversation, and with `add_generation_prompt` those that begin the assistant's
+// answer. Control tokens are put in by id; roles and contents are encoded as ordinary text, so that
+// nothing in a content can end its message. BOS is in the result where the format has one.
+// Throws Error for kNone, for a role that the format does not have, and where the vocabulary lacks
+// one of the format's control tokens.
+std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
+                                 std::span<const Message> messages, bool add_generation_prompt);
+
+}  // namespace chimera

@@ -1,0 +1,164 @@
+#include "tokenizer/tokenizer.h"
+
+#include <limits>
+#include <utility>
+
+#include "engine/error.h"
+#include "tokenizer/unicode.h"
+
+namespace chimera {
+namespace {
+
+// Far above any real token, and low enough that no search for one in a text takes long.
+constexpr size_t kMaxTokenBytes = 65536;
+
+// Symbols hold 32-bit places, and SentencePiece puts a space in front.
+constexpr size_t kMaxTextBytes = std::numeric_limits<int32_t>::max() - 1;
+
+std::string id_range(size_t size) {
+  return "an id from 0 to " + std::to_string(size - 1);
+}
+
+void check(const Vocabulary& vocabulary) {
+  const size_t size = vocabulary.tokens.size();
+  if (size == 0 || size > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+    throw Error("tokenizer: vocabulary", "1 to 2147483647 tokens", std::to_string(size));
+  }
+  for (size_t id = 0; id < size; ++id) {
+    const size_t length = vocabulary.tokens[id].size();
+    if (length <= kMaxTokenBytes) continue;
+    throw Error("tokenizer: token " + std::to_string(id),
+                "at most " + std::to_string(kMaxTokenBytes) + " bytes", std::to_string(length));
+  }
+
+  const std::vector<TokenType>& types = vocabulary.types;
+  if (!types.empty() && types.size() != size) {
+    throw Error("tokenizer: token types", std::to_string(size) + ", one for each token",
+                std::to_string(types.size()));
+  }
+  for (size_t id = 0; id < types.size(); ++id) {
+    if (types[id] >= TokenType::kNormal && types[id] <= TokenType::kByte) continue;
+    throw Error("tokenizer: type of token " + std::to_string(id), "1 to 6",
+                std::to_string(static_cast<int>(types[id])));
+  }
+
+  const std::pair<const char*, int32_t> named_ids[] = {
+      {"bos", vocabulary.bos}, {"eos", vocabulary.eos}, {"unk", vocabulary.unk}};
+  for (const auto& [name, id] : named_ids) {
+    if (id == -1 || (id >= 0 && static_cast<size_t>(id) < size)) continue;
+    throw Error(std::string("tokenizer: ") + name, id_range(size), std::to_string(id));
+  }
+  if (vocabulary.add_bos && vocabulary.bos < 0) {
+    throw Error("tokenizer: bos", "an id, since the vocabulary asks for it before every text",
+                "none");
+  }
+}
+
+}  // namespace
+
+Tokenizer::Tokenizer(Vocabulary vocabulary) : vocabulary_(std::move(vocabulary)) {
+  check(vocabulary_);
+  const bool byte_bpe = vocabulary_.model == TokenizerModel::kByteBpe;
+  if (vocabulary_.types.empty()) vocabulary_.types.assign(size(), TokenType::kNormal);
+
+  ids_.reserve(size());
+  bytes_.resize(size());
+  for (int32_t id = 0; id < size(); ++id) {
+    const std::string& text = vocabulary_.tokens[id];
+    const TokenType type = vocabulary_.types[id];
+    ids_.try_emplace(text, id);
+
+    if (type == TokenType::kControl || type == TokenType::kUnknown) {
+      all_special_.add(text, id);
+      continue;
+    }
+    if (!byte_bpe) {
+      bytes_[id] = SentencePiece::token_bytes(text, type);
+    } else if (type == TokenType::kUserDefined) {
+      bytes_[id] = text;  // found in the text as it is, so it is written as it is
+    } else {
+      bytes_[id] = ByteBpe::token_bytes(text);
+    }
+    if (type == TokenType::kUserDefined) {
+      user_defined_.add(bytes_[id], id);
+      all_special_.add(bytes_[id], id);
+    }
+  }
+
+  if (byte_bpe) {
+    model_.emplace<ByteBpe>(vocabulary_, ids_);
+  } else {
+    model_.emplace<SentencePiece>(vocabulary_);
+  }
+  vocabulary_.merges = {};  // megabytes, and the models above keep what they need
+  vocabulary_.scores = {};
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, bool parse_special) const {
+  if (text.size() > kMaxTextBytes) {
+    throw Error("tokenizer: text", "at most " + std::to_string(kMaxTextBytes) + " bytes",
+                std::to_string(text.size()));
+  }
+  const SpecialTokens& special = parse_special ? all_special_ : user_defined_;
+  std::vector<int32_t> ids;
+  size_t ordinary = 0;  // where the ordinary text since the last special token begins
+  for (size_t i = 0; i < text.size();) {
+    const SpecialTokens::Match match = special.longest_at_start(text.substr(i));
+    if (match.id < 0) {
+      ++i;
+      continue;
+    }
+    encode_ordinary(text.substr(ordinary, i - ordinary), ids);
+    ids.push_back(match.id);
+    i += match.length;
+    ordinary = i;
+  }
+  encode_ordinary(text.substr(ordinary), ids);
+  return ids;
+}
+
+void Tokenizer::encode_ordinary(std::string_view text, std::vector<int32_t>& out) const {
+  if (const auto* byte_bpe = std::get_if<ByteBpe>(&model_)) {
+    byte_bpe->encode(text, out);
+  } else {
+    std::get<SentencePiece>(model_).encode(text, out);
+  }
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> ids) const {
+  std::string text;
+  for (const int32_t id : ids) text += token_bytes(id);
+  if (adds_space_prefix() && text.starts_with(' ')) text.erase(0, 1);
+  return text;
+}
+
+const std::string& Tokenizer::token_bytes(int32_t id) const {
+  check_id(id);
+  return bytes_[id];
+}
+
+const std::string& Tokenizer::token_text(int32_t id) const {
+  check_id(id);
+  return vocabulary_.tokens[id];
+}
+
+bool Tokenizer::is_control(int32_t id) const {
+  check_id(id);
+  return vocabulary_.types[id] == TokenType::kControl;
+}
+
+int32_t Tokenizer::find(std::string_view token_text) const {
+  const auto found = ids_.find(token_text);
+  return found == ids_.end() ? -1 : found->second;
+}
+
+bool Tokenizer::adds_space_prefix() const {
+  return vocabulary_.model == TokenizerModel::kSentencePiece && vocabulary_.add_space_prefix;
+}
+
+void Tokenizer::check_id(int32_t id) const {
+  if (id >= 0 && id < size()) return;
+  throw Error("tokenizer: token", id_range(vocabulary_.tokens.size()), std::to_string(id));
+}
+
+}  // namespace chimera

@@ -1,0 +1,80 @@
+// Text to token ids and back, for the two kinds of vocabulary that LLaMA-like models carry.
+//
+//   Tokenizer tokenizer(load_gguf_vocabulary(path));
+//   std::vector<int32_t> ids = tokenizer.encode("Why is the sky blue?", /*parse_special=*/false);
+//   std::string text = tokenizer.decode(ids);
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "tokenizer/byte_bpe.h"
+#include "tokenizer/sentencepiece.h"
+#include "tokenizer/special_tokens.h"
+#include "tokenizer/vocabulary.h"
+
+namespace chimera {
+
+// Immutable once made; any number of threads may use one.
+class Tokenizer {
+ public:
+  // Checks all of `vocabulary`, which comes from a file and may hold anything; throws Error.
+  // Of tokens with the same text the first is the one that encode() and find() give.
+  explicit Tokenizer(Vocabulary vocabulary);
+
+  Tokenizer(Tokenizer&&) = default;
+  Tokenizer& operator=(Tokenizer&&) = default;
+
+  // The tokens of `text`, without BOS: put bos() in front where add_bos() says so.
+  //
+  // With parse_special the texts of control tokens ("<|im_end|>") become those tokens. Without it,
+  // which is what anything a user wrote needs, no text ever becomes a control token. User-defined
+  // tokens are found either way.
+  //
+  // `text` should be UTF-8, and may be any bytes. Those that are no UTF-8 are encoded as they are,
+  // byte for byte, where the vocabulary has tokens for them; byte_bpe.h and sentencepiece.h say
+  // what happens where it does not. Throws Error for a text of 2 GiB or more.
+  std::vector<int32_t> encode(std::string_view text, bool parse_special) const;
+
+  // The text of `ids`, as bytes: tokens may end in the middle of a character (StreamDecoder is for
+  // printing as they come). Control and unknown tokens are nothing. Throws Error for an id outside
+  // the vocabulary.
+  std::string decode(std::span<const int32_t> ids) const;
+
+  // What one token adds to a text. Throws Error for an id outside the vocabulary.
+  const std::string& token_bytes(int32_t id) const;
+
+  // A token as the vocabulary writes it, control tokens too. Throws like token_bytes().
+  const std::string& token_text(int32_t id) const;
+
+  // Throws like token_bytes().
+  bool is_control(int32_t id) const;
+
+  // The token with exactly this text in the vocabulary, or -1.
+  int32_t find(std::string_view token_text) const;
+
+  int32_t size() const { return static_cast<int32_t>(vocabulary_.tokens.size()); }
+  int32_t bos() const { return vocabulary_.bos; }  // -1: none
+  int32_t eos() const { return vocabulary_.eos; }  // -1: none
+  bool add_bos() const { return vocabulary_.add_bos; }
+
+  // Whether encode() puts a space in front of a text, which decode() takes away again.
+  bool adds_space_prefix() const;
+
+ private:
+  void check_id(int32_t id) const;
+  void encode_ordinary(std::string_view text, std::vector<int32_t>& out) const;
+
+  Vocabulary vocabulary_;
+  std::vector<std::string> bytes_;                     // by id
+  std::unordered_map<std::string_view, int32_t> ids_;  // views of vocabulary_.tokens
+  SpecialTokens user_defined_, all_special_;
+  std::variant<std::monostate, ByteBpe, SentencePiece> model_;
+};
+
+}  // namespace chimera
