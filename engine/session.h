@@ -24,7 +24,7 @@ struct SessionOptions {
   int max_nodes = 0;          // candidates a sequence and step at most, without the root
   int prefill_rows = 64;      // prompt tokens a step; changes speed and memory, never a bit
   DType kv_type = DType::kF16;
-  std::vector<int> tap_layers;  // layers whose residual stream is kept besides the final states
+  std::vector<int> tap_layers = {};  // layers whose residual stream is kept besides the final states
 };
 
 class Session {

@@ -444,6 +444,11 @@ TEST(SentencePieceTest, RefusesDamage) {
     return error_of([&] { read_sentencepiece(exact, "t.model"); });
   };
   ASSERT_EQ(read(whole), "");
+  std::string unigram = whole;
+  const size_t model_type = whole.find("\x18\x02\x20\x80\x04");  // and vocab_size 512 after it
+  ASSERT_NE(model_type, std::string::npos);
+  unigram[model_type + 1] = 1;
+  EXPECT_EQ(complaint(read(unigram), {"BPE", "type 1"}), "");
   // A cut between two fields after the normalizer_spec leaves a whole file.
   const size_t optional_end = 40;
   for (size_t size = 0; size < whole.size() - optional_end; ++size) {

@@ -453,10 +453,15 @@ TEST(Tokenizer, IdsOutsideTheVocabularyAreErrors) {
 }
 
 TEST(Tokenizer, SurvivesAMove) {
-  auto first = std::make_unique<Tokenizer>(tiny_byte_bpe());
+  // Long enough for memory of its own, so that a view of the wrong copy shows.
+  const std::string long_text = "a token that is no short string";
+  Vocabulary v = tiny_byte_bpe();
+  v.tokens.push_back(long_text);
+  v.types.push_back(TokenType::kNormal);
+  auto first = std::make_unique<Tokenizer>(std::move(v));
   const Tokenizer second = std::move(*first);
   first.reset();
-  EXPECT_EQ(second.find("ab"), 256);
+  EXPECT_EQ(second.find(long_text), 258);
   EXPECT_EQ(second.encode("ab<|end|>", true), (Ids{256, 257}));
 }
 
@@ -531,6 +536,13 @@ TEST(Tokenizer, SentencePieceMergesTheHighestScoreThenTheLeftmost) {
   EXPECT_EQ(tokenizer.encode("aaa", false), (Ids{261, 262}));
   v.scores[260] = v.scores[259];
   EXPECT_EQ(Tokenizer(v).encode("abc", false), (Ids{260, 264}));
+}
+
+TEST(Tokenizer, SentencePieceNeverGivesUnusedPieces) {
+  Vocabulary v = tiny_sentencepiece({"a", "aa"});
+  v.types[260] = TokenType::kUnused;
+  v.add_space_prefix = false;
+  EXPECT_EQ(Tokenizer(std::move(v)).encode("aa", false), (Ids{259, 259}));
 }
 
 TEST(Tokenizer, SentencePiecePiecesMayReachAcrossSpaces) {
@@ -673,11 +685,16 @@ TEST(Tokenizer, RoundTripOfAnyBytes) {
   }
 }
 
-TEST(Tokenizer, OneLongWord) {
+// One letter over and over, then random ones.
+std::string long_word(size_t length) {
   std::mt19937 random(5);
-  std::string word(1 << 20, 'a');
-  for (size_t i = word.size() / 2; i < word.size(); ++i)
-    word[i] = static_cast<char>('a' + random() % 26);
+  std::string word(length, 'a');
+  for (size_t i = length / 2; i < length; ++i) word[i] = static_cast<char>('a' + random() % 26);
+  return word;
+}
+
+TEST(Tokenizer, OneLongWord) {
+  const std::string word = long_word(1 << 20);
   for (const std::string& path : {kGpt2, kLlama}) {
     SKIP_IF_ABSENT(path);
     const Ids ids = tokenizer_of(path).encode(word, false);
@@ -827,6 +844,13 @@ TEST(Tokenizer, RefusesBadByteBpe) {
              v.merges = {"a b", "a b c"};
            },
            "merge 1"},
+          {"two spaces, a token with one",
+           [](Vocabulary& v) {
+             v.tokens.insert(v.tokens.end(), {"b c", "ab c"});
+             v.types.insert(v.types.end(), 2, TokenType::kNormal);
+             v.merges = {"a b c"};
+           },
+           "merge 0: expected two tokens with one space"},
           {"empty line", [](Vocabulary& v) { v.merges = {""}; }, "found ''"},
           {"empty left", [](Vocabulary& v) { v.merges = {" ab"}; }, "merge 0"},
           {"empty right", [](Vocabulary& v) { v.merges = {"ab "}; }, "merge 0"},
@@ -890,7 +914,7 @@ TEST(TokenizerFull, EveryCharacterComesBack) {
 }
 
 TEST(TokenizerFull, WordOf8Megabytes) {
-  const std::string word(8 << 20, 'a');
+  const std::string word = long_word(8 << 20);
   for (const std::string& path : {kGpt2, kLlama}) {
     SKIP_IF_ABSENT(path);
     const Ids ids = tokenizer_of(path).encode(word, false);

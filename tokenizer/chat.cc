@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 #include "engine/error.h"
 #include "tokenizer/unicode.h"
@@ -121,7 +122,8 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
   }
   for (const Message& message : messages) {
     if (message.role == "system" || message.role == "user" || message.role == "assistant") continue;
-    throw Error("chat: role of a message", "'system', 'user' or 'assistant'", in_quotes(message.role));
+    throw Error("chat: role of a message", "'system', 'user' or 'assistant'",
+                in_quotes(message.role));
   }
   ChatWriter writer(tokenizer);
   known->write(writer, messages, add_generation_prompt);

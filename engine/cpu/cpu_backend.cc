@@ -207,7 +207,7 @@ class CpuBackend final : public Backend {
     pool_.run([&](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
       // each other; many are divided.
-      const bool divide = m >= pool_.size() && pool_.size() > 1;
+      const bool divide = m >= pool_.size();
       const InputScratch& input = divide ? shared_input_ : own_input_[static_cast<size_t>(thread)];
       const auto [first, last] = divide ? share(m, thread) : std::pair<int64_t, int64_t>{0, m};
       for (int64_t i = first; i < last; ++i)

@@ -148,6 +148,5 @@ extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
 // for. Throws Error if the name is unknown or the machine cannot run it.
 const Kernels& select_kernels();
 bool machine_has(Isa isa);
-bool amx_available();  // the processor has it and the system grants it (product_amx.cc)
 
 }  // namespace chimera::cpu

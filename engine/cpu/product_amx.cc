@@ -7,7 +7,7 @@
 // what a token gets does not depend on how many share the tile.
 //
 // BF16: TDPBF16PS *is* the contract's step of 32 columns, and C stays in its tile to the end.
-// Quantised: TDPBSUD gives the exact integer dots of one block (of half of it for Q6_K). They leave
+// Quantised: TDPBSSD gives the exact integer dots of one block (of half of it for Q6_K). They leave
 // the tile at once, because the contract goes on in floats, with AVX-512.
 //
 // As in product_avx512.cc, nothing here may have linkage but the table.
@@ -26,7 +26,7 @@ constexpr int kMinTokens = 4;
 
 // g++'s tile intrinsics do not say that they read memory: without this, what they are to read may
 // not have been written yet.
-void finish_stores() { asm volatile("" ::: "memory"); }
+void finish_stores(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
 // The shapes of the tile registers, by number (intrinsics want literals). The last tokens, fewer than
 // 16, have registers of their own, so that one configuration serves the whole product.
@@ -53,7 +53,7 @@ void configure(int m, int k_bytes) {
     config.shape(3, m % kTile, k_bytes);
   }
   config.shape(4, k_bytes / 4, 64);
-  finish_stores();
+  finish_stores(&config);
   _tile_loadconfig(&config);
 }
 
@@ -71,56 +71,47 @@ void quantised_tile(const Product& p, const std::byte* panel, int token, int tok
                     float* y) {
   const int64_t blocks = p.cols / 32;
   constexpr int kGroups = 8 / Reader::kScales;  // that share a scale: the rows of B
-  alignas(64) uint8_t b_tile[kGroups][64];
-  alignas(64) int32_t dots[kTile][16];
-  alignas(64) int32_t offsets[kTile];  // Q6_K: the activations' sum over the half block
+  alignas(64) int8_t b_tile[kGroups][64];
+  alignas(64) int32_t dot[kTile][16];
   alignas(64) float acc[kTile][16] = {}, u[kTile][16];
   for (int64_t b = 0; b < blocks; ++b) {
     const Reader w(panel, b);
-    for (int h = 0; h < Reader::kScales; ++h) {
+    const int8_t* a = p.x.q8 + token * p.cols + b * 32;
+    const __m512 min = w.min();
+    for (int h = 0; h < Reader::kScales; ++h, a += 16) {
+      const __m512i offset = _mm512_set1_epi8(static_cast<char>(Reader::kOffset));
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) _mm512_store_si512(b_tile[g], w.group(h * kGroups + g));
-      const int8_t* a = p.x.q8 + token * p.cols + b * 32 + h * 16;
-      finish_stores();
+      for (int g = 0; g < kGroups; ++g)
+        _mm512_store_si512(b_tile[g], _mm512_sub_epi8(w.group(h * kGroups + g), offset));
+      finish_stores(b_tile);
       _tile_loadd(4, b_tile, 64);
       if (tokens == kTile) {
         _tile_zero(0);
         _tile_loadd(1, a, p.cols);
-        _tile_dpbsud(0, 1, 4);
-        _tile_stored(0, dots, 64);
+        _tile_dpbssd(0, 1, 4);
+        _tile_stored(0, dot, 64);
       } else {
         _tile_zero(2);
         _tile_loadd(3, a, p.cols);
-        _tile_dpbsud(2, 3, 4);
-        _tile_stored(2, dots, 64);
+        _tile_dpbssd(2, 3, 4);
+        _tile_stored(2, dot, 64);
       }
-      for (int t = 0; t < tokens; ++t) {
-        const int32_t sum = p.x.sum[(token + t) * blocks + b];
-        if (Reader::kScales == 1) {
-          offsets[t] = sum;
-        } else if (h == 0) {
-          int32_t half = 0;
-          for (int i = 0; i < 16; ++i) half += a[t * p.cols + i];
-          offsets[t] = half;
-        } else {
-          offsets[t] = sum - offsets[t];
-        }
-      }
-      const __m512 scale = w.scale(h), min = w.min();
+      const __m512 scale = w.scale(h);
       for (int t = 0; t < tokens; ++t) {
         __m512 v = _mm512_setzero_ps();
+        if (Reader::kHasMin) {
+          const __m512i sum = _mm512_set1_epi32(p.x.sum[(token + t) * blocks + b]);
+          v = _mm512_mul_ps(min, _mm512_cvtepi32_ps(sum));
+        }
         if (h > 0) v = _mm512_load_ps(u[t]);
-        if (Reader::kHasMin)
-          v = _mm512_mul_ps(min, _mm512_cvtepi32_ps(_mm512_set1_epi32(offsets[t])));
-        const __m512i dot = _mm512_sub_epi32(_mm512_load_si512(dots[t]),
-                                             _mm512_set1_epi32(Reader::kOffset * offsets[t]));
-        _mm512_store_ps(u[t], _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), v));
+        v = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_load_si512(dot[t])), v);
+        _mm512_store_ps(u[t], v);
       }
     }
     for (int t = 0; t < tokens; ++t) {
       const __m512 scale = _mm512_set1_ps(p.x.scale[(token + t) * blocks + b]);
-      _mm512_store_ps(acc[t],
-                      _mm512_fmadd_ps(scale, _mm512_load_ps(u[t]), _mm512_load_ps(acc[t])));
+      const __m512 v = _mm512_fmadd_ps(scale, _mm512_load_ps(u[t]), _mm512_load_ps(acc[t]));
+      _mm512_store_ps(acc[t], v);
     }
   }
   store(acc, tokens, rows, y, p);
@@ -131,7 +122,6 @@ void bf16_tile(const Product& p, const std::byte* panel, int token, int tokens, 
   const int64_t cols = (p.cols + 31) / 32 * 32;
   const uint16_t* a = p.x.bf16 + token * cols;
   alignas(64) float acc[kTile][16];
-  finish_stores();
   if (tokens == kTile) {
     _tile_zero(0);
     for (int64_t k = 0; k < cols; k += 32) {

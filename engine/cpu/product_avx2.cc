@@ -44,8 +44,9 @@ void prefetch(const std::byte* p) {
 //   5 bits    4 groups * 2 * 31 * 127 = 31496
 //   Q6_K      4 groups * 2 * 32 * 127 = 32512     signed
 //   Q8_0      1 group  * 2 * 128 * 127 = 32512    signed
-// all below 32767, so that nothing ever saturates. "Signed" quants (kSigned) give their sign to the
-// activation: q a = |q| * (sign(q) a), which VPSIGNB and VPABSB do; |-128| is 128 as unsigned byte.
+// all below 32767, so that nothing ever saturates. Signed quants (kSigned) give their sign to the
+// activation, q a = |q| * (sign(q) a), with VPABSB and VPSIGNB; |-128| is 128 as an unsigned byte.
+// An offset that is still in the quants (kOffset) is taken out of the dot with the activations' sum.
 
 __m256 load_halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -135,14 +136,14 @@ struct ReadQ5_1 {
 
 // Scale and minimum of Q4_K and Q5_K: 6-bit numbers times d and -dmin, one rounding each.
 template <typename Panel>
-__m256 k_scale(const Panel& p, int block, int half) {
+[[gnu::always_inline]] inline __m256 k_scale(const Panel& p, int block, int half) {
   const __m256i number = load_bytes(p.six_bits[block / 2][block % 2 * 2] + 8 * half);
   return _mm256_mul_ps(load_halves(p.d + 8 * half),
                        _mm256_cvtepi32_ps(_mm256_and_si256(number, _mm256_set1_epi32(63))));
 }
 
 template <typename Panel>
-__m256 k_min(const Panel& p, int block, int half) {
+[[gnu::always_inline]] inline __m256 k_min(const Panel& p, int block, int half) {
   const auto& bytes = p.six_bits[block / 2];
   __m256i number;
   if (block % 2 == 0) {
@@ -218,33 +219,78 @@ struct Tile {
   float* y;     // of the first row and token
 };
 
-// y of the tile's rows and tokens.
+// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to stand
+// in memory, and the compiler would then write the sums back there after every step.
 template <int T>
-void store(const Tile& tile, const __m256 (*acc)[2]) {
-  const int64_t stride = tile.p.y_stride;
+[[gnu::always_inline]] inline void store(const Tile& tile, const __m256 (&acc)[T][2]) {
   const bool accumulate = tile.p.accumulate;
-  if (tile.rows == kPanelRows) {
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      for (int half = 0; half < 2; ++half) {
-        float* y = tile.y + t * stride + 8 * half;
-        _mm256_storeu_ps(y, accumulate ? _mm256_add_ps(_mm256_loadu_ps(y), acc[t][half])
-                                       : acc[t][half]);
-      }
-    }
-    return;
-  }
   for (int t = 0; t < T; ++t) {
-    float rows[16];
-    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(rows + 8 * half, acc[t][half]);
-    float* y = tile.y + t * stride;
-    for (int r = 0; r < tile.rows; ++r) y[r] = accumulate ? y[r] + rows[r] : rows[r];
+    float* y = tile.y + t * tile.p.y_stride;
+    if (tile.rows == kPanelRows) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256 v = acc[t][half];
+        if (accumulate) v = _mm256_add_ps(_mm256_loadu_ps(y + 8 * half), v);
+        _mm256_storeu_ps(y + 8 * half, v);
+      }
+    } else {
+      float v[kPanelRows];
+      _mm256_storeu_ps(v, acc[t][0]);
+      _mm256_storeu_ps(v + 8, acc[t][1]);
+      for (int r = 0; r < tile.rows; ++r) y[r] = accumulate ? y[r] + v[r] : v[r];
+    }
   }
 }
 
 // A token's four bytes of one group, in every lane.
 __m256i broadcast(const int8_t* q) {
   return _mm256_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(q));
+}
+
+// Integer adds are associative and the compiler knows it: left alone, it gathers a token's products
+// over all groups into a tree of adds, which keeps them all alive and spills most of them (twice the
+// time). An empty statement that claims to change the sum has it made here and now, in a register.
+__m256i pin(__m256i sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+// dot[t][half] = sum over the columns of scale s of stored quants * activations, in integers.
+// q8: the first token's activations of this block, the next token's `stride` bytes on.
+template <typename Reader, int T>
+[[gnu::always_inline]] inline void integer_dots(const Reader& w, int s, const int8_t* q8,
+                                                int64_t stride, __m256i (&dot)[T][2]) {
+  constexpr int kGroups = 8 / Reader::kScales;
+#pragma GCC unroll 8
+  for (int run = 0; run < kGroups; run += Reader::kRun) {
+    __m256i sum[T][2];  // in 16 bits
+#pragma GCC unroll 8
+    for (int g = 0; g < Reader::kRun; ++g) {
+      const int group = s * kGroups + run + g;
+      const __m256i w0 = w.group(group, 0), w1 = w.group(group, 1);
+      const __m256i abs0 = Reader::kSigned ? _mm256_abs_epi8(w0) : w0;
+      const __m256i abs1 = Reader::kSigned ? _mm256_abs_epi8(w1) : w1;
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const __m256i x = broadcast(q8 + t * stride + group * 4);
+        const __m256i x0 = Reader::kSigned ? _mm256_sign_epi8(x, w0) : x;
+        const __m256i x1 = Reader::kSigned ? _mm256_sign_epi8(x, w1) : x;
+        const __m256i product0 = _mm256_maddubs_epi16(abs0, x0);
+        const __m256i product1 = _mm256_maddubs_epi16(abs1, x1);
+        sum[t][0] = g == 0 ? product0 : pin(_mm256_add_epi16(sum[t][0], product0));
+        sum[t][1] = g == 0 ? product1 : pin(_mm256_add_epi16(sum[t][1], product1));
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i wide = _mm256_madd_epi16(sum[t][half], _mm256_set1_epi16(1));
+        dot[t][half] = run == 0 ? wide : pin(_mm256_add_epi32(dot[t][half], wide));
+      }
+    }
+  }
 }
 
 template <typename Reader, int T>
@@ -254,7 +300,7 @@ void quantised_tile(const Tile& tile) {
   const int8_t* q8 = p.x.q8 + tile.token * p.cols;
   const float* scale_x = p.x.scale + tile.token * blocks;
   const int32_t* sum_x = p.x.sum + tile.token * blocks;
-  constexpr int kGroups = 8 / Reader::kScales;  // that share a scale
+  constexpr int kOffsetLog2 = Reader::kOffset == 0 ? 0 : __builtin_ctz(Reader::kOffset);
   __m256 acc[T][2];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
@@ -266,35 +312,7 @@ void quantised_tile(const Tile& tile) {
 #pragma GCC unroll 2
     for (int s = 0; s < Reader::kScales; ++s) {
       __m256i dot[T][2];
-#pragma GCC unroll 8
-      for (int run = 0; run < kGroups; run += Reader::kRun) {
-        __m256i sum[T][2];  // in 16 bits
-#pragma GCC unroll 8
-        for (int g = 0; g < Reader::kRun; ++g) {
-          const int group = s * kGroups + run + g;
-          const __m256i w0 = w.group(group, 0), w1 = w.group(group, 1);
-          const __m256i abs0 = Reader::kSigned ? _mm256_abs_epi8(w0) : w0;
-          const __m256i abs1 = Reader::kSigned ? _mm256_abs_epi8(w1) : w1;
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) {
-            const __m256i x = broadcast(q8 + t * p.cols + group * 4);
-            const __m256i x0 = Reader::kSigned ? _mm256_sign_epi8(x, w0) : x;
-            const __m256i x1 = Reader::kSigned ? _mm256_sign_epi8(x, w1) : x;
-            const __m256i product0 = _mm256_maddubs_epi16(abs0, x0);
-            const __m256i product1 = _mm256_maddubs_epi16(abs1, x1);
-            sum[t][0] = g == 0 ? product0 : _mm256_add_epi16(sum[t][0], product0);
-            sum[t][1] = g == 0 ? product1 : _mm256_add_epi16(sum[t][1], product1);
-          }
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const __m256i wide = _mm256_madd_epi16(sum[t][half], _mm256_set1_epi16(1));
-            dot[t][half] = run == 0 ? wide : _mm256_add_epi32(dot[t][half], wide);
-          }
-        }
-      }
+      integer_dots(w, s, q8, p.cols, dot);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m256 scale = w.scale(s, half);
@@ -303,8 +321,7 @@ void quantised_tile(const Tile& tile) {
         for (int t = 0; t < T; ++t) {
           const __m256i sum = _mm256_set1_epi32(sum_x[t * blocks]);
           __m256i d = dot[t][half];
-          if (Reader::kOffset != 0)  // a power of two
-            d = _mm256_sub_epi32(d, _mm256_slli_epi32(sum, __builtin_ctz(Reader::kOffset | 256)));
+          if (Reader::kOffset != 0) d = _mm256_sub_epi32(d, _mm256_slli_epi32(sum, kOffsetLog2));
           if (s == 0) {
             u[t][half] = Reader::kHasMin ? _mm256_mul_ps(min, _mm256_cvtepi32_ps(sum))
                                          : _mm256_setzero_ps();
@@ -320,7 +337,7 @@ void quantised_tile(const Tile& tile) {
       acc[t][1] = _mm256_fmadd_ps(scale, u[t][1], acc[t][1]);
     }
   }
-  store<T>(tile, acc);
+  store(tile, acc);
 }
 
 __m256 load_column(const float* p) { return _mm256_loadu_ps(p); }
@@ -331,21 +348,22 @@ template <typename Weight, int T>
 void float_tile(const Tile& tile) {
   const Product& p = tile.p;
   const auto* w = reinterpret_cast<const Weight*>(tile.panel);
-  const float* x = p.x.f32 + tile.token * p.cols;
+  const int64_t cols = p.cols;
+  const float* x = p.x.f32 + tile.token * cols;
   __m256 acc[T][2];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < p.cols; ++k, w += 16) {
+  for (int64_t k = 0; k < cols; ++k, w += 16, ++x) {
     if (tile.first) prefetch<16 * sizeof(Weight)>(reinterpret_cast<const std::byte*>(w));
     const __m256 w0 = load_column(w), w1 = load_column(w + 8);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const __m256 xk = _mm256_broadcast_ss(x + t * p.cols + k);
+      const __m256 xk = _mm256_broadcast_ss(x + t * cols);
       acc[t][0] = _mm256_fmadd_ps(w0, xk, acc[t][0]);
       acc[t][1] = _mm256_fmadd_ps(w1, xk, acc[t][1]);
     }
   }
-  store<T>(tile, acc);
+  store(tile, acc);
 }
 
 // A bf16 is the upper half of a float: of a pair, the odd one needs its neighbour masked away, the
@@ -401,7 +419,7 @@ void bf16_tile(const Tile& tile) {
             _mm256_add_ps(acc[t][half], _mm256_add_ps(chain[0][t][half], chain[1][t][half]));
     }
   }
-  store<T>(tile, acc);
+  store(tile, acc);
 }
 
 // ---- Products ---------------------------------------------------------------------------------

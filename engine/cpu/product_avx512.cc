@@ -28,17 +28,6 @@ void prefetch(const std::byte* p) {
 
 // ---- Tiles ------------------------------------------------------------------------------------
 
-// y of one tile: lanes `rows` of acc[t] belong to y[t * stride + 0..15].
-template <int T>
-void store(const __m512* acc, __mmask16 rows, float* y, int64_t stride, bool accumulate) {
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    __m512 v = acc[t];
-    if (accumulate) v = _mm512_add_ps(_mm512_maskz_loadu_ps(rows, y + t * stride), v);
-    _mm512_mask_storeu_ps(y + t * stride, rows, v);
-  }
-}
-
 // One panel times T tokens.
 struct Tile {
   const Product& p;
@@ -49,9 +38,72 @@ struct Tile {
   float* y;            // of the first row and token
 };
 
+// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to stand
+// in memory, and the compiler would then write the sums back there after every step.
+template <int T>
+[[gnu::always_inline]] inline void store(const Tile& tile, const __m512 (&acc)[T]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    float* y = tile.y + t * tile.p.y_stride;
+    __m512 v = acc[t];
+    if (tile.p.accumulate) v = _mm512_add_ps(_mm512_maskz_loadu_ps(tile.rows, y), v);
+    _mm512_mask_storeu_ps(y, tile.rows, v);
+  }
+}
+
 // A token's four bytes of one group, in every lane.
 __m512i broadcast(const int8_t* q) {
   return _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(q));
+}
+
+// dot[t] = sum over the columns of scale s of q * a, in integers. q8 and sum: the first token's
+// activations of this block and their sum, the next token's q8_stride and sum_stride on.
+//
+// VPDPBUSD multiplies unsigned by signed bytes and adds four neighbours to a 32-bit lane. The weights
+// are the unsigned ones, and starting from -kOffset * sum of the activations takes the offset out.
+template <typename Reader, int T>
+[[gnu::always_inline]] inline void integer_dots(const Reader& w, int, const int8_t* q8,
+                                                int64_t q8_stride, const int32_t* sum,
+                                                int64_t sum_stride, __m512i (&dot)[T]) {
+  constexpr int kOffsetLog2 = Reader::kOffset == 0 ? 0 : __builtin_ctz(Reader::kOffset);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const __m512i offset = _mm512_slli_epi32(_mm512_set1_epi32(sum[t * sum_stride]), kOffsetLog2);
+    dot[t] = _mm512_setzero_si512();
+    if (Reader::kOffset != 0) dot[t] = _mm512_sub_epi32(dot[t], offset);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const __m512i quants = w.group(g);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      dot[t] = _mm512_dpbusd_epi32(dot[t], quants, broadcast(q8 + t * q8_stride + g * 4));
+  }
+}
+
+// Q6_K has two scales a block, and the activations' sum over half a block is not at hand. So the
+// other way round: weights signed, activations unsigned as a + 128, and the start is -128 * sum of
+// the weights, which serves all tokens.
+template <int T>
+[[gnu::always_inline]] inline void integer_dots(const ReadQ6_K& w, int s, const int8_t* q8,
+                                                int64_t q8_stride, const int32_t*, int64_t,
+                                                __m512i (&dot)[T]) {
+  const __m512i all_128 = _mm512_set1_epi8(-128);  // as unsigned bytes
+  __m512i quants[4], sum_128 = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    quants[g] = _mm512_sub_epi8(w.group(4 * s + g), _mm512_set1_epi8(ReadQ6_K::kOffset));
+    sum_128 = _mm512_dpbusd_epi32(sum_128, all_128, quants[g]);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    dot[t] = _mm512_sub_epi32(_mm512_setzero_si512(), sum_128);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      const __m512i x = broadcast(q8 + t * q8_stride + 16 * s + 4 * g);
+      dot[t] = _mm512_dpbusd_epi32(dot[t], _mm512_xor_si512(x, all_128), quants[g]);
+    }
+  }
 }
 
 template <typename Reader, int T>
@@ -61,61 +113,24 @@ void quantised_tile(const Tile& tile) {
   const int8_t* q8 = p.x.q8 + tile.token * p.cols;
   const float* scale_x = p.x.scale + tile.token * blocks;
   const int32_t* sum_x = p.x.sum + tile.token * blocks;
-  const __m512 zero = _mm512_setzero_ps();
   __m512 acc[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) acc[t] = zero;
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
 
   for (int64_t b = 0; b < blocks; ++b, q8 += 32, ++scale_x, ++sum_x) {
     if (tile.first) prefetch<Reader::kBytes>(tile.panel + b * Reader::kBytes);
     const Reader w(tile.panel, b);
     __m512 u[T];
-    __m512i rest[T];  // kScales == 2: the activations' sum over the second half
 #pragma GCC unroll 2
-    for (int h = 0; h < Reader::kScales; ++h) {
-      constexpr int kGroups = 8 / Reader::kScales;
-      // The dots start at -kOffset * sum of the activations, which takes the offset out for nothing.
+    for (int s = 0; s < Reader::kScales; ++s) {
       __m512i dot[T];
+      integer_dots(w, s, q8, p.cols, sum_x, blocks, dot);
+      const __m512 scale = w.scale(s), min = w.min();
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        __m512i sum = _mm512_setzero_si512();
-        if (Reader::kOffset != 0) sum = _mm512_set1_epi32(sum_x[t * blocks]);
-        if (Reader::kScales == 2) {
-          if (h == 0) {  // the first half's own sum: 16 bytes times ones, then a sum of four lanes
-            const __m512i x = _mm512_broadcast_i32x4(
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(q8 + t * p.cols)));
-            __m512i half = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
-            half = _mm512_add_epi32(half, _mm512_shuffle_epi32(half, _MM_PERM_BADC));
-            half = _mm512_add_epi32(half, _mm512_shuffle_epi32(half, _MM_PERM_CDAB));
-            rest[t] = _mm512_sub_epi32(sum, half);
-            sum = half;
-          } else {
-            sum = rest[t];
-          }
-        }
-        // kOffset is a power of two
-        dot[t] = Reader::kOffset == 0
-                     ? sum
-                     : _mm512_sub_epi32(_mm512_setzero_si512(),
-                                        _mm512_slli_epi32(sum, __builtin_ctz(Reader::kOffset | 256)));
-      }
-#pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) {
-        const __m512i quants = w.group(h * kGroups + g);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-          dot[t] = _mm512_dpbusd_epi32(dot[t], quants,
-                                       broadcast(q8 + t * p.cols + (h * kGroups + g) * 4));
-        }
-      }
-      const __m512 scale = w.scale(h);
-      const __m512 min = w.min();
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        if (h == 0) {
-          u[t] = zero;
-          if (Reader::kHasMin)
-            u[t] = _mm512_mul_ps(min, _mm512_cvtepi32_ps(_mm512_set1_epi32(sum_x[t * blocks])));
+        if (s == 0) {
+          const __m512 sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(sum_x[t * blocks]));
+          u[t] = Reader::kHasMin ? _mm512_mul_ps(min, sum) : _mm512_setzero_ps();
         }
         u[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot[t]), u[t]);
       }
@@ -124,7 +139,7 @@ void quantised_tile(const Tile& tile) {
     for (int t = 0; t < T; ++t)
       acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(scale_x[t * blocks]), u[t], acc[t]);
   }
-  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+  store(tile, acc);
 }
 
 __m512 load_column(const float* p) { return _mm512_loadu_ps(p); }
@@ -135,18 +150,19 @@ template <typename Weight, int T>
 void float_tile(const Tile& tile) {
   const Product& p = tile.p;
   const auto* w = reinterpret_cast<const Weight*>(tile.panel);
-  const float* x = p.x.f32 + tile.token * p.cols;
+  const int64_t cols = p.cols;
+  const float* x = p.x.f32 + tile.token * cols;
   __m512 acc[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < p.cols; ++k, w += 16) {
+  for (int64_t k = 0; k < cols; ++k, w += 16, ++x) {
     if (tile.first) prefetch<16 * sizeof(Weight)>(reinterpret_cast<const std::byte*>(w));
     const __m512 column = load_column(w);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
-      acc[t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[t * p.cols + k]), acc[t]);
+      acc[t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[t * cols]), acc[t]);
   }
-  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+  store(tile, acc);
 }
 
 // A bf16 is the upper half of a float: of a pair, the odd one needs its neighbour masked away, the
@@ -191,7 +207,7 @@ void bf16_tile(const Tile& tile) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) acc[t] = _mm512_add_ps(acc[t], _mm512_add_ps(even[t], odd[t]));
   }
-  store<T>(acc, tile.rows, tile.y, p.y_stride, p.accumulate);
+  store(tile, acc);
 }
 
 // ---- Products ---------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ namespace chimera::cpu {
 namespace {
 
 // A reader stands on one block of 32 columns. group(g) is the vector [16 rows][4 k] of column group
-// g = 0..7, unsigned bytes that are kOffset too large; scale(h), h < kScales, are the 16 rows' scales
-// (of half h of the block where there are two); min() their minima if kHasMin.
+// g = 0..7, unsigned bytes that are kOffset too large; scale(s), s < kScales, are the 16 rows' scales
+// (of half s of the block where there are two); min() their minima if kHasMin.
 
 __m512 load_halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -151,8 +151,8 @@ struct ReadQ6_K {
   int block;
   ReadQ6_K(const std::byte* panel, int64_t b)
       : p(reinterpret_cast<const PanelQ6_K*>(panel) + b / 8), block(static_cast<int>(b % 8)) {}
-  __m512 scale(int h) const {
-    const auto* bytes = reinterpret_cast<const __m128i*>(p->scale[block][h]);
+  __m512 scale(int s) const {
+    const auto* bytes = reinterpret_cast<const __m128i*>(p->scale[block][s]);
     return _mm512_mul_ps(load_halves(p->d),
                          _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes))));
   }

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "engine/cpu/kernels.h"
+#include "engine/cpu/product_amx.h"
 #include "engine/error.h"
 
 namespace chimera::cpu {

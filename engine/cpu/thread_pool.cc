@@ -18,12 +18,11 @@ inline void pause() {
 #endif
 }
 
-// Spins until done() holds. On a machine with fewer free cores than threads, spinning for long keeps
-// the one we wait for from running: yield then.
+// Spins until done() holds, and after `limit` spins lets others run: what we wait for may need the core.
 template <typename F>
-void spin_until(const F& done) {
+void spin_until(int limit, const F& done) {
   for (int spins = 0; !done(); ++spins) {
-    if (spins < kSpins)
+    if (spins < limit)
       pause();
     else
       std::this_thread::yield();
@@ -47,7 +46,7 @@ int physical_cores() {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
-ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) {
+ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)), spins_(size_ > physical_cores() ? 0 : kSpins) {
   for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -67,13 +66,13 @@ void ThreadPool::run(Job job, void* context) {
     generation_.notify_all();
   }
   job(context, 0);
-  if (size_ > 1) spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
+  if (size_ > 1) spin_until(spins_, [this] { return busy_.load(std::memory_order_acquire) == 0; });
 }
 
 void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
+    for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
     generation_.wait(seen, std::memory_order_acquire);
     ++seen;
     if (stop_) return;
@@ -89,7 +88,7 @@ void ThreadPool::barrier() {
     arrived_.store(0, std::memory_order_relaxed);
     barriers_.fetch_add(1, std::memory_order_release);
   } else {
-    spin_until([&] { return barriers_.load(std::memory_order_acquire) != passed; });
+    spin_until(spins_, [&] { return barriers_.load(std::memory_order_acquire) != passed; });
   }
 }
 

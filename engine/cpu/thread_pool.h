@@ -37,6 +37,7 @@ class ThreadPool {
   void work(int thread);
 
   const int size_;
+  const int spins_;  // before a waiting thread yields; none where threads have to share cores
   std::vector<std::thread> workers_;
   Job job_ = nullptr;
   void* context_ = nullptr;

@@ -1,0 +1,82 @@
+// The house: includes point one way, and files of one instruction set export nothing that another
+// file could be linked to (an AVX-512 copy of an inline function is a crash on an older machine).
+#include <array>
+#include <cstdio>
+#include <regex>
+#include <sstream>
+#include <set>
+
+#include "tests/support.h"
+
+namespace chimera::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::map<std::string, std::set<std::string>> kMayInclude = {
+    {"engine", {"engine"}},
+    {"tokenizer", {"tokenizer", "engine"}},
+    {"loader", {"loader", "tokenizer", "engine"}},
+    {"cuda", {"cuda", "engine"}},
+    {"tools", {"tools", "loader", "tokenizer", "engine"}},
+};
+
+TEST(Structure, IncludesPointOneWay) {
+  const std::regex include("^\\s*#\\s*include\\s+\"([a-z0-9_]+)/[^\"]*\"");
+  int files = 0;
+  for (const auto& [folder, allowed] : kMayInclude)
+    for (const auto& entry : fs::recursive_directory_iterator(folder)) {
+      const std::string extension = entry.path().extension().string();
+      if (extension != ".h" && extension != ".cc" && extension != ".cu" && extension != ".cuh") continue;
+      ++files;
+      std::ifstream file(entry.path());
+      for (std::string line; std::getline(file, line);) {
+        std::smatch match;
+        const bool ours = std::regex_search(line, match, include);
+        EXPECT_TRUE(!ours || allowed.count(match[1].str())) << entry.path() << ": " << line;
+        EXPECT_EQ(line.find("nlohmann") != std::string::npos && folder == "engine", false) << entry.path() << ": the engine knows no JSON";
+      }
+    }
+  EXPECT_GT(files, 40);
+}
+
+TEST(Structure, TheTopLevelIsWhatWeSay) {
+  const std::set<std::string> expected = {"Makefile", "README.md", "LICENSE", "engine", "cuda", "tokenizer", "loader", "tests", "tools", "models"};
+  for (const auto& entry : fs::directory_iterator(".")) {
+    const std::string name = entry.path().filename().string();
+    if (name[0] != '.' && name.rfind("build", 0) != 0) {
+      EXPECT_TRUE(expected.count(name)) << name;
+    }
+  }
+}
+
+std::string output_of(const std::string& command) {
+  std::string text;
+  FILE* pipe = popen(command.c_str(), "r");
+  std::array<char, 4096> buffer;
+  while (pipe != nullptr && std::fgets(buffer.data(), static_cast<int>(buffer.size()), pipe)) text += buffer.data();
+  if (pipe != nullptr) pclose(pipe);
+  return text;
+}
+
+TEST(Structure, InstructionSetFilesExportNothingInline) {
+  const char* build = std::getenv("CHIMERA_BUILD");
+  const fs::path objects = fs::path(build ? build : "build") / "obj" / "engine" / "cpu";
+  if (std::string(build ? build : "").find("build-") == 0) GTEST_SKIP() << "sanitizers and debug builds add symbols of their own";
+  int files = 0;
+  for (const auto& entry : fs::directory_iterator(objects)) {
+    const std::string name = entry.path().filename().string();
+    if (!std::regex_match(name, std::regex(".*_(avx2|avx512|amx)\\.o"))) continue;
+    ++files;
+    std::istringstream lines(output_of("nm -C --defined-only " + entry.path().string()));
+    for (std::string line; std::getline(lines, line);) {
+      // W, V: weak (inline, template); u: unique. T: a function that others may call; only data may leave.
+      const bool weak = std::regex_search(line, std::regex("^[0-9a-f]+ [WVuT] "));
+      EXPECT_FALSE(weak) << name << " exports " << line;
+    }
+  }
+  EXPECT_GE(files, 5);
+}
+
+}  // namespace
+}  // namespace chimera::test

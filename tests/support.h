@@ -1,0 +1,101 @@
+// What the engine's tests share: where data is, models loaded once, backends by instruction set.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/cpu/kernels.h"
+#include "engine/generate.h"
+#include "loader/load.h"
+#include "tokenizer/chat.h"
+#include "tokenizer/tokenizer.h"
+
+namespace chimera::test {
+
+// Data that is not part of the project: golden files, models, prompts. Tests run in the checkout's root.
+inline std::string shared(const std::string& path) { return "../shared/data/" + path; }
+inline const char* const kSmolLm2 = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+#define SKIP_WITHOUT(path)                                                    \
+  if (const std::string missing = (path); !std::filesystem::exists(missing)) \
+  GTEST_SKIP() << "needs " << missing
+
+inline const char* const kQuantTypes[] = {"f32",  "f16",  "bf16", "q8_0", "q4_0", "q4_1",
+                                          "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+inline std::string tiny(const std::string& type) { return shared("models/tiny-quants/tiny-" + type + ".gguf"); }
+
+// A backend of one instruction set, whatever the environment says.
+inline std::unique_ptr<Backend> backend_of(const std::string& isa, int threads) {
+  const char* old = std::getenv("CHIMERA_ISA");
+  const std::string saved = old ? old : "";
+  setenv("CHIMERA_ISA", isa.c_str(), 1);
+  auto backend = make_backend("cpu", {threads});
+  if (saved.empty())
+    unsetenv("CHIMERA_ISA");
+  else
+    setenv("CHIMERA_ISA", saved.c_str(), 1);
+  return backend;
+}
+
+// The instruction sets of this machine, the scalar reference first.
+inline std::vector<std::string> isas() {
+  std::vector<std::string> names = {"scalar"};
+  if (cpu::machine_has(cpu::Isa::kAvx2)) names.push_back("avx2");
+  if (cpu::machine_has(cpu::Isa::kAvx512)) names.push_back("avx512");
+  if (cpu::machine_has(cpu::Isa::kAmx)) names.push_back("amx");
+  return names;
+}
+
+// A model with its weights prepared for one backend.
+struct Loaded {
+  ModelFile file;
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Llama> model;
+};
+inline Loaded load(const std::string& path, const std::string& isa, int threads) {
+  Loaded l{load_model(path), backend_of(isa, threads), nullptr};
+  l.model = std::make_unique<Llama>(*l.backend, l.file.tensors);
+  return l;
+}
+
+template <typename T>
+std::vector<T> read_array(const std::string& path) {
+  std::vector<T> data(std::filesystem::file_size(path) / sizeof(T));
+  std::ifstream(path, std::ios::binary)
+      .read(reinterpret_cast<char*>(data.data()), static_cast<std::streamsize>(data.size() * sizeof(T)));
+  return data;
+}
+
+inline std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline std::vector<int32_t> random_tokens(std::mt19937& random, int n, int vocab) {
+  std::vector<int32_t> ids(static_cast<size_t>(n));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % static_cast<unsigned>(vocab));
+  return ids;
+}
+
+// First turns of MT-bench in SmolLM2's chat format.
+inline std::vector<std::vector<int32_t>> test_prompts(size_t n, const Vocabulary& vocabulary) {
+  const Tokenizer tokenizer(vocabulary);
+  std::ifstream file(shared("prompts/mt_bench.jsonl"));
+  std::vector<std::vector<int32_t>> prompts;
+  for (std::string line; prompts.size() < n && std::getline(file, line);) {
+    const Message message{"user", nlohmann::json::parse(line)["turns"][0].get<std::string>()};
+    prompts.push_back(encode_chat(tokenizer, ChatFormat::kChatMl, {&message, 1}, true));
+  }
+  return prompts;
+}
+
+}  // namespace chimera::test

@@ -1,0 +1,249 @@
+// chimera bench: how fast plain decoding is, how much of the memory's speed it gets, and what
+// drafting adds.
+#include <unistd.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "engine/generate.h"
+#include "tools/commands.h"
+#include "tools/flags.h"
+#include "tools/machine.h"
+#include "tools/model.h"
+#include "tools/output.h"
+#include "tools/prompts.h"
+
+namespace chimera {
+namespace {
+
+// A story, an explanation, code, and a text that must be said again with changes: from little to
+// much that a drafter can guess.
+const char* const kPrompts[] = {
+    "Tell me a short story about a lighthouse keeper who finds a letter.",
+    "Explain how a bicycle stays upright, in simple words.",
+    "Write a Python function that checks whether a number is prime, and explain it line by line.",
+    "Correct the spelling and repeat the text: The quick brown fox jumpd over the lazy dog. The "
+    "lazy "
+    "dog did not moove. The quick brown fox jumpd over the lazy dog again, and the lazy dog slept.",
+};
+
+struct Options {
+  std::optional<std::string> model, prompts;
+  std::optional<int> limit, ctx, threads;
+  int n = 128, rounds = 5, nodes = 8;
+  Sampling sampling;
+  bool json = false;
+};
+
+Command command(Options* o) {
+  return {
+      "bench",
+      "-m MODEL [FLAGS]",
+      "Decodes a set of prompts with and without drafting, in turns, and reads memory as fast as\n"
+      "it goes between them. Reports medians of the rounds, and the lowest and highest.\n",
+      {heading("Flags"),
+       {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
+       {0, "prompts", "FILE",
+        "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line "
+        "(default: four prompts of its own)",
+        text(&o->prompts)},
+       {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
+       {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
+       {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
+       {0, "nodes", "N", "guesses that a pass checks, at most",
+        integer(&o->nodes, 1, Step::kMaxRows - 1)},
+       {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
+       {0, "threads", "N", "CPU threads (default: one for each physical core)",
+        integer(&o->threads, 1, 256)},
+       {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
+        integer(&o->ctx, 1, kMaxContext)},
+       {0, "json", "", "print one JSON object instead of a table", on(&o->json)}}};
+}
+
+// One value for each round.
+class Series {
+ public:
+  void add(double value) {
+    values_.insert(std::upper_bound(values_.begin(), values_.end(), value), value);
+  }
+  double median() const {
+    const size_t n = values_.size();
+    return (values_[(n - 1) / 2] + values_[n / 2]) / 2;
+  }
+  std::vector<double> spread() const { return {values_.front(), values_.back()}; }
+  std::string text(int decimals) const {
+    return fixed_text(median(), decimals) + " (" + fixed_text(values_.front(), decimals) + ".." +
+           fixed_text(values_.back(), decimals) + ")";
+  }
+
+ private:
+  std::vector<double> values_;  // ascending
+};
+
+// What a drafter did in one round, all prompts together. The first token of a text is the prompt's.
+struct Total {
+  double seconds = 0;
+  int64_t steps = 0, tokens = 0;
+
+  void add(const Generation& g) {
+    seconds += g.step_seconds;
+    steps += g.steps;
+    tokens += g.step_tokens;
+  }
+  double tokens_per_second() const { return static_cast<double>(tokens) / seconds; }
+  double tokens_per_step() const {
+    return static_cast<double>(tokens) / static_cast<double>(steps);
+  }
+};
+
+struct Result {
+  Series tokens_per_second, tokens_per_step, speedup;
+};
+
+std::vector<Prompt> choose_prompts(const Options& o) {
+  std::vector<Prompt> prompts;
+  if (o.prompts) {
+    prompts = load_prompts(*o.prompts);
+  } else {
+    for (const char* text : kPrompts) prompts.push_back({{"user", text}});
+  }
+  if (o.limit && prompts.size() > static_cast<size_t>(*o.limit))
+    prompts.resize(static_cast<size_t>(*o.limit));
+  return prompts;
+}
+
+void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& drafted,
+                size_t prompt) {
+  const auto [a, b] = std::mismatch(plain.begin(), plain.end(), drafted.begin(), drafted.end());
+  if (a == plain.end() && b == drafted.end()) return;
+  throw Error(
+      "prompt " + std::to_string(prompt + 1) + ", token " + std::to_string(a - plain.begin() + 1),
+      "the text of plain decoding", "another one with ngram",
+      "THE TEXTS DIFFER, which must never happen: please report it with this command");
+}
+
+class Progress {
+ public:
+  void show(const std::string& line) {
+    if (terminal_) std::fprintf(stderr, "\r\033[K%s", line.c_str());
+  }
+  ~Progress() { show(""); }
+
+ private:
+  const bool terminal_ = isatty(STDERR_FILENO) != 0;
+};
+
+}  // namespace
+
+int bench(const std::vector<std::string>& args) {
+  Options o;
+  if (!parse(command(&o), args)) return 0;
+  if (!o.model) throw UsageError("bench", "-m MODEL", "none", "see chimera bench --help");
+
+  const int threads = o.threads.value_or(cpu::physical_cores());
+  const auto backend = make_backend("cpu", {.threads = threads});
+  Model model(*o.model);
+  std::vector<std::vector<int32_t>> prompts;
+  size_t longest = 0;
+  for (const Prompt& prompt : choose_prompts(o)) {
+    prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
+    longest = std::max(longest, prompts.back().size());
+  }
+  const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
+
+  const Llama llama = prepare_weights(*backend, &model);
+  Session session(llama, {.context = context, .max_nodes = o.nodes});
+  ReadBandwidth read_bandwidth(llama.weight_bytes(), threads);
+  GenerateOptions options;
+  options.max_tokens = o.n;
+  if (model.tokenizer.eos() >= 0) options.eos = {model.tokenizer.eos()};
+  options.sampling = o.sampling;
+  // A drafter for each text: it must not know a prompt from the round before.
+  const auto decode = [&](const std::vector<int32_t>& prompt, bool draft) {
+    const auto drafter = draft ? make_ngram_drafter({.nodes = o.nodes}, 1, context) : nullptr;
+    return generate(session, drafter.get(), prompt, options);
+  };
+
+  Progress progress;
+  progress.show("warming up");
+  decode(prompts.front(), true);
+
+  Result plain, ngram;
+  Series bandwidth, share;
+  for (int round = 0; round < o.rounds; ++round) {
+    const double gb_per_second = read_bandwidth.measure();
+    Total a, b;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
+                    ", prompt " + std::to_string(i + 1) + " of " + std::to_string(prompts.size()));
+      options.sampling.seed = i;
+      const Generation one = decode(prompts[i], false);
+      const Generation tree = decode(prompts[i], true);
+      check_same(one.ids, tree.ids, i);
+      a.add(one);
+      b.add(tree);
+    }
+    if (a.steps == 0)
+      throw Error("bench", "texts of two tokens and more", "none", "use other prompts");
+    plain.tokens_per_second.add(a.tokens_per_second());
+    plain.tokens_per_step.add(a.tokens_per_step());
+    plain.speedup.add(1);
+    ngram.tokens_per_second.add(b.tokens_per_second());
+    ngram.tokens_per_step.add(b.tokens_per_step());
+    ngram.speedup.add(b.tokens_per_second() / a.tokens_per_second());
+    bandwidth.add(gb_per_second);
+    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(a.steps) / a.seconds /
+              1e9 / gb_per_second);
+  }
+  progress.show("");
+
+  if (o.json) {
+    const auto result = [](const char* drafter, const Result& r) {
+      return nlohmann::ordered_json{{"drafter", drafter},
+                                    {"tokens_per_second", r.tokens_per_second.median()},
+                                    {"tokens_per_second_spread", r.tokens_per_second.spread()},
+                                    {"tokens_per_step", r.tokens_per_step.median()},
+                                    {"tokens_per_step_spread", r.tokens_per_step.spread()},
+                                    {"speedup", r.speedup.median()},
+                                    {"speedup_spread", r.speedup.spread()}};
+    };
+    print_json({{"model", model.name()},
+                {"cpu", cpu_model()},
+                {"device", backend->name()},
+                {"isa", backend->isa()},
+                {"threads", threads},
+                {"prompts", prompts.size()},
+                {"tokens", o.n},
+                {"rounds", o.rounds},
+                {"nodes", o.nodes},
+                {"temperature", o.sampling.temperature},
+                {"weight_bytes", llama.weight_bytes()},
+                {"peak_memory_bytes", peak_memory_bytes()},
+                {"read_bandwidth_gb_s", bandwidth.median()},
+                {"read_bandwidth_gb_s_spread", bandwidth.spread()},
+                {"bandwidth_share", share.median()},
+                {"bandwidth_share_spread", share.spread()},
+                {"results",
+                 nlohmann::ordered_json::array({result("none", plain), result("ngram", ngram)})}});
+    return 0;
+  }
+  const auto line = [](const char* drafter, const Result& r) {
+    char buffer[160];
+    std::snprintf(buffer, sizeof buffer, "%-8s %-25s %-20s %s\n", drafter,
+                  r.tokens_per_second.text(1).c_str(), r.tokens_per_step.text(2).c_str(),
+                  r.speedup.text(2).c_str());
+    return std::string(buffer);
+  };
+  print(model.name() + " on " + cpu_model() + ", " + backend->description() + "\n" +
+        count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
+        std::to_string(o.n) + " tokens each; median (lowest..highest) of " +
+        count_text(o.rounds, "round") + "\n\n" +
+        "drafter  tokens/s                  tokens/step          speedup\n" + line("none", plain) +
+        line("ngram", ngram) + "\nreading memory at " + bandwidth.text(1) +
+        " GB/s; plain decoding reads " + bytes_text(llama.weight_bytes()) +
+        " of weights a token,\n" + share.text(2) +
+        " of that speed. All texts were the same, token for token.\n");
+  return 0;
+}
+
+}  // namespace chimera

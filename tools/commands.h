@@ -1,0 +1,14 @@
+// The sub-commands, one file each. They return the exit code: 0 success, 1 failure, 2 usage; and
+// throw UsageError, other Errors and OutputClosed (main.cc catches them).
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace chimera {
+
+int run(const std::vector<std::string>& args);
+int info(const std::vector<std::string>& args);
+int bench(const std::vector<std::string>& args);
+
+}  // namespace chimera

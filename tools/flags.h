@@ -1,0 +1,68 @@
+// Command lines. The flags of a sub-command are declared once, in a table from which parsing, error
+// messages and --help are made:
+//
+//   int nodes = 8;          // what the variable holds is the default that --help shows
+//   bool json = false;
+//   const Command command{"try", "[--nodes N]", "Tries something.\n", {
+//       {'n', "nodes", "N", "candidates a step, at most", integer(&nodes, 1, 255)},
+//       {0, "json", "", "print one JSON object", on(&json)},
+//   }};
+//   if (!parse(command, args)) return 0;  // --help
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/error.h"
+
+namespace chimera {
+
+// A command line that cannot be obeyed: exit code 2.
+class UsageError : public Error {
+ public:
+  using Error::Error;
+};
+
+// Where a flag's value goes. One without a default is a std::optional.
+struct FlagValue {
+  std::function<bool(std::string_view)> set;  // false: not what was expected
+  std::string expected;                       // "a whole number from 1 to 255"; empty: anything
+  std::string default_text;                   // empty: --help shows none
+};
+FlagValue text(std::optional<std::string>* target);
+FlagValue choice(std::string* target, std::vector<std::string> choices);
+FlagValue integer(int* target, int min, int max);
+FlagValue integer(std::optional<int>* target, int min, int max);
+FlagValue integer(uint64_t* target);
+FlagValue number(float* target, float min, float max);
+FlagValue on(bool* target);
+
+struct Flag {
+  char letter;             // 'n' for -n; 0: none
+  std::string name;        // "nodes" for --nodes
+  std::string value_name;  // "N"; empty: a switch
+  std::string help;        // may have several lines
+  FlagValue value;         // without a `set`: `name` is a heading in --help
+};
+inline Flag heading(const std::string& name) {
+  return {0, name, "", "", {}};
+}
+
+struct Command {
+  std::string name;   // "run"
+  std::string usage;  // what follows it
+  std::string about;  // lines for --help
+  std::vector<Flag> flags;
+  std::optional<std::string>* argument =
+      nullptr;  // the one word that is no flag, if it may have one
+};
+
+// Sets the flags' targets; the last of two wins. Returns false after --help, which it prints.
+// Throws UsageError.
+bool parse(const Command& command, const std::vector<std::string>& args);
+
+}  // namespace chimera

@@ -1,0 +1,84 @@
+#include "tools/machine.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+
+#include "engine/error.h"
+
+namespace chimera {
+namespace {
+
+// The value of the first line "key : value".
+std::string field_of(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with(key)) continue;
+    const size_t colon = line.find(':');
+    const size_t begin = line.find_first_not_of(" \t", colon + 1);
+    return colon == std::string::npos || begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return "";
+}
+
+constexpr size_t kBlock = 128;  // bytes a round of the loop below
+
+// Every byte, in loads of 16 that do not wait for each other: memory is the limit.
+uint64_t sum_of(const std::byte* data, size_t bytes) {
+  typedef uint64_t Vector __attribute__((vector_size(16)));
+  constexpr int kVectors = kBlock / sizeof(Vector);
+  Vector sums[kVectors] = {};
+  for (size_t i = 0; i < bytes; i += kBlock) {
+    const auto* block = reinterpret_cast<const Vector*>(data + i);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[v] += block[v];
+  }
+  Vector sum = {};
+  for (const Vector& s : sums) sum += s;
+  return sum[0] + sum[1];
+}
+
+}  // namespace
+
+// Not getrusage(): its maximum includes what the process was before exec(), so a large parent (a
+// test runner, Python) would show in it.
+size_t peak_memory_bytes() {
+  const std::string kilobytes = field_of("/proc/self/status", "VmHWM");
+  return kilobytes.empty() ? 0 : std::stoull(kilobytes) * 1024;
+}
+
+std::string cpu_model() {
+  return field_of("/proc/cpuinfo", "model name");
+}
+
+ReadBandwidth::ReadBandwidth(size_t bytes, int threads)
+    : share_((bytes / static_cast<size_t>(threads) + kBlock) / kBlock * kBlock), pool_(threads) {
+  const size_t size = share_ * static_cast<size_t>(threads);
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw Error("memory", std::to_string(size) + " bytes", "none left");
+  madvise(p, size, MADV_HUGEPAGE);
+  buffer_ = {static_cast<std::byte*>(p), [size](std::byte* q) { munmap(q, size); }};
+  // By the threads that will read it: that decides on which memory node it lies.
+  pool_.run(
+      [&](int t) { std::memset(buffer_.get() + static_cast<size_t>(t) * share_, 1, share_); });
+}
+
+double ReadBandwidth::measure() {
+  using Clock = std::chrono::steady_clock;
+  std::atomic<uint64_t> sum{0};
+  double seconds = 0;
+  int passes = 0;
+  const auto start = Clock::now();
+  for (; seconds < 0.2; ++passes) {
+    pool_.run(
+        [&](int t) { sum += sum_of(buffer_.get() + static_cast<size_t>(t) * share_, share_); });
+    seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  sum_ += sum;
+  return static_cast<double>(share_) * pool_.size() * passes / seconds / 1e9;
+}
+
+}  // namespace chimera

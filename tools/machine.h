@@ -1,0 +1,33 @@
+// What the tools ask the operating system and the hardware.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "engine/cpu/thread_pool.h"
+
+namespace chimera {
+
+size_t peak_memory_bytes();  // of this process, so far
+std::string cpu_model();     // "AMD EPYC"; empty if the system does not say
+
+// How fast this machine can read memory: what bounds plain decoding, which reads every weight once
+// for every token.
+class ReadBandwidth {
+ public:
+  // A buffer as large as what the engine reads, and as many threads as read it there.
+  ReadBandwidth(size_t bytes, int threads);
+
+  // GB/s (1e9), over passes of plain loads for a fifth of a second.
+  double measure();
+
+ private:
+  size_t share_;  // bytes a thread
+  cpu::ThreadPool pool_;
+  std::shared_ptr<std::byte> buffer_;
+  uint64_t sum_ = 0;  // keeps the loads from being optimised away
+};
+
+}  // namespace chimera

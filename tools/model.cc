@@ -1,0 +1,63 @@
+#include "tools/model.h"
+
+#include <algorithm>
+
+#include "engine/error.h"
+#include "loader/text.h"
+#include "tools/output.h"
+
+namespace chimera {
+
+Model::Model(const std::string& path)
+    : file(load_model(path)),
+      tokenizer_model(file.vocabulary.model),
+      chat_format(detect_chat_format(file.vocabulary)),
+      tokenizer(std::move(file.vocabulary)) {
+  for (const std::string& warning : file.warnings) note("warning: " + warning);
+}
+
+std::string Model::name() const {
+  return printable(file.tensors.name);
+}
+
+std::vector<int32_t> encode(const Model& model, std::span<const Message> messages, bool chat) {
+  const Tokenizer& tokenizer = model.tokenizer;
+  if (chat) return encode_chat(tokenizer, model.chat_format, messages, true);
+  std::string text;
+  for (const Message& message : messages) text += (text.empty() ? "" : "\n") + message.content;
+  std::vector<int32_t> ids = tokenizer.encode(text, /*parse_special=*/false);
+  if (tokenizer.add_bos() && tokenizer.bos() >= 0) ids.insert(ids.begin(), tokenizer.bos());
+  return ids;
+}
+
+int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t longest_prompt,
+                   int n) {
+  const auto enough = static_cast<int64_t>(longest_prompt) + n;
+  const int trained = std::min(config.max_context, kMaxContext);
+  const int context = ctx ? *ctx : static_cast<int>(std::min<int64_t>(trained, enough));
+  if (context > config.max_context) {
+    note("warning: the model was trained for " + std::to_string(config.max_context) +
+         " tokens; expect nonsense beyond");
+  }
+  if (longest_prompt >= static_cast<size_t>(context)) {
+    throw Error("prompt", "fewer than " + std::to_string(context) + " tokens (the context)",
+                std::to_string(longest_prompt),
+                ctx ? "shorten it or raise --ctx"
+                    : "shorten it, or go beyond what the model was trained for with --ctx");
+  }
+  return context;
+}
+
+Llama prepare_weights(Backend& backend, Model* model) {
+  const MappedFile& file = model->file.file;
+  Llama llama(backend, model->file.tensors, [&](const TensorView& view) {
+    file.drop({view.data, view.bytes()});
+  });
+  LlamaTensors& tensors = model->file.tensors;
+  tensors.embedding = tensors.output_norm = tensors.head = {};
+  tensors.layers.clear();
+  model->file.file = MappedFile();
+  return llama;
+}
+
+}  // namespace chimera

@@ -1,0 +1,42 @@
+// What run, info and bench share: from a path to a model that decodes.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/llama.h"
+#include "loader/load.h"
+#include "tokenizer/chat.h"
+#include "tokenizer/tokenizer.h"
+
+namespace chimera {
+
+// A file that has been opened and checked; its weights are not read yet.
+struct Model {
+  explicit Model(const std::string& path);  // notes the loader's warnings
+
+  ModelFile file;  // but for its vocabulary: the tokenizer has that
+  TokenizerModel tokenizer_model;
+  ChatFormat chat_format;
+  Tokenizer tokenizer;
+
+  std::string name() const;  // printable, whatever the file says
+};
+
+// The tokens to start from: a conversation in the model's chat format, or just the messages' text,
+// each on its own lines, with BOS in front where the model wants it.
+std::vector<int32_t> encode(const Model& model, std::span<const Message> messages, bool chat);
+
+// Tokens of context for prompts of up to `longest_prompt` tokens and `n` new ones each: --ctx if
+// given, else just enough, and no more than the model was trained for. Throws Error if there is no
+// room for a single new token.
+inline constexpr int kMaxContext = 1 << 20;
+int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t longest_prompt, int n);
+
+// Repacks the weights for the backend. The file is no longer needed then, and closed: model->file
+// keeps its configuration only.
+Llama prepare_weights(Backend& backend, Model* model);
+
+}  // namespace chimera

@@ -1,0 +1,44 @@
+#include "tools/output.h"
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+#include "engine/error.h"
+
+namespace chimera {
+
+void print(std::string_view text) {
+  const bool written = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
+  if (written && std::fflush(stdout) == 0) return;
+  if (errno == EPIPE) throw OutputClosed();
+  throw Error("standard output", "room for the text", std::strerror(errno));
+}
+
+void print_json(const nlohmann::ordered_json& object) {
+  print(object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+void note(const std::string& line) {
+  std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+std::string bytes_text(size_t bytes) {
+  const auto b = static_cast<double>(bytes);
+  if (bytes < 1000) return std::to_string(bytes) + " bytes";
+  if (b < 999.95e3) return fixed_text(b / 1e3, 1) + " kB";
+  if (b < 999.95e6) return fixed_text(b / 1e6, 1) + " MB";
+  return fixed_text(b / 1e9, 2) + " GB";
+}
+
+std::string count_text(int64_t n, const std::string& thing) {
+  return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
+}
+
+std::string fixed_text(double value, int decimals) {
+  char buffer[400];
+  std::snprintf(buffer, sizeof buffer, "%.*f", decimals, value);
+  return buffer;
+}
+
+}  // namespace chimera

@@ -1,0 +1,132 @@
+#include "tools/prompts.h"
+
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string_view>
+
+#include "engine/error.h"
+#include "loader/mapped_file.h"
+#include "tokenizer/unicode.h"
+
+namespace chimera {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kLongestLine = 16 << 20;
+constexpr int kDeepest = 32;
+
+bool is_blank(std::string_view text) {
+  return text.find_first_not_of(" \t\r") == std::string_view::npos;
+}
+
+void check_utf8(const std::string& where, std::string_view line) {
+  for (size_t i = 0; i < line.size();) {
+    const Utf8Char c = first_utf8_char(line.substr(i));
+    if (c.state != Utf8::kValid) {
+      throw Error(where, "UTF-8", "other bytes at byte " + std::to_string(i + 1),
+                  "save the file as UTF-8");
+    }
+    i += c.length;
+  }
+}
+
+json parse_object(const std::string& where, std::string_view line) {
+  std::set<std::string> keys;
+  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > kDeepest) {
+      throw Error(where, "JSON at most " + std::to_string(kDeepest) + " levels deep", "more");
+    }
+    if (depth == 1 && event == json::parse_event_t::key &&
+        !keys.insert(parsed.get<std::string>()).second) {
+      throw Error(where, "every field once", in_quotes(parsed.get<std::string>()) + " twice");
+    }
+    return true;
+  };
+  json object;
+  try {
+    object = json::parse(line, check);
+  } catch (const json::parse_error& e) {
+    throw Error(where, "a JSON object", "no valid JSON at byte " + std::to_string(e.byte),
+                "one object a line, or plain text in a file not named .jsonl");
+  } catch (const json::exception&) {  // a number that no double holds
+    throw Error(where, "a JSON object", "a number out of range");
+  }
+  if (!object.is_object())
+    throw Error(where, "a JSON object", "JSON of type " + std::string(object.type_name()));
+  return object;
+}
+
+std::string string_field(const std::string& where, const json& object, const char* key) {
+  const auto found = object.find(key);
+  const std::string field = where + ": \"" + key + "\"";
+  if (found == object.end()) throw Error(field, "a string", "no such field");
+  if (!found->is_string()) throw Error(field, "a string", found->type_name());
+  return found->get<std::string>();
+}
+
+Prompt user(std::string text) {
+  return {{"user", std::move(text)}};
+}
+
+Prompt read_messages(const std::string& where, const json& messages) {
+  if (!messages.is_array()) throw Error(where, "a list of messages", messages.type_name());
+  Prompt prompt;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const std::string message = where + ": message " + std::to_string(i + 1);
+    if (!messages[i].is_object()) throw Error(message, "an object", messages[i].type_name());
+    prompt.push_back({string_field(message, messages[i], "role"),
+                      string_field(message, messages[i], "content")});
+  }
+  // The answer is ours to give.
+  while (!prompt.empty() && prompt.back().role == "assistant") prompt.pop_back();
+  if (prompt.empty()) throw Error(where, "a message to answer", "none");
+  return prompt;
+}
+
+Prompt read_json_line(const std::string& where, std::string_view line) {
+  const json object = parse_object(where, line);
+  if (const auto turns = object.find("turns"); turns != object.end()) {
+    if (!turns->is_array() || turns->empty() || !turns->front().is_string()) {
+      throw Error(where + ": \"turns\"", "a list of strings",
+                  in_quotes(turns->dump().substr(0, 40)));
+    }
+    return user(turns->front().get<std::string>());
+  }
+  for (const char* key : {"prompt", "text"}) {
+    if (object.contains(key)) return user(string_field(where, object, key));
+  }
+  if (const auto messages = object.find("messages"); messages != object.end()) {
+    return read_messages(where + ": \"messages\"", *messages);
+  }
+  throw Error(where, "\"turns\", \"prompt\", \"text\" or \"messages\"", "none of them");
+}
+
+}  // namespace
+
+std::vector<Prompt> load_prompts(const std::string& path) {
+  const MappedFile file(path);
+  std::string_view rest(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  if (rest.starts_with("\xEF\xBB\xBF")) rest.remove_prefix(3);  // byte order mark
+  const size_t first = rest.find_first_not_of(" \t\r\n");
+  const bool jsonl =
+      path.ends_with(".jsonl") || (first != std::string_view::npos && rest[first] == '{');
+
+  std::vector<Prompt> prompts;
+  for (int number = 1; !rest.empty(); ++number) {
+    std::string_view line = rest.substr(0, rest.find('\n'));
+    rest.remove_prefix(std::min(rest.size(), line.size() + 1));
+    const std::string where = file.name() + ": line " + std::to_string(number);
+    if (line.size() > kLongestLine) {
+      throw Error(where, "at most 16 MB", std::to_string(line.size()) + " bytes");
+    }
+    if (line.ends_with('\r')) line.remove_suffix(1);
+    if (is_blank(line)) continue;
+    check_utf8(where, line);
+    prompts.push_back(jsonl ? read_json_line(where, line) : user(std::string(line)));
+  }
+  if (prompts.empty()) throw Error(file.name(), "at least one prompt", "only blank lines");
+  return prompts;
+}
+
+}  // namespace chimera
