@@ -31,12 +31,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 
 #include "engine/dtype.h"
+#include "engine/function_ref.h"
 #include "engine/step.h"
 #include "engine/tensor.h"
 
@@ -116,8 +116,8 @@ class Backend {
   virtual size_t reserved_bytes() const = 0;
 
   // ---- running ----
-  virtual void submit(uint64_t key, const std::function<void()>& ops) = 0;
-  virtual void on_host(const std::function<void()>& op) = 0;
+  virtual void submit(uint64_t key, FunctionRef<void()> ops) = 0;
+  virtual void on_host(FunctionRef<void()> op) = 0;
 
   // ---- ops ----
   // out[r] = row token[r] of the table, dequantised.

@@ -177,8 +177,8 @@ class CpuBackend final : public Backend {
   }
   size_t reserved_bytes() const override { return reserved_; }
 
-  void submit(uint64_t /*key*/, const std::function<void()>& ops) override { ops(); }
-  void on_host(const std::function<void()>& op) override { op(); }
+  void submit(uint64_t /*key*/, FunctionRef<void()> ops) override { ops(); }
+  void on_host(FunctionRef<void()> op) override { op(); }
 
   void embed(const Step* step, const Matrix& table, float* out) override {
     const CpuMatrix& m = cast(table);

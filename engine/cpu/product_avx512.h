@@ -5,8 +5,10 @@
 #pragma once
 
 // g++ 12 takes the "any value will do" operands inside its own intrinsics for mistakes.
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include "engine/cpu/panels.h"
