@@ -72,10 +72,12 @@ struct Linear {
     kPlain,    // x: (rows, cols)
     kRmsNorm,  // f = RMS norm with norm_weight: (cols), eps
     kSwiGlu,   // x: (rows, 2 * cols) holds gate, then up; f = silu(gate) * up
+    kSilu,     // x: (rows, cols)
   };
   const Matrix* weights = nullptr;  // (n, cols)
   const float* x = nullptr;
-  float* y = nullptr;  // (rows, n)
+  float* y = nullptr;    // (rows, n), rows y_stride floats apart
+  int64_t y_stride = 0;  // 0: n
   Input input = Input::kPlain;
   const float* norm_weight = nullptr;
   float eps = 0;
@@ -87,10 +89,12 @@ struct Linear {
 struct RopeTable {
   const float* cos = nullptr;  // (positions, head_dim / 2)
   const float* sin = nullptr;
+  int query_shift = 0;         // queries turn as if they stood this many positions later than their keys
 };
 
 struct Heads {
   int n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int rope_kv_heads = -1;  // KV heads, and their query heads, that turn; the rest keep still. -1: all
 };
 
 class Backend {
@@ -120,7 +124,7 @@ class Backend {
   virtual void on_host(FunctionRef<void()> op) = 0;
 
   // ---- ops ----
-  // out[r] = row token[r] of the table, dequantised.
+  // out[r] = row token[r] of the table, dequantised; zeros for token -1.
   virtual void embed(const Step* step, const Matrix& table, float* out) = 0;
   virtual void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) = 0;
   virtual void linear(const Step* step, const Linear& op) = 0;

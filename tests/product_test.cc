@@ -82,7 +82,10 @@ Weights random_weights(DType type, int64_t rows, int64_t cols, Values values, ui
       case DType::kF16: put(b, random_half(rng, values)); break;
       case DType::kBF16: {
         float f = 0.05f * normal(rng);
-        if (values == Values::kExtreme && rng() % 2 == 0) f *= rng() % 2 ? 0x1p-120f : 0x1p-60f;
+        // Rows of every size, the smallest with sums about where denormals begin.
+        const float sizes[] = {1.0f, 0x1p-60f, 0x1p-119f, 0x1p-122f};
+        const size_t row = static_cast<size_t>(b - w.bytes.data()) / row_bytes(type, cols);
+        if (values == Values::kExtreme) f *= sizes[row % 4];
         put(b, f32_to_bf16(f));
         break;
       }
@@ -181,8 +184,7 @@ Inputs random_inputs(int m, int64_t cols, Values values, uint32_t seed) {
   const int64_t padded = (cols + 31) / 32 * 32;
   in.bf16.resize(static_cast<size_t>(m * padded));
   for (int t = 0; t < m; ++t)
-    for (int64_t k = 0; k < cols; ++k)
-      in.bf16[t * padded + k] = f32_to_bf16(in.f32[t * cols + k]);
+    for (int64_t k = 0; k < cols; ++k) in.bf16[t * padded + k] = f32_to_bf16(in.f32[t * cols + k]);
   if (cols % 32 == 0) {
     const size_t blocks = static_cast<size_t>(m * cols / 32);
     in.q8.resize(blocks * 32), in.scale.resize(blocks), in.sum.resize(blocks);
@@ -194,9 +196,11 @@ Inputs random_inputs(int m, int64_t cols, Values values, uint32_t seed) {
 
 // ---- Comparison -------------------------------------------------------------------------------
 
-::testing::AssertionResult same_bits(const std::vector<float>& want, const std::vector<float>& got) {
+::testing::AssertionResult same_bits(const std::vector<float>& want,
+                                     const std::vector<float>& got) {
   for (size_t i = 0; i < want.size(); ++i) {
-    if (std::isnan(want[i]) && std::isnan(got[i])) continue;  // payloads are not part of the contract
+    if (std::isnan(want[i]) && std::isnan(got[i]))
+      continue;  // payloads are not part of the contract
     if (std::memcmp(&want[i], &got[i], 4) != 0)
       return ::testing::AssertionFailure()
              << "y[" << i << "] is " << std::hexfloat << got[i] << ", the reference " << want[i];
@@ -229,8 +233,8 @@ void compare(const InstructionSet& isa, DType type, int64_t rows, int64_t cols, 
       SCOPED_TRACE("m = " + std::to_string(m) + (accumulate ? " accumulate" : ""));
       std::vector<float> want = before, got = before;
       std::copy(all.begin(), all.begin() + m * stride, want.begin());
-      Product p{panels.data(), rows, cols, 0,          panel_count, in.of(type),
-                m,             got.data(), stride, accumulate};
+      Product p{panels.data(), rows, cols,       0,      panel_count,
+                in.of(type),   m,    got.data(), stride, accumulate};
       isa.products[static_cast<int>(type)](p);
       ASSERT_TRUE(same_bits(want, got));
 
@@ -340,8 +344,8 @@ INSTANTIATE_TEST_SUITE_P(Isa, ProductTestFull, ::testing::Range(0, 3));
 
 // ---- The reference itself ---------------------------------------------------------------------
 
-// Against a product in double precision of dequantize_row's weights with the activations as they are
-// after rounding. What is left is f32 rounding: a few ulps of the sum of magnitudes.
+// Against a product in double precision of dequantize_row's weights with the activations as they
+// are after rounding. What is left is f32 rounding: a few ulps of the sum of magnitudes.
 TEST(ProductReference, NearDoublePrecision) {
   for (const DType type : kTypes) {
     SCOPED_TRACE(dtype_info(type).name);

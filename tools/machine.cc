@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -68,17 +69,19 @@ ReadBandwidth::ReadBandwidth(size_t bytes, int threads)
 
 double ReadBandwidth::measure() {
   using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  };
   std::atomic<uint64_t> sum{0};
-  double seconds = 0;
-  int passes = 0;
-  const auto start = Clock::now();
-  for (; seconds < 0.2; ++passes) {
+  double best = 1e9;
+  for (const auto start = Clock::now(); seconds_since(start) < 0.2;) {
+    const auto pass = Clock::now();
     pool_.run(
         [&](int t) { sum += sum_of(buffer_.get() + static_cast<size_t>(t) * share_, share_); });
-    seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    best = std::min(best, seconds_since(pass));
   }
   sum_ += sum;
-  return static_cast<double>(share_) * pool_.size() * passes / seconds / 1e9;
+  return static_cast<double>(share_) * pool_.size() / best / 1e9;
 }
 
 }  // namespace chimera

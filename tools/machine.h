@@ -20,7 +20,8 @@ class ReadBandwidth {
   // A buffer as large as what the engine reads, and as many threads as read it there.
   ReadBandwidth(size_t bytes, int threads);
 
-  // GB/s (1e9), over passes of plain loads for a fifth of a second.
+  // GB/s (1e9) of the fastest pass of plain loads in a fifth of a second. (A limit should not
+  // depend on what else the machine is doing.)
   double measure();
 
  private:

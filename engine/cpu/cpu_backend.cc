@@ -185,7 +185,9 @@ class CpuBackend final : public Backend {
     for_rows(step->n_rows, kFewRows, [&](int r) {
       const Segment& s = m.segments.front();
       float* row = out + r * m.cols;
-      if (s.panels != nullptr)
+      if (step->token[r] < 0)
+        std::fill_n(row, m.cols, 0.0f);
+      else if (s.panels != nullptr)
         dequantize_panel_row(s.file.type, s.panels, m.cols, step->token[r], row);
       else
         dequantize_row(s.file.type, s.file.row(step->token[r]), m.cols, row);
@@ -215,6 +217,7 @@ class CpuBackend final : public Backend {
       if (divide) pool_.barrier();
 
       const Activations x = activations(op, w, input);
+      const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
       const auto [begin, end] = share(w.n_panels, thread);
       for (const Segment& s : w.segments) {
         const int64_t b = std::max<int64_t>(begin - s.first_panel, 0), e = std::min(end - s.first_panel, s.n_panels);
@@ -222,9 +225,9 @@ class CpuBackend final : public Backend {
         float* y = op.y + s.first_row;
         if (s.panels != nullptr)
           kernels_.products[static_cast<int>(s.file.type)](
-              {s.panels, s.file.rows, w.cols, b, e, x, m, y, w.rows, op.accumulate});
+              {s.panels, s.file.rows, w.cols, b, e, x, m, y, y_stride, op.accumulate});
         else
-          product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, y, w.rows, op.accumulate);
+          product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, y, y_stride, op.accumulate);
       }
     });
   }
@@ -233,15 +236,21 @@ class CpuBackend final : public Backend {
                    int layer) override {
     const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
     const int half = h.head_dim / 2, width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
+    const int group = h.n_heads / h.n_kv_heads, turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
     for_rows(step->n_rows, kFewRows, [&](int r) {
       float* q = qkv + static_cast<int64_t>(r) * width;
       float* k = q + h.n_heads * h.head_dim;
       const float* v = k + h.n_kv_heads * h.head_dim;
-      const float* cos = rope.cos + static_cast<int64_t>(step->position[r]) * half;
-      const float* sin = rope.sin + static_cast<int64_t>(step->position[r]) * half;
-      for (int i = 0; i < h.n_heads; ++i) kernels_.rotate(q + i * h.head_dim, cos, sin, h.head_dim, scale);
+      const int64_t key_at = static_cast<int64_t>(step->position[r]) * half, query_at = key_at + rope.query_shift * half;
+      for (int i = 0; i < h.n_heads; ++i) {
+        float* head = q + i * h.head_dim;
+        if (i / group < turning)
+          kernels_.rotate(head, rope.cos + query_at, rope.sin + query_at, h.head_dim, scale);
+        else
+          for (int d = 0; d < h.head_dim; ++d) head[d] *= scale;
+      }
       for (int i = 0; i < h.n_kv_heads; ++i) {
-        kernels_.rotate(k + i * h.head_dim, cos, sin, h.head_dim, 1.0f);
+        if (i < turning) kernels_.rotate(k + i * h.head_dim, rope.cos + key_at, rope.sin + key_at, h.head_dim, 1.0f);
         append(kv, layer, step->sequence[r], i, step->slot[r], k + i * h.head_dim, v + i * h.head_dim);
       }
     });
@@ -418,6 +427,7 @@ class CpuBackend final : public Backend {
         break;
       case Linear::Input::kRmsNorm: kernels_.rms_norm(x, op.norm_weight, op.eps, n, f); break;
       case Linear::Input::kSwiGlu: kernels_.swiglu(x, n, f); break;
+      case Linear::Input::kSilu: kernels_.silu(x, n, f); break;
     }
     const float* y = op.input == Linear::Input::kPlain ? x : f;
     if (w.needs_q8) kernels_.quantize_q8(y, n, s.q8 + to * n, s.scale + to * (n / 32), s.sum + to * (n / 32));

@@ -128,6 +128,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
   // y = silu(gate) * up; gate_up: (2, n)
   void (*swiglu)(const float* gate_up, int64_t n, float* y);
+  void (*silu)(const float* x, int64_t n, float* y);
   void (*quantize_q8)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
   // y: n rounded up to 32, padded with zeros
   void (*round_bf16)(const float* x, int64_t n, uint16_t* y);

@@ -56,6 +56,13 @@ void swiglu(const float* gate_up, int64_t n, float* y) {
   if (i < n) store_first(y + i, silu_times(load_first(gate_up + i, n - i), load_first(gate_up + n + i, n - i)), n - i);
 }
 
+void silu(const float* x, int64_t n, float* y) {
+  const Lanes one = broadcast(1.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, load(x + i) / (one + exp(negate(load(x + i)))));
+  if (i < n) store_first(y + i, load_first(x + i, n - i) / (one + exp(negate(load_first(x + i, n - i)))), n - i);
+}
+
 void quantize_q8(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
   for (int64_t b = 0; b < n / 32; ++b, x += 32, q += 32) {
     const Lanes lo = load(x), hi = load(x + 16);

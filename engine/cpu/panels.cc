@@ -18,7 +18,9 @@ uint16_t load_half(const std::byte* p) {
   return half;
 }
 
-void store_word(uint8_t* vector, int row, uint32_t word) { std::memcpy(vector + 4 * row, &word, 4); }
+void store_word(uint8_t* vector, int row, uint32_t word) {
+  std::memcpy(vector + 4 * row, &word, 4);
+}
 
 constexpr uint32_t kNibbles = 0x0f0f0f0f;
 

@@ -28,8 +28,8 @@ constexpr int kMinTokens = 4;
 // not have been written yet.
 void finish_stores(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
-// The shapes of the tile registers, by number (intrinsics want literals). The last tokens, fewer than
-// 16, have registers of their own, so that one configuration serves the whole product.
+// The shapes of the tile registers, by number (intrinsics want literals). The last tokens, fewer
+// than 16, have registers of their own, so that one configuration serves the whole product.
 //   0 C, 1 A   of 16 tokens      2 C, 3 A   of the last m % 16      4 B
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -20,33 +20,35 @@ namespace {
 constexpr int kTile = 4;
 
 // The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the bytes
-// that are this far ahead, which are those of the next panels.
-constexpr int kPrefetchBytes = 4096;
+// that are this far ahead, which are those of the next panels. They go to L2: L1 can wait for fewer
+// lines at a time, and its own prefetcher fetches them from there.
+constexpr int kPrefetchBytes = 8192;
 
 template <int kBytes>
 void prefetch(const std::byte* p) {
 #pragma GCC unroll 9
   for (int i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T1);
 }
 
 // ---- Weights: how each type's panel gives up its scales and quants -----------------------------
 //
 // A reader stands on one block of 32 columns. group(g, half) is the vector [8 rows][4 k] of column
-// group g = 0..7, rows 8 half and up. scale(s, half), s < kScales, are these rows' scales (of half s
-// of the block's columns where there are two); min(half) their minima if kHasMin.
+// group g = 0..7, rows 8 half and up. scale(s, half), s < kScales, are these rows' scales (of half
+// s of the block's columns where there are two); min(half) their minima if kHasMin.
 //
-// Integer products. VPMADDUBSW multiplies unsigned by signed bytes and adds neighbours into 16 bits,
-// saturating; VPMADDWD with ones then adds neighbours into 32 bits. The second is not needed for each
-// group: kRun says how many groups may be summed in 16 bits first. With |a| <= 127 and two products
-// in a lane,
+// Integer products. VPMADDUBSW multiplies unsigned by signed bytes and adds neighbours into 16
+// bits, saturating; VPMADDWD with ones then adds neighbours into 32 bits. The second is not needed
+// for each group: kRun says how many groups may be summed in 16 bits first. With |a| <= 127 and two
+// products in a lane,
 //   4 bits    8 groups * 2 * 15 * 127 = 30480     the whole block
 //   5 bits    4 groups * 2 * 31 * 127 = 31496
 //   Q6_K      4 groups * 2 * 32 * 127 = 32512     signed
 //   Q8_0      1 group  * 2 * 128 * 127 = 32512    signed
 // all below 32767, so that nothing ever saturates. Signed quants (kSigned) give their sign to the
 // activation, q a = |q| * (sign(q) a), with VPABSB and VPSIGNB; |-128| is 128 as an unsigned byte.
-// An offset that is still in the quants (kOffset) is taken out of the dot with the activations' sum.
+// An offset that is still in the quants (kOffset) is taken out of the dot with the activations'
+// sum.
 
 __m256 load_halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -65,8 +67,8 @@ __m256i nibbles(const uint8_t (*quants)[64], int group, int half) {
   return _mm256_and_si256(group < 4 ? v : _mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
 }
 
-// Adds bit `group` of every byte of `high` as the fifth bit. Bytes shift as parts of wider lanes, and
-// the mask drops what has crossed from a neighbour.
+// Adds bit `group` of every byte of `high` as the fifth bit. Bytes shift as parts of wider lanes,
+// and the mask drops what has crossed from a neighbour.
 __m256i with_fifth_bit(__m256i low, const uint8_t* high, int group, int half) {
   const __m256i v = load_vector(high + 32 * half);
   const __m256i bit = group < 4 ? _mm256_slli_epi16(v, 4 - group) : _mm256_srli_epi16(v, group - 4);
@@ -152,8 +154,8 @@ template <typename Panel>
     const __m256i b0 = _mm256_srli_epi32(load_bytes(bytes[0] + 8 * half), 6);
     const __m256i b1 = _mm256_srli_epi32(load_bytes(bytes[1] + 8 * half), 6);
     const __m256i b2 = _mm256_srli_epi32(load_bytes(bytes[2] + 8 * half), 6);
-    number = _mm256_or_si256(
-        b0, _mm256_or_si256(_mm256_slli_epi32(b1, 2), _mm256_slli_epi32(b2, 4)));
+    number =
+        _mm256_or_si256(b0, _mm256_or_si256(_mm256_slli_epi32(b1, 2), _mm256_slli_epi32(b2, 4)));
   }
   return _mm256_mul_ps(load_halves(p.minus_dmin + 8 * half), _mm256_cvtepi32_ps(number));
 }
@@ -213,14 +215,14 @@ struct ReadQ6_K {
 struct Tile {
   const Product& p;
   const std::byte* panel;
-  int token;    // the first
-  bool first;   // of its panel
-  int rows;     // that exist: 1..16
-  float* y;     // of the first row and token
+  int token;   // the first
+  bool first;  // of its panel
+  int rows;    // that exist: 1..16
+  float* y;    // of the first row and token
 };
 
-// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to stand
-// in memory, and the compiler would then write the sums back there after every step.
+// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to
+// stand in memory, and the compiler would then write the sums back there after every step.
 template <int T>
 [[gnu::always_inline]] inline void store(const Tile& tile, const __m256 (&acc)[T][2]) {
   const bool accumulate = tile.p.accumulate;
@@ -249,8 +251,9 @@ __m256i broadcast(const int8_t* q) {
 }
 
 // Integer adds are associative and the compiler knows it: left alone, it gathers a token's products
-// over all groups into a tree of adds, which keeps them all alive and spills most of them (twice the
-// time). An empty statement that claims to change the sum has it made here and now, in a register.
+// over all groups into a tree of adds, which keeps them all alive and spills most of them (twice
+// the time). An empty statement that claims to change the sum has it made here and now, in a
+// register.
 __m256i pin(__m256i sum) {
   asm("" : "+x"(sum));
   return sum;
@@ -323,8 +326,8 @@ void quantised_tile(const Tile& tile) {
           __m256i d = dot[t][half];
           if (Reader::kOffset != 0) d = _mm256_sub_epi32(d, _mm256_slli_epi32(sum, kOffsetLog2));
           if (s == 0) {
-            u[t][half] = Reader::kHasMin ? _mm256_mul_ps(min, _mm256_cvtepi32_ps(sum))
-                                         : _mm256_setzero_ps();
+            u[t][half] =
+                Reader::kHasMin ? _mm256_mul_ps(min, _mm256_cvtepi32_ps(sum)) : _mm256_setzero_ps();
           }
           u[t][half] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(d), u[t][half]);
         }
@@ -428,16 +431,22 @@ void bf16_tile(const Tile& tile) {
 template <typename Reader>
 struct Quantised {
   template <int T>
-  static void run(const Tile& tile) { quantised_tile<Reader, T>(tile); }
+  static void run(const Tile& tile) {
+    quantised_tile<Reader, T>(tile);
+  }
 };
 template <typename Weight>
 struct Float {
   template <int T>
-  static void run(const Tile& tile) { float_tile<Weight, T>(tile); }
+  static void run(const Tile& tile) {
+    float_tile<Weight, T>(tile);
+  }
 };
 struct BFloat {
   template <int T>
-  static void run(const Tile& tile) { bf16_tile<T>(tile); }
+  static void run(const Tile& tile) {
+    bf16_tile<T>(tile);
+  }
 };
 
 template <typename Kernel>
@@ -445,12 +454,12 @@ void over_panels(const Product& p, size_t panel_size) {
   for (int64_t panel = p.panel_begin; panel < p.panel_end; ++panel) {
     const int64_t row = panel * kPanelRows, rows = p.rows - row;
     for (int t = 0; t < p.m; t += kTile) {
-      const Tile tile{p,
-                      p.panels + static_cast<size_t>(panel) * panel_size,
-                      t,
-                      t == 0,
-                      static_cast<int>(rows < kPanelRows ? rows : kPanelRows),
-                      p.y + t * p.y_stride + row};
+      const Tile tile{.p = p,
+                      .panel = p.panels + static_cast<size_t>(panel) * panel_size,
+                      .token = t,
+                      .first = t == 0,
+                      .rows = static_cast<int>(rows < kPanelRows ? rows : kPanelRows),
+                      .y = p.y + t * p.y_stride + row};
       switch (p.m - t) {
         case 1: Kernel::template run<1>(tile); break;
         case 2: Kernel::template run<2>(tile); break;

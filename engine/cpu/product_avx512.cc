@@ -1,14 +1,16 @@
 // Products over panels with AVX-512 and VNNI.
 //
-// A tile is one panel (16 rows, a lane each) times up to kTile tokens. It goes over the columns once;
-// every vector of weights that it loads meets all its tokens. The tiles of a panel follow each other,
-// so that the panel comes from memory once, during the first tile, and from the cache after that.
+// A tile is one panel (16 rows, a lane each) times up to kTile tokens. It goes over the columns
+// once; every vector of weights that it loads meets all its tokens. The tiles of a panel follow
+// each other, so that the panel comes from memory once, during the first tile, and from the cache
+// after that.
 //
 // Nothing in this file may have linkage but the table at its end: an inline function of this file,
 // compiled for AVX-512, could otherwise be the copy that the linker keeps for the whole program.
+#include "engine/cpu/product_avx512.h"
+
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/panels.h"
-#include "engine/cpu/product_avx512.h"
 
 namespace chimera::cpu {
 namespace {
@@ -16,14 +18,15 @@ namespace {
 constexpr int kTile = 8;  // tokens: 8 f32 sums and 8 integer dots are 16 of the 32 registers
 
 // The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the bytes
-// that are this far ahead, which are those of the next panels.
-constexpr int kPrefetchBytes = 4096;
+// that are this far ahead, which are those of the next panels. They go to L2: L1 can wait for fewer
+// lines at a time, and its own prefetcher fetches them from there.
+constexpr int kPrefetchBytes = 8192;
 
 template <int kBytes>
 void prefetch(const std::byte* p) {
 #pragma GCC unroll 9
   for (int i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T1);
 }
 
 // ---- Tiles ------------------------------------------------------------------------------------
@@ -32,14 +35,14 @@ void prefetch(const std::byte* p) {
 struct Tile {
   const Product& p;
   const std::byte* panel;
-  int token;           // the first
-  bool first;          // of its panel
-  __mmask16 rows;      // that exist
-  float* y;            // of the first row and token
+  int token;       // the first
+  bool first;      // of its panel
+  __mmask16 rows;  // that exist
+  float* y;        // of the first row and token
 };
 
-// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to stand
-// in memory, and the compiler would then write the sums back there after every step.
+// y of the tile's rows and tokens. Inlined, because an array that is handed to a function has to
+// stand in memory, and the compiler would then write the sums back there after every step.
 template <int T>
 [[gnu::always_inline]] inline void store(const Tile& tile, const __m512 (&acc)[T]) {
 #pragma GCC unroll 8
@@ -59,8 +62,9 @@ __m512i broadcast(const int8_t* q) {
 // dot[t] = sum over the columns of scale s of q * a, in integers. q8 and sum: the first token's
 // activations of this block and their sum, the next token's q8_stride and sum_stride on.
 //
-// VPDPBUSD multiplies unsigned by signed bytes and adds four neighbours to a 32-bit lane. The weights
-// are the unsigned ones, and starting from -kOffset * sum of the activations takes the offset out.
+// VPDPBUSD multiplies unsigned by signed bytes and adds four neighbours to a 32-bit lane. The
+// weights are the unsigned ones, and starting from -kOffset * sum of the activations takes the
+// offset out.
 template <typename Reader, int T>
 [[gnu::always_inline]] inline void integer_dots(const Reader& w, int, const int8_t* q8,
                                                 int64_t q8_stride, const int32_t* sum,
@@ -216,16 +220,22 @@ void bf16_tile(const Tile& tile) {
 template <typename Reader>
 struct Quantised {
   template <int T>
-  static void run(const Tile& tile) { quantised_tile<Reader, T>(tile); }
+  static void run(const Tile& tile) {
+    quantised_tile<Reader, T>(tile);
+  }
 };
 template <typename Weight>
 struct Float {
   template <int T>
-  static void run(const Tile& tile) { float_tile<Weight, T>(tile); }
+  static void run(const Tile& tile) {
+    float_tile<Weight, T>(tile);
+  }
 };
 struct BFloat {
   template <int T>
-  static void run(const Tile& tile) { bf16_tile<T>(tile); }
+  static void run(const Tile& tile) {
+    bf16_tile<T>(tile);
+  }
 };
 
 template <typename Kernel>
@@ -234,8 +244,12 @@ void over_panels(const Product& p, size_t panel_size) {
     const int64_t row = panel * kPanelRows, rows = p.rows - row;
     const auto mask = static_cast<__mmask16>(rows < kPanelRows ? (1u << rows) - 1 : 0xffffu);
     for (int t = 0; t < p.m; t += kTile) {
-      const Tile tile{p,    p.panels + static_cast<size_t>(panel) * panel_size, t, t == 0,
-                      mask, p.y + t * p.y_stride + row};
+      const Tile tile{.p = p,
+                      .panel = p.panels + static_cast<size_t>(panel) * panel_size,
+                      .token = t,
+                      .first = t == 0,
+                      .rows = mask,
+                      .y = p.y + t * p.y_stride + row};
       switch (p.m - t) {
         case 1: Kernel::template run<1>(tile); break;
         case 2: Kernel::template run<2>(tile); break;

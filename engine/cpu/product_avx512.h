@@ -17,8 +17,8 @@ namespace chimera::cpu {
 namespace {
 
 // A reader stands on one block of 32 columns. group(g) is the vector [16 rows][4 k] of column group
-// g = 0..7, unsigned bytes that are kOffset too large; scale(s), s < kScales, are the 16 rows' scales
-// (of half s of the block where there are two); min() their minima if kHasMin.
+// g = 0..7, unsigned bytes that are kOffset too large; scale(s), s < kScales, are the 16 rows'
+// scales (of half s of the block where there are two); min() their minima if kHasMin.
 
 __m512 load_halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -33,8 +33,8 @@ __m512i nibbles(const uint8_t (*quants)[64], int group) {
   return _mm512_and_si512(group < 4 ? v : _mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
 }
 
-// Adds bit `group` of every byte of `high` as the fifth bit. Bytes shift as parts of wider lanes, and
-// the mask drops what has crossed from a neighbour.
+// Adds bit `group` of every byte of `high` as the fifth bit. Bytes shift as parts of wider lanes,
+// and the mask drops what has crossed from a neighbour.
 __m512i with_fifth_bit(__m512i low, const uint8_t* high, int group) {
   const __m512i v = _mm512_loadu_si512(high);
   const __m512i bit = group < 4 ? _mm512_slli_epi16(v, 4 - group) : _mm512_srli_epi16(v, group - 4);
@@ -114,8 +114,8 @@ __m512 k_min(const Panel& p, int block) {
     const __m512i b0 = _mm512_srli_epi32(load_bytes(bytes[0]), 6);
     const __m512i b1 = _mm512_srli_epi32(load_bytes(bytes[1]), 6);
     const __m512i b2 = _mm512_srli_epi32(load_bytes(bytes[2]), 6);
-    number = _mm512_or_si512(
-        b0, _mm512_or_si512(_mm512_slli_epi32(b1, 2), _mm512_slli_epi32(b2, 4)));
+    number =
+        _mm512_or_si512(b0, _mm512_or_si512(_mm512_slli_epi32(b1, 2), _mm512_slli_epi32(b2, 4)));
   }
   return _mm512_mul_ps(load_halves(p.minus_dmin), _mm512_cvtepi32_ps(number));
 }

@@ -51,7 +51,8 @@ float dot_bf16(const std::byte* row, const uint16_t* x, int64_t cols) {
   float acc = 0.0f;
   for (int64_t k = 0; k < cols; k += 32) {
     float w[32] = {};
-    dequantize_row(DType::kBF16, row + row_bytes(DType::kBF16, k), std::min<int64_t>(32, cols - k), w);
+    dequantize_row(DType::kBF16, row + row_bytes(DType::kBF16, k), std::min<int64_t>(32, cols - k),
+                   w);
     float even = 0.0f, odd = 0.0f;
     for (int i = 0; i < 32; i += 2) {
       even = std::fma(w[i], bf16_to_f32(x[k + i]), even);

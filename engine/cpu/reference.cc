@@ -50,6 +50,10 @@ void swiglu(const float* gate_up, int64_t n, float* y) {
   }
 }
 
+void silu(const float* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] / (1.0f + exp(-x[i]));
+}
+
 void quantize_q8(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
   for (int64_t b = 0; b < n / 32; ++b, x += 32, q += 32) {
     float largest = 0.0f;
@@ -159,7 +163,7 @@ void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* 
 
 }  // namespace
 
-const Kernels kScalarKernels = {Isa::kScalar, "scalar",  nullptr, rms_norm,  swiglu,  quantize_q8,
+const Kernels kScalarKernels = {Isa::kScalar, "scalar",  nullptr, rms_norm,  swiglu, silu,  quantize_q8,
                                 round_bf16,   round_f16, rotate,  attention, combine, {argmax, exp_scaled}};
 
 }  // namespace chimera::cpu

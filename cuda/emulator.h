@@ -1,0 +1,66 @@
+// Runs CUDA kernels on the CPU, so that every machine can test them and a reader can step through one
+// in gdb. Each CUDA thread of a block is a fiber (a stack of its own, switched by hand, no operating
+// system involved); blocks run one after the other. Barriers and warp instructions are places where
+// fibers wait for each other: the last one to arrive does the work for all.
+//
+// It is strict where the hardware would be silent, or slow, or hang. It throws Error, with the
+// kernel, block and thread, for
+//   a launch over the limits (threads, grid, shared memory)
+//   a barrier that some thread of the block does not reach, or that is reached at two places
+//   a warp instruction (shuffle, mma, __syncwarp) with an absent lane
+//   an asynchronous copy that is not aligned to 16 bytes, or leaves the block's shared memory
+// and it is unkind where the hardware is free to be: shared memory starts as NaNs, an asynchronous
+// copy lands only when its thread waits for it, and the order in which threads run can be reversed
+// (set_order), which moves the result of most races.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+#include "engine/function_ref.h"
+
+namespace chimera::cuda::emulator {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// What the running fiber is.
+struct Thread {
+  unsigned index = 0;  // threadIdx.x
+  unsigned count = 0;  // blockDim.x
+  Dim block, grid;     // blockIdx, gridDim
+  std::byte* shared = nullptr;
+};
+extern constinit thread_local Thread current;
+
+inline constexpr unsigned kWarp = 32;
+inline constexpr unsigned kMaxThreads = 1024;       // a block
+inline constexpr unsigned kMaxGridX = 0x7fffffffu, kMaxGridYZ = 65535;
+inline constexpr size_t kMaxShared = 99 * 1024;     // a block: sm_89, the least of our targets
+
+enum class Order : uint8_t { kAscending, kDescending };
+void set_order(Order order);
+
+// Runs every thread of every block. body: the kernel with its arguments.
+void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, FunctionRef<void()> body);
+
+// ---- For device.cuh: called by the running fiber -----------------------------------------------
+
+using Place = std::source_location;
+
+void sync_threads(const Place& place);
+
+// A warp instruction. Every lane brings its operand; `operation` gets those of the 32 lanes.
+using WarpOperation = void (*)(void* const* operands);
+void warp(const char* instruction, void* operand, WarpOperation operation, const Place& place);
+
+// cp.async of 16 bytes, cp.async.commit_group, cp.async.wait_group
+void copy_async(void* shared, const void* global, const Place& place);
+void copy_commit();
+void copy_wait(int groups_in_flight);
+
+[[noreturn]] void refuse(const char* what, const char* expected, const char* found, const Place& place);
+
+}  // namespace chimera::cuda::emulator

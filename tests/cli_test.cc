@@ -1,0 +1,379 @@
+// The program as people run it: $CHIMERA_BINARY, else $CHIMERA_BUILD/chimera, else build/chimera.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
+
+namespace {
+
+using nlohmann::json;
+using Args = std::vector<std::string>;
+
+const std::string kStories = "../shared/data/models/stories260K/stories260K.bin";
+const std::string kSmolLm2 = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+#define SKIP_IF_ABSENT(path) \
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "skipped: " << (path) << " is absent"
+
+std::string binary() {
+  if (const char* path = std::getenv("CHIMERA_BINARY")) return path;
+  const char* build = std::getenv("CHIMERA_BUILD");
+  return std::string(build != nullptr ? build : "build") + "/chimera";
+}
+
+struct Output {
+  int code;  // 128 + the signal that ended it
+  std::string out, err;
+};
+
+class CliTest : public testing::Test {
+ protected:
+  CliTest() { std::filesystem::create_directories(folder_); }
+  ~CliTest() override { std::filesystem::remove_all(folder_); }
+
+  std::string write(const std::string& name, const std::string& content) {
+    std::ofstream(folder_ / name, std::ios::binary) << content;
+    return folder_ / name;
+  }
+  std::string read(const std::string& name) {
+    std::ostringstream content;
+    content << std::ifstream(folder_ / name, std::ios::binary).rdbuf();
+    return content.str();
+  }
+
+  pid_t start(const Args& args, const std::string& standard_input = "") {
+    write("in", standard_input);
+    Args all = {binary()};
+    all.insert(all.end(), args.begin(), args.end());
+    std::vector<char*> argv;
+    for (std::string& arg : all) argv.push_back(arg.data());
+    argv.push_back(nullptr);
+    const std::string in = folder_ / "in", out = folder_ / "out", err = folder_ / "err";
+    const pid_t pid = fork();
+    if (pid == 0) {
+      dup2(open(in.c_str(), O_RDONLY), 0);
+      dup2(open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 1);
+      dup2(open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
+      execv(argv[0], argv.data());
+      dprintf(2, "%s: not there; build it with make\n", argv[0]);
+      _exit(127);
+    }
+    return pid;
+  }
+  Output finish(pid_t pid) {
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read("out"),
+            read("err")};
+  }
+  Output chimera(const Args& args, const std::string& standard_input = "") {
+    return finish(start(args, standard_input));
+  }
+  json object(const Args& args) {
+    const Output o = chimera(args);
+    EXPECT_EQ(o.code, 0) << o.err;
+    return json::parse(o.out, nullptr, false);
+  }
+  // One line on standard error, nothing on standard output.
+  void expect_error(const Args& args, int code, const std::string& message,
+                    const std::string& standard_input = "") {
+    const Output o = chimera(args, standard_input);
+    const std::string command = testing::PrintToString(args);
+    EXPECT_EQ(o.code, code) << command << "\n" << o.err;
+    EXPECT_EQ(o.out, "") << command;
+    EXPECT_NE(o.err.find(message), std::string::npos) << command << "\n" << o.err;
+    EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << command << "\n" << o.err;
+    EXPECT_TRUE(o.err.starts_with("chimera: ")) << command << "\n" << o.err;
+  }
+
+  const std::filesystem::path folder_ =
+      std::filesystem::temp_directory_path() / ("chimera_cli_" + std::to_string(getpid()));
+};
+
+TEST_F(CliTest, Help) {
+  for (const Args& args : {Args{}, Args{"--help"}, Args{"-h"}}) {
+    const Output o = chimera(args);
+    EXPECT_EQ(o.code, 0);
+    EXPECT_TRUE(o.out.starts_with("usage: chimera COMMAND")) << o.out;
+    EXPECT_EQ(o.err, "");
+  }
+  for (const std::string command : {"run", "info", "bench"}) {
+    for (const std::string flag : {"--help", "-h"}) {
+      const Output o = chimera({command, "--json", flag});
+      EXPECT_EQ(o.code, 0);
+      EXPECT_TRUE(o.out.starts_with("usage: chimera " + command + " ")) << o.out;
+      EXPECT_NE(o.out.find("--ctx N"), std::string::npos) << o.out;
+      EXPECT_EQ(o.err, "");
+    }
+  }
+  EXPECT_NE(chimera({"run", "-h"}).out.find("checks, at most (default: 8)\n"), std::string::npos);
+}
+
+TEST_F(CliTest, Version) {
+  const Output o = chimera({"--version"});
+  EXPECT_EQ(o.code, 0);
+  EXPECT_TRUE(o.out.starts_with("chimera ")) << o.out;
+}
+
+TEST_F(CliTest, UsageErrors) {
+  expect_error({"jump"}, 2, "expected run, info or bench, found 'jump'");
+  expect_error({"run"}, 2, "run: expected -m MODEL, found none");
+  expect_error({"bench"}, 2, "bench: expected -m MODEL, found none");
+  expect_error({"info"}, 2, "info: expected MODEL, found none");
+  expect_error({"info", "a", "b"}, 2, "expected one argument, found 'b' as well");
+  expect_error({"run", "--speed", "9"}, 2, "expected one of its flags, found '--speed'");
+  expect_error({"run", "-mp", "9"}, 2, "expected one of its flags, found '-mp'");
+  expect_error({"run", "more"}, 2, "expected one of its flags, found 'more'");
+  expect_error({"run", "-m"}, 2, "-m: expected MODEL, found nothing");
+  expect_error({"run", "-m", "-p", "x"}, 2, "-m: expected MODEL, found the flag -p");
+  expect_error({"run", "--json=yes"}, 2, "--json: expected no value, found 'yes'");
+  expect_error({"run", "--drafter", "guess"}, 2, "expected none or ngram, found 'guess'");
+  expect_error({"run", "--device=gpu"}, 2, "expected cpu, cuda or auto, found 'gpu'");
+  expect_error({"run", "-m", "x", "-p", "a", "-f", "b"}, 2, "expected -p or -f, found both");
+  expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
+  expect_error({"run", "-m", "x", "--raw", "--system", "s"}, 2, "--system: expected a chat");
+  expect_error({"run", std::string("\x1b[31m\n")}, 2, "found '");
+}
+
+TEST_F(CliTest, NumbersOutOfRangeOrMalformed) {
+  const std::string huge = "1099511627776";
+  for (const std::string flag : {"-n", "--ctx", "--nodes", "--threads"}) {
+    for (const std::string value : {"0", "-5", huge.c_str(), "99999999999999999999", "12abc", "",
+                                    " 7", "1.5", "0x10", "nan"}) {
+      expect_error({"run", flag, value}, 2, flag + ": expected a whole number from 1 to ");
+    }
+  }
+  for (const std::string flag : {"--temp", "--top-p", "--min-p"}) {
+    for (const std::string value :
+         {"nan", "-nan", "inf", "-1", "1e999", "1001", "0.5x", "", "0,5"}) {
+      expect_error({"run", flag, value}, 2, flag + ": expected a number from ");
+    }
+  }
+  expect_error({"run", "--top-p", "0"}, 2, "--top-p: expected a number from ");
+  expect_error({"run", "--top-k", "-1"}, 2, "--top-k: expected a whole number from 0");
+  for (const std::string value : {"18446744073709551616", "-1", "1e3"}) {
+    expect_error({"run", "--seed", value}, 2, "--seed: expected a whole number from 0");
+  }
+}
+
+TEST_F(CliTest, ModelErrors) {
+  for (const Args& command : {Args{"run", "-p", "x", "-m"}, Args{"bench", "-m"}, Args{"info"}}) {
+    const auto with = [&](const std::string& model) {
+      Args args = command;
+      args.push_back(model);
+      return args;
+    };
+    expect_error(with("/no/such/file"), 1, "/no/such/file: expected a readable file");
+    expect_error(with("/"), 1, "expected a regular file, found a directory");
+    expect_error(with(write("empty", "")), 1, "an empty file");
+    expect_error(with(write("text", "hello, world")), 1, "expected a GGUF or llama2.c model");
+    expect_error(with(write("a.pt", "\x80\x02}q\x01.")), 1, "a Python pickle");
+    expect_error(with(write("a.pth", "PK\x03\x04 data.pkl")), 1, "a zip archive");
+  }
+}
+
+TEST_F(CliTest, PromptErrors) {
+  SKIP_IF_ABSENT(kStories);
+  expect_error({"run", "-m", kStories}, 2, "standard input: expected a prompt, found nothing");
+  expect_error({"run", "-m", kStories, "-f", "/no/such"}, 1, "/no/such: expected a readable file");
+  expect_error({"run", "-m", kStories, "-f", "/"}, 1, "/: expected a readable file");
+  expect_error({"run", "-m", kStories, "-p", "Once upon a time", "--ctx", "5"}, 1,
+               "prompt: expected fewer than 5 tokens (the context), found 5");
+  std::string words;
+  for (int i = 0; i < 600; ++i) words += "a ";
+  expect_error({"run", "-m", kStories}, 1, "fewer than 512 tokens (the context)", words);
+  expect_error({"run", "-m", kStories, "-p", "x", "--chat"}, 1, "a known chat format");
+  expect_error({"run", "-m", kStories, "-p", "x", "--system", "s"}, 2,
+               "a model with a chat format");
+  expect_error({"bench", "-m", kStories, "--prompts", write("a.jsonl", "{\"prompt\": 1}")}, 1,
+               "a.jsonl: line 1: \"prompt\": expected a string, found number");
+}
+
+TEST_F(CliTest, TextAloneIsOnStandardOutput) {
+  SKIP_IF_ABSENT(kStories);
+  const Args args = {"run", "-m", kStories, "-n", "24", "-p", "Once upon a time"};
+  const Output o = chimera(args);
+  EXPECT_EQ(o.code, 0);
+  EXPECT_EQ(o.out, ", there was a little girl named Lily. She loved to play outside in the p\n");
+  for (const std::string figure : {"prompt: 5 tokens, ", "| generated: 24 tokens, ",
+                                   "| steps: ", "(tau): ", "| first token: ", "| peak memory: "}) {
+    EXPECT_NE(o.err.find(figure), std::string::npos) << o.err;
+  }
+}
+
+TEST_F(CliTest, AllWaysToGiveAPromptAreOne) {
+  SKIP_IF_ABSENT(kStories);
+  const auto out = [&](Args args, const std::string& standard_input = "") {
+    args.insert(args.begin(), {"run", "-m", kStories, "--tokens=24"});
+    return chimera(args, standard_input).out;
+  };
+  const std::string text = out({"-p", "Once upon a time"});
+  EXPECT_EQ(out({"--prompt=Once upon a time"}), text);
+  EXPECT_EQ(out({"-p", "other", "-p", "Once upon a time"}), text);
+  EXPECT_EQ(out({}, "Once upon a time\n"), text);
+  EXPECT_EQ(out({}, "Once upon a time"), text);
+  EXPECT_EQ(out({"-f", write("prompt", "Once upon a time\r\n")}), text);
+  EXPECT_NE(out({"-p", "Once upon a time\n\n"}), text);
+  EXPECT_TRUE(out({"-p", "Once upon"}).starts_with(" a time"));  // goes on after the prompt
+  EXPECT_EQ(out({"-p", ""}).substr(0, 17), "Once upon a time,");  // BOS alone
+}
+
+TEST_F(CliTest, DraftingChangesNoText) {
+  SKIP_IF_ABSENT(kStories);
+  for (const std::string temperature : {"0", "0.7", "1"}) {
+    for (const std::string seed : {"0", "7"}) {
+      const auto text = [&](const std::string& drafter, const std::string& nodes) {
+        return object({"run", "-m", kStories, "-p", "Once upon a time", "--json", "--threads", "1",
+                       "--temp", temperature, "--seed", seed, "--drafter", drafter, "--nodes",
+                       nodes});
+      };
+      const json plain = text("none", "8"), few = text("ngram", "3"), many = text("ngram", "60");
+      EXPECT_EQ(plain["ids"], few["ids"]);
+      EXPECT_EQ(plain["ids"], many["ids"]);
+      EXPECT_EQ(plain["text"], many["text"]);
+      EXPECT_EQ(plain["stop"], many["stop"]);
+      EXPECT_EQ(plain["tokens_per_step"], 1.0);
+      EXPECT_GT(plain["ids"].size(), 20u);
+    }
+  }
+}
+
+TEST_F(CliTest, Json) {
+  SKIP_IF_ABSENT(kStories);
+  const json o = object({"run", "-m", kStories, "-p", "Once upon a time", "-n", "200", "--json"});
+  EXPECT_TRUE(o["text"].get<std::string>().starts_with(", there was a little girl"));
+  EXPECT_EQ(o["prompt_ids"], json({1, 403, 407, 261, 378}));
+  EXPECT_EQ(o["ids"].size(), 200u);
+  EXPECT_EQ(o["stop"], "length");
+  EXPECT_EQ(o["drafter"], "ngram");
+  EXPECT_EQ(o["device"], "cpu");
+  EXPECT_TRUE(o["isa"].is_string());
+  EXPECT_GT(o["steps"], 0);
+  EXPECT_LT(o["steps"], 199);
+  EXPECT_GT(o["tokens_per_step"], 1.0);
+  for (const char* key : {"tokens_per_second", "prompt_tokens_per_second", "seconds_to_first_token",
+                          "load_seconds", "peak_memory_bytes"}) {
+    EXPECT_GT(o[key], 0) << key;
+  }
+  EXPECT_EQ(object({"run", "-m", kStories, "-p", "Once upon a time", "--json"})["stop"], "eos");
+}
+
+// Tokens that are bytes of no character, and a prompt that is no UTF-8.
+TEST_F(CliTest, BytesThatAreNoUtf8) {
+  SKIP_IF_ABSENT(kStories);
+  const json o = object({"run", "-m", kStories, "-p", "\xFF\xC3 caf", "-n", "300", "--json",
+                         "--temp", "1000", "--seed", "3"});
+  ASSERT_TRUE(o.is_object());
+  EXPECT_NE(o["text"].get<std::string>().find("\xEF\xBF\xBD"), std::string::npos);
+}
+
+TEST_F(CliTest, ContextEndsTheText) {
+  SKIP_IF_ABSENT(kStories);
+  const json o = object({"run", "-m", kStories, "-p", "Once upon a time", "--ctx", "30", "--json"});
+  EXPECT_EQ(o["ids"].size(), 25u);
+  EXPECT_EQ(o["stop"], "length");
+  const Output beyond = chimera({"run", "-m", kStories, "-p", "Once", "--ctx", "513", "-n", "2"});
+  EXPECT_EQ(beyond.code, 0);
+  EXPECT_NE(beyond.err.find("warning: the model was trained for 512 tokens"), std::string::npos);
+}
+
+TEST_F(CliTest, OutputThatCannotBeWritten) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string err = folder_ / "err";
+  const std::string run = binary() + " run -m " + kStories + " -p Once 2>" + err;
+  EXPECT_EQ(WEXITSTATUS(std::system((run + " >/dev/full").c_str())), 1);
+  EXPECT_NE(read("err").find("standard output: expected room for the text"), std::string::npos);
+  // The reader goes away: no complaint.
+  std::system(("(" + run + "; echo code $? >>" + err + ") | head -c 1 >/dev/null").c_str());
+  EXPECT_NE(read("err").find("\ncode 1\n"), std::string::npos) << read("err");
+  EXPECT_EQ(read("err").find("chimera:"), std::string::npos) << read("err");
+}
+
+TEST_F(CliTest, CtrlCEndsTheText) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  // So hot that an end of text is not to be expected.
+  const pid_t pid = start({"run", "-m", kSmolLm2, "-p", "Hi", "-n", "8000", "--temp", "100"});
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (read("out").empty() && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  kill(pid, SIGINT);
+  const Output o = finish(pid);
+  EXPECT_EQ(o.code, 130);
+  EXPECT_TRUE(o.out.ends_with("\n"));
+  EXPECT_NE(o.err.find("| generated: "), std::string::npos) << o.err;
+}
+
+TEST_F(CliTest, ChatAndRaw) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  const auto prompt = [&](Args args) {
+    args.insert(args.begin(), {"run", "-m", kSmolLm2, "-p", "Hi", "-n", "1", "--json"});
+    return object(args)["prompt_ids"].get<std::vector<int>>();
+  };
+  const auto chat = prompt({});
+  EXPECT_EQ(chat, prompt({"--chat"}));
+  EXPECT_EQ(chat[0], 1);  // <|im_start|>
+  EXPECT_GT(chat.size(), prompt({"--system", ""}).size());
+  EXPECT_EQ(prompt({"--raw"}).size(), 1u);
+}
+
+TEST_F(CliTest, Info) {
+  SKIP_IF_ABSENT(kStories);
+  const json o = object({"info", kStories, "--json"});
+  EXPECT_EQ(o["format"], "llama2.c");
+  EXPECT_EQ(o["parameters"], 260032);
+  EXPECT_EQ(o["weights"]["F32"]["tensors"], 47);
+  EXPECT_EQ(o["config"]["n_kv_heads"], 4);
+  EXPECT_EQ(o["tokenizer"]["tokens"], 512);
+  EXPECT_EQ(o["chat_format"], "none");
+  EXPECT_EQ(o["context"], 512);
+  EXPECT_EQ(o["total_bytes"], o["weight_bytes"].get<size_t>() + o["session_bytes"].get<size_t>() +
+                                  o["scratch_bytes"].get<size_t>());
+  EXPECT_TRUE(o["contract_version"].is_number());
+  EXPECT_LT(object({"info", kStories, "--json", "--ctx", "64"})["total_bytes"], o["total_bytes"]);
+
+  const Output text = chimera({"info", kStories});
+  EXPECT_EQ(text.code, 0);
+  EXPECT_NE(text.out.find("260032"), std::string::npos) << text.out;
+  EXPECT_EQ(text.err, "");
+}
+
+TEST_F(CliTest, Bench) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts = write("a.txt", "Once upon a time\nLily saw a cat\nTom\n");
+  const Args args = {"bench", "-m",       kStories, "--prompts", prompts, "--limit",   "2", "-n",
+                     "100",   "--rounds", "2",      "--temp",    "0.5",   "--threads", "1"};
+  Args with_json = args;
+  with_json.push_back("--json");
+  const json o = object(with_json);
+  EXPECT_EQ(o["prompts"], 2);
+  EXPECT_EQ(o["threads"], 1);
+  EXPECT_GT(o["read_bandwidth_gb_s"], 0);
+  EXPECT_GT(o["bandwidth_share"], 0);
+  ASSERT_EQ(o["results"].size(), 2u);
+  EXPECT_EQ(o["results"][0]["drafter"], "none");
+  EXPECT_EQ(o["results"][0]["tokens_per_step"], 1.0);
+  EXPECT_EQ(o["results"][0]["speedup"], 1.0);
+  EXPECT_EQ(o["results"][1]["drafter"], "ngram");
+  for (const json& result : o["results"]) {
+    for (const std::string key : {"tokens_per_second", "tokens_per_step", "speedup"}) {
+      EXPECT_GE(result[key], result[key + "_spread"][0]);
+      EXPECT_LE(result[key], result[key + "_spread"][1]);
+    }
+  }
+  const Output table = chimera(args);
+  EXPECT_EQ(table.code, 0);
+  EXPECT_EQ(table.err, "");
+  EXPECT_NE(table.out.find("All texts were the same"), std::string::npos) << table.out;
+}
+
+}  // namespace

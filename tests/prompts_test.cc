@@ -1,0 +1,160 @@
+#include "tools/prompts.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "engine/error.h"
+// The tests are linked with the library, which tools/ is no part of.
+#include "tools/prompts.cc"
+
+namespace chimera {
+namespace {
+
+class PromptsTest : public testing::Test {
+ protected:
+  ~PromptsTest() override { std::filesystem::remove_all(folder_); }
+
+  std::string write(const std::string& name, const std::string& content) {
+    std::filesystem::create_directories(folder_);
+    const std::string path = folder_ / name;
+    std::ofstream(path, std::ios::binary) << content;
+    return path;
+  }
+  // The prompts of a file, each as "role: content" joined by " | ".
+  std::vector<std::string> load(const std::string& name, const std::string& content) {
+    std::vector<std::string> out;
+    for (const Prompt& prompt : load_prompts(write(name, content))) {
+      std::string text;
+      for (const Message& message : prompt) {
+        text += (text.empty() ? "" : " | ") + message.role + ": " + message.content;
+      }
+      out.push_back(text);
+    }
+    return out;
+  }
+  // The error's text after the folder.
+  std::string error(const std::string& name, const std::string& content) {
+    const std::string path = write(name, content);
+    try {
+      load_prompts(path);
+    } catch (const Error& e) {
+      const std::string what = e.what();
+      EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+      EXPECT_TRUE(what.starts_with(path)) << what;
+      return what.substr(what.find(name));
+    }
+    return "no error";
+  }
+
+ private:
+  const std::filesystem::path folder_ =
+      std::filesystem::temp_directory_path() / ("chimera_prompts_" + std::to_string(getpid()));
+};
+
+using Texts = std::vector<std::string>;
+
+TEST_F(PromptsTest, EveryFieldOfJsonl) {
+  EXPECT_EQ(load("a.jsonl", R"({"id": 1, "turns": ["first", "second"]})"
+                            "\n\n"
+                            R"({"prompt": "caf\u00e9", "category": {"a": [1, 2]}})"
+                            "\r\n"
+                            R"({"text": "line\nline"})"
+                            "\n"
+                            R"({"messages": [{"role": "system", "content": "s"},)"
+                            R"({"role": "user", "content": "u"},)"
+                            R"({"role": "assistant", "content": "a"}]})"),
+            (Texts{"user: first", "user: café", "user: line\nline", "system: s | user: u"}));
+}
+
+TEST_F(PromptsTest, PlainText) {
+  EXPECT_EQ(load("a.txt", "one\r\n\n  two {\"prompt\": 1}\nthrée"),
+            (Texts{"user: one", "user:   two {\"prompt\": 1}", "user: thrée"}));
+}
+
+TEST_F(PromptsTest, KindIsDetectedByContentOrName) {
+  EXPECT_EQ(load("a.txt", " \n{\"prompt\": \"x\"}\n"), Texts{"user: x"});
+  EXPECT_EQ(load("b.txt", "\xEF\xBB\xBF{\"prompt\": \"x\"}\n"), Texts{"user: x"});
+  EXPECT_EQ(load("c.txt", "\xEF\xBB\xBFhello\n"), Texts{"user: hello"});
+  EXPECT_EQ(error("d.jsonl", "hello\n"),
+            "d.jsonl: line 1: expected a JSON object, found no valid JSON at byte 1; one object a "
+            "line, or plain text in a file not named .jsonl");
+}
+
+TEST_F(PromptsTest, ErrorsNameFileAndLine) {
+  const std::string good = "{\"prompt\": \"x\"}\n";
+  const auto of = [&](const std::string& line) { return error("a.jsonl", good + "\n" + line); };
+  EXPECT_TRUE(of("{\"prompt\": \"x\"").starts_with("a.jsonl: line 3: expected a JSON object"));
+  EXPECT_TRUE(of("{\"prompt\": \"x\"} x").starts_with("a.jsonl: line 3: expected a JSON object"));
+  EXPECT_TRUE(of("{\"prompt\": \"\\ud800\"}").starts_with("a.jsonl: line 3: expected a JSON"));
+  EXPECT_EQ(of("[1]"), "a.jsonl: line 3: expected a JSON object, found JSON of type array");
+  EXPECT_EQ(of("{\"prompt\": 1e999}"),
+            "a.jsonl: line 3: expected a JSON object, found a number out of range");
+  EXPECT_EQ(of("{}"),
+            "a.jsonl: line 3: expected \"turns\", \"prompt\", \"text\" or \"messages\", "
+            "found none of them");
+  EXPECT_EQ(of("{\"prompt\": 5}"), "a.jsonl: line 3: \"prompt\": expected a string, found number");
+  EXPECT_EQ(of("{\"text\": null}"), "a.jsonl: line 3: \"text\": expected a string, found null");
+  EXPECT_EQ(of("{\"turns\": []}"),
+            "a.jsonl: line 3: \"turns\": expected a list of strings, found '[]'");
+  EXPECT_EQ(of("{\"turns\": [1]}"),
+            "a.jsonl: line 3: \"turns\": expected a list of strings, found '[1]'");
+  EXPECT_EQ(of("{\"prompt\": \"x\", \"prompt\": \"y\"}"),
+            "a.jsonl: line 3: expected every field once, found 'prompt' twice");
+}
+
+TEST_F(PromptsTest, BadMessages) {
+  const auto of = [&](const std::string& messages) {
+    return error("a.jsonl", "{\"messages\": " + messages + "}");
+  };
+  const std::string where = "a.jsonl: line 1: \"messages\"";
+  EXPECT_EQ(of("5"), where + ": expected a list of messages, found number");
+  EXPECT_EQ(of("[]"), where + ": expected a message to answer, found none");
+  EXPECT_EQ(of("[{\"role\": \"assistant\", \"content\": \"a\"}]"),
+            where + ": expected a message to answer, found none");
+  EXPECT_EQ(of("[\"hi\"]"), where + ": message 1: expected an object, found string");
+  EXPECT_EQ(of("[{\"role\": \"user\"}]"),
+            where + ": message 1: \"content\": expected a string, found no such field");
+  EXPECT_EQ(of("[{\"role\": 1, \"content\": \"\"}]"),
+            where + ": message 1: \"role\": expected a string, found number");
+}
+
+TEST_F(PromptsTest, BadFiles) {
+  EXPECT_TRUE(error("a.txt", "").find("an empty file") != std::string::npos);
+  EXPECT_EQ(error("b.txt", "\n \t\r\n"),
+            "b.txt: expected at least one prompt, found only blank lines");
+  EXPECT_EQ(error("c.txt", "fine\nb\xC3\xA9\xFF\n"),
+            "c.txt: line 2: expected UTF-8, found other bytes at byte 4; save the file as UTF-8");
+  EXPECT_EQ(
+      error("d.jsonl", "{\"prompt\": \"\xC3\"}"),
+      "d.jsonl: line 1: expected UTF-8, found other bytes at byte 13; save the file as UTF-8");
+  EXPECT_THROW(load_prompts("/"), Error);
+  EXPECT_THROW(load_prompts("/no/such/file"), Error);
+}
+
+TEST_F(PromptsTest, LimitsOnSizeAndDepth) {
+  const std::string longest(16 << 20, 'x');
+  EXPECT_EQ(load("a.txt", longest + "\n").size(), 1u);
+  EXPECT_EQ(error("a.txt", "x\n" + longest + "x\n"),
+            "a.txt: line 2: expected at most 16 MB, found 16777217 bytes");
+  const auto nested = [](size_t levels) {
+    return "{\"prompt\": \"x\", \"a\": " + std::string(levels, '[') + std::string(levels, ']') +
+           "}";
+  };
+  EXPECT_EQ(load("b.jsonl", nested(30)).size(), 1u);
+  EXPECT_EQ(error("b.jsonl", nested(1000000)),
+            "b.jsonl: line 1: expected JSON at most 32 levels deep, found more");
+}
+
+TEST_F(PromptsTest, SharedSets) {
+  const std::string path = "../shared/data/prompts/mt_bench.jsonl";
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "skipped: " << path << " is absent";
+  const auto prompts = load_prompts(path);
+  EXPECT_EQ(prompts.size(), 80u);
+  EXPECT_TRUE(prompts[0][0].content.starts_with("Compose an engaging travel blog post"));
+}
+
+}  // namespace
+}  // namespace chimera
