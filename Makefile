@@ -30,8 +30,30 @@ TESTS   := $(wildcard tests/*.cc)
 objects  = $(patsubst %.cc,$(BUILD)/obj/%.o,$(1))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 
-.PHONY: all run test test-full bench clean build-tests
+.PHONY: all run test test-full bench clean prepare
 all: $(BUILD)/chimera
+
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+MAKEFLAGS += $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc))
+
+# Each of these first installs and fetches what is missing, then builds: in that order, since the
+# sources need the headers.
+run: prepare
+	@$(BUILD)/chimera run -m $(MODEL) -p "$(PROMPT)" $(ARGS)
+
+test: prepare
+	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
+
+test-full: prepare
+	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1
+
+bench: prepare
+	@$(BUILD)/chimera bench -m $(MODEL) $(ARGS)
+
+prepare:
+	@tools/install_deps.sh
+	@tools/fetch_model.sh || echo "continuing without the model"
+	@$(MAKE) --no-print-directory $(BUILD)/chimera $(if $(filter test%,$(MAKECMDGOALS)),$(BUILD)/chimera_tests)
 
 $(BUILD)/libchimera.a: $(call objects,$(LIBRARY))
 	@rm -f $@

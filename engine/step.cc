@@ -6,6 +6,7 @@ namespace chimera {
 
 void Step::clear() {
   n_rows = 0;
+  first_new = 0;
   n_logits = 0;
   for (int s = 0; s < n_sequences; ++s) {
     sequences[s].n_rows = 0;

@@ -53,7 +53,9 @@ struct Step {
 
   int32_t n_sequences;
   int32_t n_rows;
-  int32_t n_logits;  // rows whose logits are wanted
+  int32_t first_new;  // rows before it were computed by an earlier pass over this step, which a draft
+                      // model grows depth by depth; passes work on rows [first_new, n_rows)
+  int32_t n_logits;   // rows whose logits are wanted
 
   int32_t token[kMaxRows];
   int32_t parent[kMaxRows];  // row of the parent, -1: the last committed position

@@ -223,7 +223,7 @@ TEST_F(CliTest, AllWaysToGiveAPromptAreOne) {
   EXPECT_EQ(out({}, "Once upon a time"), text);
   EXPECT_EQ(out({"-f", write("prompt", "Once upon a time\r\n")}), text);
   EXPECT_NE(out({"-p", "Once upon a time\n\n"}), text);
-  EXPECT_TRUE(out({"-p", "Once upon"}).starts_with(" a time"));  // goes on after the prompt
+  EXPECT_TRUE(out({"-p", "Once upon"}).starts_with(" a time"));   // goes on after the prompt
   EXPECT_EQ(out({"-p", ""}).substr(0, 17), "Once upon a time,");  // BOS alone
 }
 

@@ -182,7 +182,7 @@ class CpuBackend final : public Backend {
 
   void embed(const Step* step, const Matrix& table, float* out) override {
     const CpuMatrix& m = cast(table);
-    for_rows(step->n_rows, kFewRows, [&](int r) {
+    for_new_rows(step, [&](int r) {
       const Segment& s = m.segments.front();
       float* row = out + r * m.cols;
       if (step->token[r] < 0)
@@ -195,16 +195,18 @@ class CpuBackend final : public Backend {
   }
 
   void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) override {
-    for_rows(step->n_rows, kFewRows, [&](int r) { kernels_.rms_norm(x + r * n, weight, eps, n, y + r * n); });
+    for_new_rows(step, [&](int r) { kernels_.rms_norm(x + r * n, weight, eps, n, y + r * n); });
   }
 
   void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
-    std::memcpy(y, x, static_cast<size_t>(step->n_rows * width) * 4);
+    const int64_t first = step->first_new * width;
+    std::memcpy(y + first, x + first, static_cast<size_t>(step->n_rows * width - first) * 4);
   }
 
   void linear(const Step* step, const Linear& op) override {
     const CpuMatrix& w = cast(*op.weights);
-    const int m = op.rows == Rows::kAll ? step->n_rows : step->n_logits;
+    const bool all = op.rows == Rows::kAll;
+    const int m = all ? step->n_rows - step->first_new : step->n_logits;
     if (m == 0) return;
     pool_.run([&](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
@@ -213,7 +215,7 @@ class CpuBackend final : public Backend {
       const InputScratch& input = divide ? shared_input_ : own_input_[static_cast<size_t>(thread)];
       const auto [first, last] = divide ? share(m, thread) : std::pair<int64_t, int64_t>{0, m};
       for (int64_t i = first; i < last; ++i)
-        prepare_input(op, w, op.rows == Rows::kAll ? i : step->logits_row[i], i, input);
+        prepare_input(op, w, all ? step->first_new + i : step->logits_row[i], i, input);
       if (divide) pool_.barrier();
 
       const Activations x = activations(op, w, input);
@@ -222,7 +224,7 @@ class CpuBackend final : public Backend {
       for (const Segment& s : w.segments) {
         const int64_t b = std::max<int64_t>(begin - s.first_panel, 0), e = std::min(end - s.first_panel, s.n_panels);
         if (b >= e) continue;
-        float* y = op.y + s.first_row;
+        float* y = op.y + (all ? step->first_new * y_stride : 0) + s.first_row;
         if (s.panels != nullptr)
           kernels_.products[static_cast<int>(s.file.type)](
               {s.panels, s.file.rows, w.cols, b, e, x, m, y, y_stride, op.accumulate});
@@ -237,7 +239,7 @@ class CpuBackend final : public Backend {
     const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
     const int half = h.head_dim / 2, width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
     const int group = h.n_heads / h.n_kv_heads, turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
-    for_rows(step->n_rows, kFewRows, [&](int r) {
+    for_new_rows(step, [&](int r) {
       float* q = qkv + static_cast<int64_t>(r) * width;
       float* k = q + h.n_heads * h.head_dim;
       const float* v = k + h.n_kv_heads * h.head_dim;
@@ -263,7 +265,12 @@ class CpuBackend final : public Backend {
       int sequence, kv_head, first, count;  // pairs [first, first + count) of the sequence's rows x group
     };
     const int group = h.n_heads / h.n_kv_heads;
-    const auto tiles_of = [&](int s) { return (step->sequences[s].n_rows * group + kMaxQueries - 1) / kMaxQueries; };
+    const auto first_row = [&](int s) { return std::max(step->sequences[s].first_row, step->first_new); };
+    const auto n_rows = [&](int s) {
+      const Step::Sequence& seq = step->sequences[s];
+      return std::max(0, seq.first_row + seq.n_rows - first_row(s));
+    };
+    const auto tiles_of = [&](int s) { return (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries; };
     int total = 0, chunks = 1;
     for (int s = 0; s < step->n_sequences; ++s) {
       if (step->sequences[s].n_rows == 0) continue;
@@ -278,7 +285,7 @@ class CpuBackend final : public Backend {
         if (index < n) break;
         index -= n;
       }
-      const int pairs = step->sequences[s].n_rows * group, first = index / h.n_kv_heads * kMaxQueries;
+      const int pairs = n_rows(s) * group, first = index / h.n_kv_heads * kMaxQueries;
       return Tile{s, index % h.n_kv_heads, first, std::min(kMaxQueries, pairs - first)};
     };
     const int width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
@@ -302,7 +309,7 @@ class CpuBackend final : public Backend {
       int32_t paths[kMaxQueries][Step::kMaxRows];
       int path_row = -1, direct = 0, n_paths = 0;
       for (int i = 0; i < tile.count; ++i) {
-        const int row = seq.first_row + (tile.first + i) / group;
+        const int row = first_row(tile.sequence) + (tile.first + i) / group;
         const int head = tile.kv_head * group + (tile.first + i) % group;
         if (length(row) <= c.begin) continue;
         if (row != path_row) {  // query heads of a row are neighbours and share its path
@@ -320,7 +327,7 @@ class CpuBackend final : public Backend {
     };
     const auto finish = [&](const Tile& tile, int tile_in_wave) {
       for (int i = 0; i < tile.count; ++i) {
-        const int row = step->sequences[tile.sequence].first_row + (tile.first + i) / group;
+        const int row = first_row(tile.sequence) + (tile.first + i) / group;
         const int head = tile.kv_head * group + (tile.first + i) % group;
         kernels_.combine(partial(tile_in_wave, i, 0), (length(row) - 1) / kChunk + 1, psize, h.head_dim, padded,
                          out + static_cast<int64_t>(row) * h.n_heads * h.head_dim + head * h.head_dim);
@@ -405,14 +412,15 @@ class CpuBackend final : public Backend {
     return {n * thread / pool_.size(), n * (thread + 1) / pool_.size()};
   }
   template <typename F>
-  void for_rows(int n, int few, const F& f) {
-    if (n < few) {
-      for (int r = 0; r < n; ++r) f(r);
+  void for_new_rows(const Step* step, const F& f) {
+    const int first = step->first_new, n = step->n_rows - first;
+    if (n < kFewRows) {
+      for (int r = first; r < step->n_rows; ++r) f(r);
       return;
     }
     pool_.run([&](int thread) {
       const auto [begin, end] = share(n, thread);
-      for (int64_t r = begin; r < end; ++r) f(static_cast<int>(r));
+      for (int64_t r = begin; r < end; ++r) f(first + static_cast<int>(r));
     });
   }
 

@@ -1,0 +1,296 @@
+// The primitives that the kernels are written over, with two bodies: CUDA's, and one that runs on the
+// CPU (emulator.h). A kernel is written once and includes this; nvcc compiles it for the GPU, g++ for
+// the tests. Nothing else in a kernel may name CUDA.
+//
+//   KERNEL(threads, blocks) void foo_kernel(FooParams p) { ... }      private
+//   void foo(Stream stream, const FooParams& p) { launch(...); }      public
+//
+// A kernel takes one plain struct by value. All shared memory is dynamic, through shared_memory().
+//
+// The two builds live in one program where tests are linked with a CUDA build, so everything that is
+// compiled twice is in an inline namespace of its own.
+//
+// Not here: ldmatrix. Weights, keys and values stand in memory in the order in which the tensor cores
+// want them in registers (tape.cuh), so a lane's 16-byte load is its fragment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine/dtype.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define DEVICE __device__ __forceinline__
+#define BOTH __host__ __device__ inline
+#define KERNEL(threads, blocks) static __global__ __launch_bounds__(threads, blocks)
+#define UNROLL _Pragma("unroll")
+#define CHIMERA_CUDA_BODY on_device
+#else
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include "cuda/emulator.h"
+#define DEVICE inline
+#define BOTH inline
+#define KERNEL(threads, blocks) static inline
+#define UNROLL
+#define CHIMERA_CUDA_BODY emulated
+#endif
+
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+
+inline constexpr int kLanes = 32;
+
+// ---- Plain arithmetic, host and device ---------------------------------------------------------
+
+template <typename T>
+BOTH constexpr T least(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+BOTH constexpr T most(T a, T b) {
+  return a < b ? b : a;
+}
+template <typename T>
+BOTH constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <typename T>
+BOTH constexpr T round_up(T a, T b) {
+  return ceil_div(a, b) * b;
+}
+
+struct alignas(16) Words4 {  // what one 16-byte access moves
+  uint32_t word[4];
+};
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
+
+#if defined(__CUDACC__)
+
+// ---- CUDA --------------------------------------------------------------------------------------
+
+DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+
+DEVICE std::byte* shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return reinterpret_cast<std::byte*>(dynamic_shared_memory);
+}
+DEVICE void sync_threads() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+DEVICE float f16_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
+DEVICE uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// Two f16 in one register. subtract_f16x2, multiply_add_f16x2: each half rounded once.
+DEVICE __half2 half2_of(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
+DEVICE uint32_t bits_of(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
+DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) { return bits_of(__hsub2(half2_of(a), half2_of(b))); }
+DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return bits_of(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
+}
+
+DEVICE void copy_async_16(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kInFlight>
+DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) { return atomicAdd(p, x); }
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+}
+DEVICE void memory_fence() { __threadfence(); }
+// A value that another block wrote: not from this multiprocessor's L1.
+DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+
+#else
+
+// ---- The emulator ------------------------------------------------------------------------------
+
+DEVICE int thread_index() { return static_cast<int>(emulator::current.index); }
+DEVICE int block_threads() { return static_cast<int>(emulator::current.count); }
+DEVICE int block_x() { return static_cast<int>(emulator::current.block.x); }
+DEVICE int block_y() { return static_cast<int>(emulator::current.block.y); }
+DEVICE int block_z() { return static_cast<int>(emulator::current.block.z); }
+DEVICE int grid_x() { return static_cast<int>(emulator::current.grid.x); }
+
+DEVICE std::byte* shared_memory() { return emulator::current.shared; }
+DEVICE void sync_threads(const emulator::Place& place = emulator::Place::current()) { emulator::sync_threads(place); }
+DEVICE void sync_warp(const emulator::Place& place = emulator::Place::current()) {
+  emulator::warp("__syncwarp", nullptr, nullptr, place);
+}
+template <typename T>
+T shuffle_xor_emulated(T x, int mask, const emulator::Place& place) {
+  struct Operand {
+    T in, out;
+    int mask;
+  } operand{x, x, mask};
+  emulator::warp("shuffle", &operand, [](void* const* all) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      auto* mine = static_cast<Operand*>(all[lane]);
+      mine->out = static_cast<Operand*>(all[(lane ^ mine->mask) % kLanes])->in;
+    }
+  }, place);
+  return operand.out;
+}
+DEVICE float shuffle_xor(float x, int mask, const emulator::Place& place = emulator::Place::current()) {
+  return shuffle_xor_emulated(x, mask, place);
+}
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask, const emulator::Place& place = emulator::Place::current()) {
+  return shuffle_xor_emulated(x, mask, place);
+}
+
+DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
+DEVICE float divide(float a, float b) { return a / b; }
+DEVICE float square_root(float x) { return std::sqrt(x); }
+DEVICE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+DEVICE float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+DEVICE float f16_to_float(uint16_t h) { return f16_to_f32(h); }
+DEVICE uint16_t float_to_f16(float x) { return f32_to_f16(x); }
+DEVICE float bf16_to_float(uint16_t h) { return bf16_to_f32(h); }
+DEVICE uint16_t float_to_bf16(float x) { return f32_to_bf16(x); }
+
+// a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second rounding
+// the only one that counts.
+DEVICE uint16_t round_once_f16(double exact) {
+  float f = static_cast<float>(exact);
+  if (static_cast<double>(f) != exact && f == f) {
+    uint32_t u = bits_of(f);
+    const bool too_large = (static_cast<double>(f) > exact) == (exact > 0);
+    if (too_large) --u;  // toward zero, then the last bit says that something was lost
+    f = float_of(u | 1u);
+  }
+  return f32_to_f16(f);
+}
+DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const double x = f16_to_f32(static_cast<uint16_t>(a >> i)), y = f16_to_f32(static_cast<uint16_t>(b >> i));
+    result |= static_cast<uint32_t>(round_once_f16(x * y + static_cast<double>(f16_to_f32(static_cast<uint16_t>(c >> i))))) << i;
+  }
+  return result;
+}
+DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
+  return multiply_add_f16x2(b, 0xbc00bc00u, a);  // a + b * -1
+}
+
+DEVICE void copy_async_16(void* shared, const void* global, const emulator::Place& place = emulator::Place::current()) {
+  emulator::copy_async(shared, global, place);
+}
+DEVICE void copy_async_commit() { emulator::copy_commit(); }
+template <int kInFlight>
+DEVICE void copy_async_wait() {
+  emulator::copy_wait(kInFlight);
+}
+
+// The emulator's mma: d[i][j] = c[i][j] + sum over ascending k of a[i][k] * b[k][j], the sum in
+// double, rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
+// does not state; what it shares with this model is all that we use: an element depends on its own row
+// of A and column of B alone, and sums that are exact come out exact.)
+DEVICE float mma_element(float c, const float* a, const float* b) {
+  double sum = 0;
+  for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  return static_cast<float>(static_cast<double>(c) + sum);
+}
+template <float (*kToFloat)(uint16_t)>
+void mma_emulated(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const emulator::Place& place) {
+  struct Operand {
+    float* d;
+    const uint32_t *a, *b;
+  } operand{d, a, b};
+  emulator::warp(name, &operand, [](void* const* all) {
+    // Lane 4 g + t holds A(g, 2t..), A(g + 8, 2t..), A(g, 2t + 8..), A(g + 8, 2t + 8..), two k a
+    // register; B(2t.., g), B(2t + 8.., g); and D(g, 2t), D(g, 2t + 1), D(g + 8, 2t), D(g + 8, 2t + 1).
+    float rows[16][16], columns[8][16];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto* o = static_cast<const Operand*>(all[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int r = 0; r < 4; ++r)
+          rows[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] = kToFloat(static_cast<uint16_t>(o->a[r] >> (16 * half)));
+        for (int r = 0; r < 2; ++r) columns[g][2 * t + 8 * r + half] = kToFloat(static_cast<uint16_t>(o->b[r] >> (16 * half)));
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto* o = static_cast<const Operand*>(all[lane]);
+      for (int i = 0; i < 4; ++i)
+        o->d[i] = mma_element(o->d[i], rows[lane / 4 + 8 * (i / 2)], columns[lane % 4 * 2 + i % 2]);
+    }
+  }, place);
+}
+DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    const emulator::Place& place = emulator::Place::current()) {
+  mma_emulated<f16_to_f32>("mma.f16", d, a, b, place);
+}
+DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const emulator::Place& place = emulator::Place::current()) {
+  mma_emulated<bf16_to_f32>("mma.bf16", d, a, b, place);
+}
+
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) {
+  const uint32_t old = *p;
+  *p = old + x;
+  return old;
+}
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {
+  const uint64_t old = *p;
+  *p = old + x;
+  return old;
+}
+DEVICE void memory_fence() {}
+DEVICE float load_fresh(const float* p) { return *p; }
+
+#endif
+
+// ---- Built from the above ----------------------------------------------------------------------
+
+DEVICE int lane_index() { return thread_index() % kLanes; }
+DEVICE int warp_index() { return thread_index() / kLanes; }
+DEVICE uint32_t pack(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+DEVICE float infinity() { return float_of(0x7f800000u); }
+DEVICE bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+
+// The first lane of a 16-byte vector of any pointer that is known to be aligned.
+DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
+DEVICE Words2 load_8(const void* p) { return *static_cast<const Words2*>(p); }
+
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

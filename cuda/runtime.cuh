@@ -1,0 +1,156 @@
+// What the host does with the device: memory, copies, launches, graphs. Two bodies, as device.cuh.
+#pragma once
+
+#include <string>
+
+#include "cuda/device.cuh"
+#include "engine/error.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include <cstdlib>
+#include <functional>
+#include <utility>
+#include <vector>
+#endif
+
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+#if defined(__CUDACC__)
+
+using Stream = cudaStream_t;
+using Graph = cudaGraphExec_t;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
+}
+
+template <typename Params>
+void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads, size_t shared_bytes,
+            const Params& params) {
+  if (shared_bytes > 48 * 1024)  // a kernel must ask for more than this
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
+  check(cudaGetLastError(), name);
+}
+
+// Memory of the device alone, and memory that the host may read and write as well.
+inline void* allocate_device(size_t bytes) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, bytes), "allocation");
+  check(cudaMemset(p, 0, bytes), "memset");
+  return p;
+}
+inline void free_device(void* p) { cudaFree(p); }
+inline void* allocate_managed(size_t bytes) {
+  void* p = nullptr;
+  check(cudaMallocManaged(&p, bytes), "allocation");
+  check(cudaMemset(p, 0, bytes), "memset");
+  check(cudaDeviceSynchronize(), "memset");
+  return p;
+}
+inline void* allocate_pinned(size_t bytes) {
+  void* p = nullptr;
+  check(cudaMallocHost(&p, bytes), "allocation");
+  return p;
+}
+inline void free_pinned(void* p) { cudaFreeHost(p); }
+inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copy");
+}
+inline void synchronize(Stream stream) { check(cudaStreamSynchronize(stream), "a step"); }
+inline Stream make_stream() {
+  Stream stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  return stream;
+}
+inline void free_stream(Stream stream) { cudaStreamDestroy(stream); }
+
+inline void begin_capture(Stream stream) {
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+}
+inline Graph end_capture(Stream stream) {
+  cudaGraph_t graph;
+  Graph executable;
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&executable, graph, 0), "graph");
+  check(cudaGraphDestroy(graph), "graph");
+  return executable;
+}
+inline void abandon_capture(Stream stream) {
+  cudaGraph_t graph;
+  if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
+  cudaGetLastError();
+}
+inline void replay(Stream stream, const Graph& graph) { check(cudaGraphLaunch(graph, stream), "graph"); }
+inline void free_graph(const Graph& graph) { cudaGraphExecDestroy(graph); }
+
+#else
+
+// A stream runs what it is given at once, or, while it captures, writes it down.
+struct StreamState {
+  bool capturing = false;
+  std::vector<std::function<void()>> captured;
+  void run(std::function<void()> work) {
+    if (capturing)
+      captured.push_back(std::move(work));
+    else
+      work();
+  }
+};
+using Stream = StreamState*;
+using Graph = std::vector<std::function<void()>>;
+
+template <typename Params>
+void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads, size_t shared_bytes,
+            const Params& params) {
+  const auto work = [=] {
+    const auto body = [&] { kernel(params); };
+    emulator::run(name, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+                  static_cast<unsigned>(threads), shared_bytes, body);
+  };
+  if (stream == nullptr)
+    work();
+  else
+    stream->run(work);
+}
+
+inline void* allocate_device(size_t bytes) {
+  void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));
+  if (p == nullptr) throw Error("memory", std::to_string(bytes) + " bytes", "none left");
+  std::memset(p, 0, bytes);
+  return p;
+}
+inline void free_device(void* p) { std::free(p); }
+inline void* allocate_managed(size_t bytes) { return allocate_device(bytes); }
+inline void* allocate_pinned(size_t bytes) { return allocate_device(bytes); }
+inline void free_pinned(void* p) { std::free(p); }
+inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
+  stream->run([=] { std::memcpy(to, from, bytes); });
+}
+inline void synchronize(Stream /*stream*/) {}
+inline Stream make_stream() { return new StreamState; }
+inline void free_stream(Stream stream) { delete stream; }
+
+inline void begin_capture(Stream stream) { stream->capturing = true; }
+inline Graph end_capture(Stream stream) {
+  stream->capturing = false;
+  return std::exchange(stream->captured, {});
+}
+inline void abandon_capture(Stream stream) { end_capture(stream); }
+inline void replay(Stream /*stream*/, const Graph& graph) {
+  for (const auto& work : graph) work();
+}
+inline void free_graph(const Graph& /*graph*/) {}
+
+#endif
+
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

@@ -1,0 +1,239 @@
+// How weights stand in device memory: as a tape that the tensor cores read from beginning to end.
+//
+// mma.m16n8k16 wants a 16 x 16 tile of A spread over a warp's registers: lane 4 g + t holds the pairs
+// (k, k + 1) of row g and g + 8 at k = 2t and 2t + 8. So we store it that way:
+//
+//   element (row, k) of a tile:  lane = row % 8 * 4 + k % 8 / 2      register = row / 8 + 2 * (k / 8)
+//                                half of the register = k % 2
+//
+// A matrix is cut into row tiles of 16 rows, each stored whole; a row tile into slabs, k ascending; a
+// slab holds 16 rows x 32 k (x 256 k for K-quants: their block), everything that it takes to
+// multiply with it, in 16-byte units, so that cp.async moves it as it is:
+//
+//   F16, BF16    2 tiles (k 0..15, 16..31) of 32 lanes x 16 bytes
+//   Q8_0         32 lanes x 16 bytes: two tiles of 8 bytes; then 16 scales
+//   Q4_0, Q4_1   32 lanes x two tiles of 8 nibbles (one word a tile); 16 scales (, 16 minima)
+//   Q5_0, Q5_1   the same, then 32 lanes x 16 fifth bits; 16 scales (, 16 minima)
+//   Q4_K         8 times (32 k) the nibbles; then 16 times the block's 16 bytes d, dmin, scales
+//   Q5_K         8 times nibbles and fifth bits; then as Q4_K
+//   Q6_K         8 times nibbles and 32 lanes x two high bits; then 16 x (16 scales), 16 x d
+//
+// That is the file's own number of bits: nothing is expanded. Rows are padded to 16 and columns to a
+// slab with zero bytes, which every type reads as finite weights, met by zero activations.
+//
+// F32 weights never meet a tensor core: panels of 32 rows, (cols, 32), so that lanes are rows.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "engine/tensor.h"
+
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kF32PanelRows = 32;
+
+// Where the parts of a slab are, in bytes.
+struct SlabLayout {
+  int k;           // weights of a row in it: 32 or 256
+  int low_bytes;   // quants of 32 k: 16 rows x 32 x (16, 8 or 4 bits)
+  int high_bytes;  // their further bits: 0, 64 (one bit) or 128 (two bits)
+  int scales;      // offset of scales or block headers
+  int bytes;       // of the slab
+};
+
+BOTH constexpr SlabLayout slab_layout(DType type) {
+  switch (type) {
+    case DType::kF16:
+    case DType::kBF16: return {32, 1024, 0, 1024, 1024};
+    case DType::kQ8_0: return {32, 512, 0, 512, 512 + 32};
+    case DType::kQ4_0: return {32, 256, 0, 256, 256 + 32};
+    case DType::kQ4_1: return {32, 256, 0, 256, 256 + 64};
+    case DType::kQ5_0: return {32, 256, 64, 320, 320 + 32};
+    case DType::kQ5_1: return {32, 256, 64, 320, 320 + 64};
+    case DType::kQ4_K: return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
+    case DType::kQ5_K: return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
+    case DType::kQ6_K: return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
+    default: return {1, 0, 0, 0, 0};
+  }
+}
+BOTH constexpr bool has_minimum(DType type) {
+  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ4_K || type == DType::kQ5_K;
+}
+// What is taken from the stored number: weight = scale * (q - offset) + minimum.
+BOTH constexpr int quant_offset(DType type) {
+  return type == DType::kQ8_0 ? 128 : type == DType::kQ4_0 ? 8 : type == DType::kQ5_0 ? 16 : type == DType::kQ6_K ? 32 : 0;
+}
+
+BOTH constexpr int64_t tape_slabs(DType type, int64_t cols) {
+  return ceil_div<int64_t>(cols, slab_layout(type).k);
+}
+// Bytes of a matrix on the tape.
+BOTH constexpr int64_t tape_bytes(DType type, int64_t rows, int64_t cols) {
+  if (type == DType::kF32) return round_up<int64_t>(rows, kF32PanelRows) * cols * 4;
+  return ceil_div<int64_t>(rows, kTileRows) * tape_slabs(type, cols) * slab_layout(type).bytes;
+}
+
+// Where (row, k) of a 16 x 16 tile stands: lane, register, half.
+struct Place16 {
+  int lane, reg, half;
+};
+BOTH constexpr Place16 place_a(int row, int k) { return {row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2}; }
+// And (k, column) of a 16 x 8 tile of B.
+BOTH constexpr Place16 place_b(int k, int column) { return {column * 4 + k % 8 / 2, k / 8, k % 2}; }
+
+// Packs `view` into `tape` (zeroed, tape_bytes); on the host.
+void pack_tape(const TensorView& view, std::byte* tape);
+
+// ---- One number at a time: for embeddings, and what the tests hold the fast way against ---------
+
+DEVICE uint16_t load_u16(const std::byte* p) { return *reinterpret_cast<const uint16_t*>(p); }
+
+// The stored quant of (row, k), offset not taken off; k within the slab.
+DEVICE int tape_quant(DType type, const std::byte* slab, int row, int k) {
+  const SlabLayout l = slab_layout(type);
+  const std::byte* part = slab + k / 32 * (l.low_bytes + l.high_bytes);
+  const int tile = k % 32 / 16;
+  const Place16 at = place_a(row, k % 16);
+  const auto byte_at = [&](int i) { return static_cast<int>(part[i]); };
+  if (type == DType::kQ8_0) return byte_at(at.lane * 16 + tile * 8 + at.reg * 2 + at.half);
+  // A word of 8 nibbles: register r's halves at bits 4 r and 4 r + 16, so that a shift and a mask
+  // leave both in their places.
+  const int bit = 4 * at.reg + 16 * at.half;
+  int q = byte_at(at.lane * 8 + tile * 4 + bit / 8) >> (bit % 8) & 15;
+  if (l.high_bytes == 64) {  // halfword of a lane: tile t's register r: bits 4 t + r, and + 8
+    const int b = 4 * tile + at.reg + 8 * at.half;
+    q |= (byte_at(256 + at.lane * 2 + b / 8) >> (b % 8) & 1) << 4;
+  }
+  if (l.high_bytes == 128) {  // word of a lane: 2 (4 t + r), and + 16
+    const int b = 2 * (4 * tile + at.reg) + 16 * at.half;
+    q |= (byte_at(256 + at.lane * 4 + b / 8) >> (b % 8) & 3) << 4;
+  }
+  return q;
+}
+
+// The 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K block; s: its 12 bytes.
+DEVICE void unpack_k_scale(const std::byte* s, int j, int* scale, int* minimum) {
+  const auto at = [&](int i) { return static_cast<int>(s[i]); };
+  if (j < 4) {
+    *scale = at(j) & 63;
+    *minimum = at(j + 4) & 63;
+  } else {
+    *scale = (at(j + 4) & 15) | (at(j - 4) >> 6) << 4;
+    *minimum = at(j + 4) >> 4 | (at(j) >> 6) << 4;
+  }
+}
+
+// Scale and minimum of (row, k) in f32: products rounded once, as engine/dtype.h states.
+struct ScaleMin {
+  float scale, minimum;
+};
+DEVICE ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
+  const std::byte* s = slab + slab_layout(type).scales;
+  switch (type) {
+    case DType::kQ4_K:
+    case DType::kQ5_K: {
+      const std::byte* block = s + row * 16;
+      int scale, minimum;
+      unpack_k_scale(block + 4, k / 32, &scale, &minimum);
+      return {f16_to_float(load_u16(block)) * static_cast<float>(scale),
+              -(f16_to_float(load_u16(block + 2)) * static_cast<float>(minimum))};
+    }
+    case DType::kQ6_K:
+      return {f16_to_float(load_u16(s + 256 + row * 2)) * static_cast<float>(static_cast<int8_t>(s[row * 16 + k / 16])), 0.0f};
+    default:
+      return {f16_to_float(load_u16(s + row * 2)), has_minimum(type) ? f16_to_float(load_u16(s + 32 + row * 2)) : 0.0f};
+  }
+}
+
+// Weight (row, k) of a matrix of `cols` columns, as dequantize_row() gives it.
+DEVICE float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t row, int64_t k) {
+  if (type == DType::kF32)
+    return reinterpret_cast<const float*>(tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows + row % kF32PanelRows];
+  const SlabLayout l = slab_layout(type);
+  const std::byte* slab = tape + (row / kTileRows * tape_slabs(type, cols) + k / l.k) * l.bytes;
+  const int r = static_cast<int>(row % kTileRows), i = static_cast<int>(k % l.k);
+  if (type == DType::kF16 || type == DType::kBF16) {
+    const Place16 at = place_a(r, i % 16);
+    const uint16_t bits = load_u16(slab + i / 16 * 512 + at.lane * 16 + at.reg * 4 + at.half * 2);
+    return type == DType::kF16 ? f16_to_float(bits) : bf16_to_float(bits);
+  }
+  const ScaleMin s = tape_scale(type, slab, r, i);
+  const float product = s.scale * static_cast<float>(tape_quant(type, slab, r, i) - quant_offset(type));
+  return has_minimum(type) ? product + s.minimum : product;
+}
+
+// ---- A warp's fragment: what the products read -------------------------------------------------
+
+// f16 of weights (in pairs): 0x6400 | q is the f16 number 1024 + q, for q < 1024; taking 1024 + offset
+// off is exact, and one f16x2 multiply-add makes the weight: f16(scale * (q - offset) + minimum),
+// rounded once, with f16 scale and minimum. K-quants: scale = f16(d * scale_j), minimum =
+// -f16(dmin * min_j).
+struct LaneScales {
+  uint32_t scale[2], minimum[2];  // of rows g and g + 8, twice in a register
+};
+
+template <DType kType>
+DEVICE LaneScales lane_scales(const std::byte* slab, int k32, int k16) {
+  LaneScales s;
+  UNROLL for (int i = 0; i < 2; ++i) {
+    const int row = lane_index() / 4 + 8 * i;
+    uint16_t scale, minimum = 0;
+    if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K || kType == DType::kQ6_K) {
+      const ScaleMin f = tape_scale(kType, slab, row, k32 * 32 + k16 * 16);
+      scale = float_to_f16(f.scale);
+      minimum = float_to_f16(f.minimum);
+    } else {
+      const std::byte* p = slab + slab_layout(kType).scales + row * 2;
+      scale = load_u16(p);
+      if constexpr (has_minimum(kType)) minimum = load_u16(p + 32);
+    }
+    s.scale[i] = pack(scale, scale);
+    s.minimum[i] = pack(minimum, minimum);
+  }
+  return s;
+}
+
+// The A fragments of the two 16 x 16 tiles at 32 k number `k32` of a slab in shared memory.
+template <DType kType>
+DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) {
+  const int lane = lane_index();
+  if constexpr (kType == DType::kF16 || kType == DType::kBF16) {
+    UNROLL for (int tile = 0; tile < 2; ++tile) {
+      const Words4 w = load_16(slab + tile * 512 + lane * 16);
+      UNROLL for (int r = 0; r < 4; ++r) a[tile][r] = w.word[r];
+    }
+  } else {
+    constexpr SlabLayout l = slab_layout(kType);
+    constexpr uint32_t kBase = 0x64006400u + static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
+    const std::byte* part = slab + k32 * (l.low_bytes + l.high_bytes);
+    LaneScales s = lane_scales<kType>(slab, k32, 0);
+    if constexpr (kType == DType::kQ8_0) {
+      const Words4 w = load_16(part + lane * 16);
+      UNROLL for (int tile = 0; tile < 2; ++tile)
+        UNROLL for (int r = 0; r < 4; ++r) {
+          const uint32_t two = w.word[2 * tile + r / 2] >> (16 * (r % 2));  // bytes 0 and 1 of it
+          const uint32_t q = 0x64006400u | (two & 0xffu) | (two & 0xff00u) << 8;
+          a[tile][r] = multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
+        }
+    } else {
+      const Words2 w = load_8(part + lane * 8);
+      uint32_t high = 0;
+      if constexpr (l.high_bytes == 64) high = load_u16(part + 256 + lane * 2);
+      if constexpr (l.high_bytes == 128) high = *reinterpret_cast<const uint32_t*>(part + 256 + lane * 4);
+      UNROLL for (int tile = 0; tile < 2; ++tile) {
+        if constexpr (kType == DType::kQ6_K) s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
+        UNROLL for (int r = 0; r < 4; ++r) {
+          uint32_t q = 0x64006400u | (w.word[tile] >> (4 * r) & 0x000f000fu);
+          const int i = 4 * tile + r;
+          if constexpr (l.high_bytes == 64) q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;
+          if constexpr (l.high_bytes == 128) q |= (high >> (2 * i) & 0x00030003u) << 4;
+          a[tile][r] = multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

@@ -1,0 +1,135 @@
+#include "engine/train/gemm.h"
+
+#include <algorithm>
+
+#include "engine/cpu/kernels.h"
+
+namespace chimera::train {
+namespace {
+
+constexpr int64_t kDeepest = 320;  // of a panel: a 14-row panel of A then takes 18 KB of L1
+constexpr int64_t kWidest = 512;   // columns of a block of B: 640 KB, for L2
+constexpr int kScalarRows = 4, kScalarCols = 8;
+
+void tile_scalar(int64_t k, const float* a, const float* b, float* c, int64_t ldc,
+                 bool accumulate) {
+  float sum[kScalarRows][kScalarCols] = {};
+  for (int64_t p = 0; p < k; ++p) {
+    for (int i = 0; i < kScalarRows; ++i) {
+      for (int j = 0; j < kScalarCols; ++j) {
+        sum[i][j] += a[p * kScalarRows + i] * b[p * kScalarCols + j];
+      }
+    }
+  }
+  for (int i = 0; i < kScalarRows; ++i) {
+    for (int j = 0; j < kScalarCols; ++j) {
+      c[i * ldc + j] = accumulate ? c[i * ldc + j] + sum[i][j] : sum[i][j];
+    }
+  }
+}
+
+// Copies `count` lines (rows of A or columns of B) of length k into panels of `height` lines, k
+// outermost; the last panel is filled up with zeros.
+void pack(const float* data, int64_t line_stride, int64_t k_stride, int64_t count, int64_t k,
+          int height, float* out) {
+  for (int64_t first = 0; first < count; first += height, out += k * height) {
+    const int64_t lines = std::min<int64_t>(height, count - first);
+    const float* source = data + first * line_stride;
+    if (lines < height) std::fill(out, out + k * height, 0.0f);
+    if (line_stride == 1) {
+      for (int64_t p = 0; p < k; ++p) {
+        std::copy(source + p * k_stride, source + p * k_stride + lines, out + p * height);
+      }
+      continue;
+    }
+    // Four lines at once, so that every cache line of the panel is met while it is at hand.
+    int64_t i = 0;
+    for (; i + 4 <= lines; i += 4) {
+      const float* s0 = source + i * line_stride;
+      const float* s1 = s0 + line_stride;
+      const float* s2 = s1 + line_stride;
+      const float* s3 = s2 + line_stride;
+      for (int64_t p = 0; p < k; ++p) {
+        float* to = out + p * height + i;
+        to[0] = s0[p], to[1] = s1[p], to[2] = s2[p], to[3] = s3[p];
+      }
+    }
+    for (; i < lines; ++i) {
+      for (int64_t p = 0; p < k; ++p) out[p * height + i] = source[i * line_stride + p];
+    }
+  }
+}
+
+int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+}  // namespace
+
+const TileKernel kTileScalar = {kScalarRows, kScalarCols, tile_scalar};
+
+const TileKernel& select_tile() {
+  switch (cpu::select_kernels().isa) {
+    case cpu::Isa::kAmx:
+    case cpu::Isa::kAvx512:
+      return kTileAvx512;
+    case cpu::Isa::kAvx2:
+      return kTileAvx2;
+    default:
+      return kTileScalar;
+  }
+}
+
+void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, int64_t k,
+          Operand<float> a, Operand<float> b, float* c, int64_t ldc, bool accumulate) {
+  if (m == 0 || n == 0) return;
+  const int64_t pieces = std::max<int64_t>(1, (k + kDeepest - 1) / kDeepest);
+  const int64_t depth = (k + pieces - 1) / pieces;
+  scratch->a.resize(static_cast<size_t>(round_up(m, tile.rows) * depth));
+  scratch->b.resize(static_cast<size_t>(round_up(std::min(n, kWidest), tile.cols) * depth));
+  scratch->tile.resize(static_cast<size_t>(tile.rows * tile.cols));
+  for (int64_t p = 0; p < std::max<int64_t>(k, 1); p += depth) {
+    const int64_t deep = std::min(depth, k - p);
+    const bool add = accumulate || p > 0;
+    pack(a.offset(0, p).data, a.row_stride, a.col_stride, m, deep, tile.rows, scratch->a.data());
+    for (int64_t j0 = 0; j0 < n; j0 += kWidest) {
+      const int64_t width = std::min(kWidest, n - j0);
+      pack(b.offset(p, j0).data, b.col_stride, b.row_stride, width, deep, tile.cols,
+           scratch->b.data());
+      for (int64_t i = 0; i < m; i += tile.rows) {
+        const float* pa = scratch->a.data() + i * deep;
+        for (int64_t j = 0; j < width; j += tile.cols) {
+          const float* pb = scratch->b.data() + j * deep;
+          float* to = c + i * ldc + j0 + j;
+          const int64_t rows = std::min<int64_t>(tile.rows, m - i);
+          const int64_t cols = std::min<int64_t>(tile.cols, width - j);
+          if (rows == tile.rows && cols == tile.cols) {
+            tile.run(deep, pa, pb, to, ldc, add);
+            continue;
+          }
+          float* edge = scratch->tile.data();
+          tile.run(deep, pa, pb, edge, tile.cols, false);
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t q = 0; q < cols; ++q) {
+              float& y = to[r * ldc + q];
+              y = add ? y + edge[r * tile.cols + q] : edge[r * tile.cols + q];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void gemm(const TileKernel&, GemmScratch*, int64_t m, int64_t n, int64_t k, Operand<double> a,
+          Operand<double> b, double* c, int64_t ldc, bool accumulate) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t p = 0; p < k; ++p) sum += *a.offset(i, p).data * *b.offset(p, j).data;
+      c[i * ldc + j] = accumulate ? c[i * ldc + j] + sum : sum;
+    }
+  }
+}
+
+}  // namespace chimera::train

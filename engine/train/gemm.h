@@ -1,0 +1,54 @@
+// Matrix products of the trainer in f32: C = A B, C += A B, with A and B read by rows or by columns.
+//
+// The usual blocked form: A and B are copied into panels as tall (wide) as the tile that stays in
+// registers, k is cut into pieces that keep a panel of A in L1 and a block of B in L2. An element of
+// C is one sum over k in an order that depends on k alone: the same bits for any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/cpu/thread_pool.h"
+
+namespace chimera::train {
+
+// Element (i, j) is data[i * row_stride + j * col_stride]; one of the strides is 1.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t row_stride, col_stride;
+
+  Operand offset(int64_t i, int64_t j) const {
+    return {data + i * row_stride + j * col_stride, row_stride, col_stride};
+  }
+};
+template <typename T>
+Operand<T> by_rows(const T* data, int64_t width) {
+  return {data, width, 1};
+}
+template <typename T>
+Operand<T> transposed(const T* data, int64_t width) {
+  return {data, 1, width};
+}
+
+// A tile of C: `rows` x `cols` floats, from panels a (k, rows) and b (k, cols).
+struct TileKernel {
+  int rows, cols;
+  // c (rows, cols) with stride ldc; accumulate: added to what is there.
+  void (*run)(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate);
+};
+extern const TileKernel kTileScalar, kTileAvx2, kTileAvx512;
+const TileKernel& select_tile();  // of the instruction set that the engine runs with
+
+// Scratch of one thread.
+struct GemmScratch {
+  std::vector<float> a, b, tile;
+};
+
+// C (m, n), stride ldc, on one thread. f64 is a plain loop, for checking gradients.
+void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, int64_t k,
+          Operand<float> a, Operand<float> b, float* c, int64_t ldc, bool accumulate);
+void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, int64_t k,
+          Operand<double> a, Operand<double> b, double* c, int64_t ldc, bool accumulate);
+
+}  // namespace chimera::train

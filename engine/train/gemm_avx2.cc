@@ -1,0 +1,14 @@
+#include "engine/cpu/lanes_avx2.h"
+
+// What fits the registers beside a row of b and one element of a.
+constexpr int kTileRows = 6, kTileLanes = 1;
+
+// The lanes come first.
+#include "engine/train/gemm.h"
+#include "engine/train/gemm_lanes.h"
+
+namespace chimera::train {
+
+const TileKernel kTileAvx2 = {kTileRows, 16 * kTileLanes, tile};
+
+}  // namespace chimera::train
