@@ -34,7 +34,9 @@ isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 all: $(BUILD)/chimera
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
-MAKEFLAGS += $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc))
+ifeq (,$(filter -j%,$(MAKEFLAGS)))
+MAKEFLAGS += -j$(shell nproc)
+endif
 
 # Each of these first installs and fetches what is missing, then builds: in that order, since the
 # sources need the headers.

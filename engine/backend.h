@@ -112,6 +112,8 @@ class Backend {
   // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
   // for this machine. The views may be dropped afterwards.
   virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) = 0;
+  // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
+  virtual void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) = 0;
   virtual size_t kv_bytes(const KvShape& shape) const = 0;
   virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;  // memory: kv_bytes, zeroed
   // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and products
@@ -124,7 +126,7 @@ class Backend {
   virtual void on_host(FunctionRef<void()> op) = 0;
 
   // ---- ops ----
-  // out[r] = row token[r] of the table, dequantised; zeros for token -1.
+  // out[r] = row token[r] of the table, dequantised.
   virtual void embed(const Step* step, const Matrix& table, float* out) = 0;
   virtual void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) = 0;
   virtual void linear(const Step* step, const Linear& op) = 0;

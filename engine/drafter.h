@@ -15,21 +15,36 @@ namespace chimera {
 struct DraftContext {
   Backend& backend;
   int sequence;
+  int64_t text;                     // a number that changes when the sequence starts another text
   std::span<const int32_t> tokens;  // the text so far; the last token is the root
   int root;                         // its row in the step
   int max_nodes;                    // candidates to add at most, without the root
   int max_depth;                    // below the root; longer paths would leave the context
 };
 
+// What a pass of the target left for one sequence: n_kept rows, whose states follow each other.
+struct KeptRows {
+  Backend& backend;
+  int sequence;
+  int64_t text;                     // as above
+  std::span<const int32_t> tokens;  // the text, up to and including the token after the last kept row
+  int n_kept;
+  int committed;         // positions kept in all; the kept rows are the last n_kept of them
+  const float* states;   // (n_kept, hidden) after the target's final norm
+  const Step* step;      // for logits_index of the rows
+  const float* logits;
+  int32_t vocab;
+};
+
 class Drafter {
  public:
   virtual ~Drafter() = default;
   virtual std::string name() const = 0;
-  // Most candidates that draft() ever adds for one sequence.
-  virtual int max_nodes() const = 0;
   // Appends ops that write candidates below the root into the step: rows of the same sequence, parents
   // before children, siblings with different tokens, all wanting logits.
   virtual void draft(const DraftContext& context, Step* step) = 0;
+  // Called after every step, prompt's included, for each sequence that kept rows.
+  virtual void observe(const KeptRows& /*kept*/) {}
 };
 
 // Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").

@@ -1,6 +1,8 @@
 #include "engine/dtype.h"
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 namespace chimera {
@@ -189,6 +191,20 @@ void dequantize_row(DType type, const std::byte* row, int64_t cols, float* out) 
     for (int i = 0; i < 32; ++i) {
       const float product = block.scale[i / 16] * static_cast<float>(block.q[i]);
       out[b * 32 + i] = block.has_min ? product + block.min : product;
+    }
+  }
+}
+
+void quantize_row_q8_0(const float* row, int64_t cols, std::byte* out) {
+  for (int64_t b = 0; b < cols / 32; ++b, row += 32, out += 34) {
+    float largest = 0;
+    for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(row[i]));
+    const uint16_t scale = f32_to_f16(largest / 127.0f);
+    const float d = f16_to_f32(scale);
+    std::memcpy(out, &scale, 2);
+    for (int i = 0; i < 32; ++i) {
+      const float q = d > 0 ? std::nearbyint(row[i] / d) : 0.0f;
+      out[2 + i] = static_cast<std::byte>(static_cast<int8_t>(std::clamp(q, -127.0f, 127.0f)));
     }
   }
 }

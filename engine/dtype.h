@@ -47,6 +47,9 @@ Activation activation_for(DType type);
 // table above. The plain definition of every type; embeddings are read with it.
 void dequantize_row(DType type, const std::byte* row, int64_t cols, float* out);
 
+// Rounds a row to Q8_0: d = max |w| / 127 as f16, q to nearest. cols: a multiple of 32.
+void quantize_row_q8_0(const float* row, int64_t cols, std::byte* out);
+
 // IEEE half and bfloat16 to f32 are exact; from f32 they round to nearest, ties to even.
 float f16_to_f32(uint16_t h);
 uint16_t f32_to_f16(float f);

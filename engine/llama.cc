@@ -49,7 +49,7 @@ Llama::Llama(Backend& backend, const LlamaTensors& t, const std::function<void(c
 void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) const {
   using Input = Linear::Input;
   const float eps = config_.rms_eps;
-  backend_.embed(step, embedding_ ? *embedding_ : *head_, a.hidden);
+  backend_.embed(step, embedding(), a.hidden);
   size_t tap = 0;
   for (int i = 0; i < config_.n_layers; ++i) {
     const Layer& layer = layers_[static_cast<size_t>(i)];

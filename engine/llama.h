@@ -40,6 +40,9 @@ class Llama {
   const LlamaConfig& config() const { return config_; }
   const std::string& name() const { return name_; }
   Heads heads() const { return {config_.n_heads, config_.n_kv_heads, config_.head_dim}; }
+  // (vocab, hidden), rows to be read with Backend::embed().
+  const Matrix& embedding() const { return embedding_ ? *embedding_ : *head_; }
+  const Matrix& head() const { return *head_; }
   size_t weight_bytes() const { return weight_bytes_; }  // read by one pass that wants logits
 
  private:

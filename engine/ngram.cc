@@ -1,72 +1,10 @@
 // N-gram drafting: find where the last few tokens stood before, and propose what came next there.
-//
-// For each length n an index links the positions whose last n tokens hash alike, newest first:
-//   head[n][hash] = newest position, previous[n][position] = the next older one.
-// A position is indexed when a token follows it, so a match always has a continuation.
-#include <algorithm>
-#include <vector>
-
 #include "engine/candidate_tree.h"
 #include "engine/drafter.h"
+#include "engine/ngram_index.h"
 
 namespace chimera {
 namespace {
-
-constexpr int kMatchesPerLength = 16;  // older occurrences looked at; a text of one token has many
-
-class NgramIndex {
- public:
-  NgramIndex(int min_match, int max_match, int context) : min_(min_match), max_(max_match) {
-    size_t buckets = 16;
-    while (buckets < 2 * static_cast<size_t>(context)) buckets *= 2;
-    mask_ = buckets - 1;
-    const auto lengths = static_cast<size_t>(max_ - min_ + 1);
-    head_.assign(lengths * buckets, -1);
-    previous_.assign(lengths * static_cast<size_t>(context), -1);
-    stride_ = static_cast<size_t>(context);
-  }
-
-  // Brings the index up to date with a text that grew, or starts over with another one.
-  void update(std::span<const int32_t> tokens) {
-    if (tokens.size() < indexed_) {
-      std::fill(head_.begin(), head_.end(), -1);
-      indexed_ = 0;
-    }
-    for (; indexed_ + 1 < tokens.size(); ++indexed_)
-      for (int n = min_; n <= max_ && static_cast<size_t>(n) <= indexed_ + 1; ++n) {
-        int32_t& head = head_[bucket(tokens, indexed_, n)];
-        previous_[static_cast<size_t>(n - min_) * stride_ + indexed_] = head;
-        head = static_cast<int32_t>(indexed_);
-      }
-  }
-
-  // Calls found(position) for earlier positions whose last n tokens are the text's last n, newest
-  // first, until it returns false.
-  template <typename F>
-  void matches(std::span<const int32_t> tokens, int n, const F& found) const {
-    if (static_cast<size_t>(n) > tokens.size()) return;
-    const auto suffix = tokens.last(static_cast<size_t>(n));
-    int seen = 0;
-    for (int32_t p = head_[bucket(tokens, tokens.size() - 1, n)]; p >= 0 && seen < kMatchesPerLength;
-         p = previous_[static_cast<size_t>(n - min_) * stride_ + static_cast<size_t>(p)], ++seen) {
-      const auto begin = tokens.begin() + p + 1 - n;
-      if (std::equal(suffix.begin(), suffix.end(), begin) && !found(static_cast<size_t>(p))) return;
-    }
-  }
-
- private:
-  size_t bucket(std::span<const int32_t> tokens, size_t last, int n) const {
-    uint64_t h = static_cast<uint64_t>(n);
-    for (size_t i = last + 1 - static_cast<size_t>(n); i <= last; ++i)
-      h = (h ^ static_cast<uint32_t>(tokens[i])) * 0x9E3779B97F4A7C15u;
-    return static_cast<size_t>(n - min_) * (mask_ + 1) + ((h >> 32) & mask_);
-  }
-
-  int min_, max_;
-  size_t mask_, stride_, indexed_ = 0;
-  std::vector<int32_t> head_;      // (lengths, buckets)
-  std::vector<int32_t> previous_;  // (lengths, context)
-};
 
 class NgramDrafter final : public Drafter {
  public:
@@ -74,7 +12,6 @@ class NgramDrafter final : public Drafter {
     indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(options.min_match, options.max_match, context));
   }
   std::string name() const override { return "ngram"; }
-  int max_nodes() const override { return options_.nodes; }
 
   void draft(const DraftContext& c, Step* step) override {
     c.backend.on_host([&] { grow(c, step); });
@@ -84,7 +21,7 @@ class NgramDrafter final : public Drafter {
   // Longest matches first, newest first among equals. A match of n tokens is trusted for 2 n more.
   void grow(const DraftContext& c, Step* step) {
     NgramIndex& index = indexes_[static_cast<size_t>(c.sequence)];
-    index.update(c.tokens);
+    index.update(c.text, c.tokens);
     CandidateTree tree(step, c.root, std::min(c.max_nodes, options_.nodes), c.max_depth);
     for (int n = options_.max_match; n >= options_.min_match && !tree.full(); --n)
       index.matches(c.tokens, n, [&](size_t position) {

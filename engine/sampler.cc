@@ -46,7 +46,7 @@ int32_t nucleus(const float* e, int32_t* order, int32_t n, double wanted) {
 int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s, int64_t position,
                const SamplerScratch& scratch) {
   const int32_t best = ops.argmax(logits, vocab);
-  if (s.temperature == 0.0f) return best;
+  if (s.temperature < 1e-3f) return best;  // logits divided by less would overflow
 
   float* e = scratch.e;
   ops.exp_scaled(logits, vocab, logits[best], s.temperature, e);

@@ -2,7 +2,7 @@
 // the same whether its logits come from a step of one row or from a node of a tree.
 //
 // In this order:
-//   1. temperature 0: the largest logit, ties to the lowest id. Done.
+//   1. temperature below 0.001: the largest logit, ties to the lowest id. Done.
 //   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)), in f32.
 //   3. top-k: keep the k largest e (0: all).
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches

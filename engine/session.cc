@@ -98,6 +98,7 @@ void Session::start(int sequence, std::span<const int32_t> prompt, const Samplin
       throw Error("prompt", "token ids below " + std::to_string(model_.config().vocab_size), std::to_string(id));
   Text& text = texts_[static_cast<size_t>(sequence)];
   text.tokens.assign(prompt.begin(), prompt.end());
+  text.number = ++texts_started_;
   text.active = true;
   text.emitted = text.drafted = 0;
   step_->sequences[sequence].committed = 0;
@@ -141,7 +142,7 @@ bool Session::step(Drafter* drafter) {
       }
       if (drafter != nullptr && waiting == 1) {
         const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-        drafter->draft({model_.backend(), s, text.tokens, row, options_.max_nodes, max_depth}, step_);
+        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth}, step_);
         text.drafted = step_->n_rows - row - 1;
       }
     }
@@ -149,7 +150,14 @@ bool Session::step(Drafter* drafter) {
     forward();
     accept_and_keep();
   });
-  for (int s = 0; s < options_.n_sequences; ++s) read_back(s);
+  for (int s = 0; s < options_.n_sequences; ++s) {
+    read_back(s);
+    const Step::Sequence& seq = step_->sequences[s];
+    if (drafter != nullptr && seq.n_rows > 0 && seq.n_kept > 0)
+      drafter->observe({model_.backend(), s, texts_[static_cast<size_t>(s)].number, texts_[static_cast<size_t>(s)].tokens, seq.n_kept, seq.committed,
+                        activations_.states + int64_t{seq.first_row} * model_.config().hidden_size, step_,
+                        activations_.logits, model_.config().vocab_size});
+  }
   return step_->n_rows > 0;
 }
 

@@ -72,6 +72,7 @@ class Session {
  private:
   struct Text {
     std::vector<int32_t> tokens;
+    int64_t number = 0;
     bool active = false;
     int emitted = 0, drafted = 0;
   };
@@ -82,6 +83,7 @@ class Session {
   SessionOptions options_;
   int max_rows_ = 0;
   std::vector<Text> texts_;
+  int64_t texts_started_ = 0;
   std::shared_ptr<void> memory_;
   Step* step_ = nullptr;
   KvCache kv_;

@@ -198,7 +198,6 @@ class OracleDrafter final : public Drafter {
  public:
   OracleDrafter(std::vector<int32_t> text, unsigned seed, int nodes) : text_(std::move(text)), random_(seed), nodes_(nodes) {}
   std::string name() const override { return "oracle"; }
-  int max_nodes() const override { return nodes_; }
   void draft(const DraftContext& c, Step* step) override {
     int truth = c.root, left = std::min(c.max_nodes, nodes_);
     for (size_t at = c.tokens.size(); left > 0 && at < text_.size() && step->position[truth] - step->position[c.root] < c.max_depth; ++at) {

@@ -23,6 +23,7 @@ constexpr char kHelp[] =
     "  run     answer a prompt\n"
     "  info    what is in a model file, and the memory it will need\n"
     "  bench   how fast this machine decodes, and how fast it could\n"
+    "  train   make a draft model for another model\n"
     "\n"
     "  chimera COMMAND --help   the flags of a command\n"
     "  chimera --version\n"
@@ -36,9 +37,10 @@ int dispatch(const std::vector<std::string>& args) {
   if (command == "run") return run(rest);
   if (command == "info") return info(rest);
   if (command == "bench") return bench(rest);
+  if (command == "train") return train(rest);
   if (command == "--help" || command == "-h") return print(kHelp), 0;
   if (command == "--version") return print(kVersion), 0;
-  throw UsageError("command", "run, info or bench", in_quotes(command), "see chimera --help");
+  throw UsageError("command", "run, info, bench or train", in_quotes(command), "see chimera --help");
 }
 
 int guarded(const std::vector<std::string>& args) {

@@ -7,7 +7,7 @@
 //
 // Trigram encoder: the feature of position i
 //   e_j = E[x_j] / sqrt(mean(E[x_j]^2) + 1.2e-7)
-//   t   = [e_{i-2}; e_{i-1}; e_i], an index below 0 becoming 0
+//   t   = [e_{i-2}; e_{i-1}; e_i]; the first two positions repeat e_0 for what is not there
 //   g_i = w2 SiLU(w1 t) + w3 e_i                                (w3 may be absent: the paper's form)
 //
 // Slot of position i, what the full-context encoder attends to. It knows which token stood here (g_i)

@@ -21,12 +21,13 @@ namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Zeroed pages, touched only when written; huge ones where the system allows.
-std::shared_ptr<void> map_memory(size_t bytes) {
+// Zeroed pages, touched only when written; `huge`: large ones, which cost less to look up but are
+// taken whole.
+std::shared_ptr<void> map_memory(size_t bytes, bool huge = false) {
   bytes = std::max<size_t>(bytes, 64);
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --ctx");
-  if (bytes >= (8u << 20)) madvise(p, bytes, MADV_HUGEPAGE);
+  if (huge) madvise(p, bytes, MADV_HUGEPAGE);
   return {p, [bytes](void* q) { munmap(q, bytes); }};
 }
 
@@ -39,7 +40,7 @@ class WeightArena {
     if (slabs_.empty() || used_ + bytes > size_) {
       size_ = std::max<size_t>(bytes, 64u << 20);
       used_ = 0;
-      slabs_.push_back(map_memory(size_));
+      slabs_.push_back(map_memory(size_, /*huge=*/true));
     }
     std::byte* p = static_cast<std::byte*>(slabs_.back().get()) + used_;
     used_ += bytes;
@@ -53,7 +54,7 @@ class WeightArena {
 
 struct Segment {
   TensorView file;              // type and shape; data: the file's rows in the engine's order, if no panels
-  const std::byte* panels = nullptr;
+  std::byte* panels = nullptr;
   int64_t first_row = 0;        // in the stacked matrix
   int64_t first_panel = 0;      // units of 16 rows, of panels and of file rows alike
   int64_t n_panels = 0;
@@ -143,6 +144,14 @@ class CpuBackend final : public Backend {
     return matrix;
   }
 
+  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
+    Segment& s = static_cast<CpuMatrix&>(matrix).segments.front();
+    if (s.panels != nullptr)
+      pack_panel(tensor, row / kPanelRows, s.panels + static_cast<size_t>(row / kPanelRows) * panel_bytes(tensor.type, tensor.cols));
+    else
+      std::memcpy(const_cast<std::byte*>(s.file.row(row)), tensor.row(row), row_bytes(tensor.type, tensor.cols));
+  }
+
   // Layout: k (layer, sequence, kv_head, capacity / 16, head_dim, 16), then
   //         v (layer, sequence, kv_head, capacity, padded_dim).
   size_t kv_bytes(const KvShape& s) const override {
@@ -185,9 +194,7 @@ class CpuBackend final : public Backend {
     for_new_rows(step, [&](int r) {
       const Segment& s = m.segments.front();
       float* row = out + r * m.cols;
-      if (step->token[r] < 0)
-        std::fill_n(row, m.cols, 0.0f);
-      else if (s.panels != nullptr)
+      if (s.panels != nullptr)
         dequantize_panel_row(s.file.type, s.panels, m.cols, step->token[r], row);
       else
         dequantize_row(s.file.type, s.file.row(step->token[r]), m.cols, row);

@@ -1,0 +1,227 @@
+#include "engine/chimera/draft_model.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "engine/error.h"
+#include "engine/rope.h"
+
+namespace chimera {
+namespace {
+
+constexpr float kEps = 1e-5f, kEmbeddingEps = 1.2e-7f;
+
+TensorView view(DType type, const std::vector<std::byte>& data, int64_t rows, int64_t cols) {
+  return {"draft", type, rows, cols, data.data(), 0};
+}
+
+void round_row(DType type, const float* row, int64_t cols, std::byte* out) {
+  if (type == DType::kQ8_0)
+    quantize_row_q8_0(row, cols, out);
+  else
+    std::memcpy(out, row, static_cast<size_t>(cols) * 4);
+}
+
+}  // namespace
+
+DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vocabulary, int n_sequences, int context,
+                       DType weight_type)
+    : backend_(target.backend()), target_(target), config_(t.config), weight_type_(weight_type), head_scale_(t.head_scale) {
+  const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
+  if (d != target.config().hidden_size)
+    throw Error("draft", "a hidden size of " + std::to_string(target.config().hidden_size) + " (the target's)", std::to_string(d));
+  if (d % 32 != 0 || config_.ffn_size % 32 != 0 || config_.head_rank % 32 != 0 || config_.q_size() % 32 != 0)
+    throw Error("draft", "sizes that are multiples of 32", "others");
+
+  // Two Steps and the features' buffers, shared by all sequences: they draft one after the other.
+  const auto floats = [&](int64_t n) {
+    memory_.push_back(backend_.allocate(static_cast<size_t>(n) * 4));
+    return static_cast<float*>(memory_.back().get());
+  };
+  const auto new_step = [&] {
+    memory_.push_back(backend_.allocate(sizeof(Step)));
+    auto* step = static_cast<Step*>(memory_.back().get());
+    step->n_sequences = n_sequences;
+    return step;
+  };
+  step_ = new_step();
+  trigram_step_ = new_step();
+  g_ = floats(rows * d);
+  g_prev_ = floats(rows * d);
+  state_ = floats(rows * d);
+  f_ = floats(rows * d);
+  trigrams_ = floats(rows * 3 * d);
+  hidden_ = floats(rows * d);
+  key_in_ = floats(rows * 2 * d);
+  value_in_ = floats(rows * 2 * d);
+  qkv_ = floats(rows * (config_.q_size() + 2 * config_.kv_size()));
+  attended_ = floats(rows * config_.q_size());
+  gated_ = floats(rows * 2 * config_.ffn_size);
+  x_ = floats(rows * d);
+  head_in_ = floats(rows * 2 * d);
+  rank_ = floats(rows * std::max(1, config_.head_rank));
+  z_ = floats(rows * d);
+
+  // Weights in 8 bits; the draft's precision never touches the text.
+  w1_ = prepare(t.w1, d, 3 * d);
+  w2_ = prepare(t.w2, d, d);
+  if (config_.skip) w3_ = prepare(t.w3, d, d);
+  wq_ = prepare(t.wq, config_.q_size(), d);
+  wk_ = prepare(t.wk, config_.kv_size(), 2 * d);
+  wv_ = prepare(t.wv, config_.kv_size(), 2 * d);
+  wo_ = prepare(t.wo, d, config_.q_size());
+  gate_up_ = prepare(t.gate_up, 2 * config_.ffn_size, d);
+  down_ = prepare(t.down, d, config_.ffn_size);
+  for (int64_t k = 0; k < heads && config_.head_rank > 0; ++k) {
+    head_down_.push_back(prepare(t.head_down[static_cast<size_t>(k)], config_.head_rank, 2 * d));
+    head_up_.push_back(prepare(t.head_up[static_cast<size_t>(k)], d, config_.head_rank));
+  }
+  ones_ = place(std::vector<float>(static_cast<size_t>(d), 1.0f));
+  key_norm_ = place(t.key_norm);
+  value_norm_ = place(t.value_norm);
+  attn_norm_ = place(t.attn_norm);
+  ffn_norm_ = place(t.ffn_norm);
+  out_norm_ = place(t.out_norm);
+
+  // The head's rows of the static vocabulary, gathered from the target's.
+  vocabulary_.assign(t.vocabulary.begin(), t.vocabulary.begin() + std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(t.vocabulary.size()), static_vocabulary));
+  std::vector<float> lm(vocabulary_.size() * static_cast<size_t>(d));
+  for (size_t first = 0; first < vocabulary_.size(); first += kMaxRows) {
+    const size_t n = std::min<size_t>(kMaxRows, vocabulary_.size() - first);
+    trigram_step_->clear();
+    trigram_step_->n_rows = static_cast<int32_t>(n);
+    std::copy_n(vocabulary_.begin() + static_cast<std::ptrdiff_t>(first), n, trigram_step_->token);
+    backend_.embed(trigram_step_, target.head(), x_);
+    std::memcpy(lm.data() + first * static_cast<size_t>(d), x_, n * static_cast<size_t>(d) * 4);
+  }
+  head_ = prepare(lm, static_cast<int64_t>(vocabulary_.size()), d);
+  dynamic_rows_.resize(kMaxDynamic * row_bytes(weight_type, d));
+  const TensorView dynamic = view(weight_type, dynamic_rows_, kMaxDynamic, d);
+  dynamic_ = backend_.prepare({&dynamic, 1});
+  logits_static_ = floats(rows * static_cast<int64_t>(vocabulary_.size()));
+  logits_dynamic_ = floats(rows * kMaxDynamic);
+  logits_ = floats(rows * (static_cast<int64_t>(vocabulary_.size()) + kMaxDynamic));
+
+  const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16, 1, config_.n_kv_heads, config_.head_dim, n_sequences, context + kMaxRows};
+  memory_.push_back(backend_.allocate(backend_.kv_bytes(shape)));
+  kv_ = backend_.bind_kv(shape, memory_.back().get());
+
+  LlamaConfig rope_config;
+  rope_config.head_dim = config_.head_dim;
+  rope_config.rope_base = config_.rope_base;
+  const int64_t positions = shape.capacity + 1;
+  std::vector<float> cos(static_cast<size_t>(positions * config_.head_dim / 2)), sin(cos.size());
+  fill_rope_table(rope_config, positions, cos.data(), sin.data());
+  rope_ = {place(cos), place(sin), /*query_shift=*/1};
+  backend_.reserve(3 * kMaxRows, shape.capacity, std::max<int64_t>(3 * d, config_.ffn_size),
+                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads}, 0);
+}
+
+std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols) {
+  if (static_cast<int64_t>(w.size()) != rows * cols)
+    throw Error("draft", std::to_string(rows) + " x " + std::to_string(cols) + " weights", std::to_string(w.size()));
+  const size_t row = row_bytes(weight_type_, cols);
+  std::vector<std::byte> rounded(static_cast<size_t>(rows) * row);
+  for (int64_t r = 0; r < rows; ++r) round_row(weight_type_, w.data() + r * cols, cols, rounded.data() + static_cast<size_t>(r) * row);
+  const TensorView tensor = view(weight_type_, rounded, rows, cols);
+  auto matrix = backend_.prepare({&tensor, 1});
+  weight_bytes_ += matrix->bytes;
+  return matrix;
+}
+
+const float* DraftModel::place(const std::vector<float>& vector) {
+  memory_.push_back(backend_.allocate(vector.size() * 4));
+  backend_.upload(memory_.back().get(), vector.data(), vector.size() * 4);
+  return static_cast<const float*>(memory_.back().get());
+}
+
+void DraftModel::set_dynamic(int index, int32_t token) {
+  n_dynamic_ = std::max(n_dynamic_, index + 1);
+  trigram_step_->clear();
+  trigram_step_->n_rows = 1;
+  trigram_step_->token[0] = token;
+  backend_.embed(trigram_step_, target_.head(), x_);
+  const int64_t d = config_.hidden_size;
+  round_row(weight_type_, x_, d, dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(weight_type_, d));
+  backend_.replace_row(*dynamic_, view(weight_type_, dynamic_rows_, kMaxDynamic, d), index);
+}
+
+void DraftModel::features(int first, int n, const int32_t* trigrams) {
+  const int64_t d = config_.hidden_size;
+  trigram_step_->clear();
+  trigram_step_->n_rows = 3 * n;
+  std::copy_n(trigrams, 3 * n, trigram_step_->token);
+  backend_.embed(trigram_step_, target_.embedding(), trigrams_);
+  backend_.rms_norm(trigram_step_, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
+  trigram_step_->n_rows = n;  // three embeddings in a row make a trigram
+  backend_.linear(trigram_step_, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
+  backend_.linear(trigram_step_, {.weights = w2_.get(), .x = hidden_, .y = feature(first), .input = Linear::Input::kSilu});
+  if (config_.skip) {
+    backend_.on_host([&] {
+      for (int64_t i = 0; i < n; ++i) std::memcpy(x_ + i * d, trigrams_ + (3 * i + 2) * d, static_cast<size_t>(d) * 4);
+    });
+    backend_.linear(trigram_step_, {.weights = w3_.get(), .x = x_, .y = feature(first), .accumulate = true});
+  }
+}
+
+void DraftModel::forward() {
+  using Input = Linear::Input;
+  const int64_t d = config_.hidden_size, width = config_.q_size() + 2 * config_.kv_size();
+  const Heads heads{config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
+  // Slots read [rms(state); rms(feature)]: of the previous token for the key, of the own one for the value.
+  backend_.rms_norm(step_, state_, ones_, kEps, d, hidden_);
+  backend_.rms_norm(step_, g_prev_, ones_, kEps, d, x_);
+  backend_.on_host([&] { concatenate(hidden_, x_, key_norm_, key_in_); });
+  backend_.rms_norm(step_, g_, ones_, kEps, d, x_);
+  backend_.on_host([&] { concatenate(hidden_, x_, value_norm_, value_in_); });
+  backend_.linear(step_, {.weights = wq_.get(), .x = g_, .y = qkv_, .y_stride = width,
+                          .input = Input::kRmsNorm, .norm_weight = attn_norm_, .eps = kEps});
+  backend_.linear(step_, {.weights = wk_.get(), .x = key_in_, .y = qkv_ + config_.q_size(), .y_stride = width});
+  backend_.linear(step_, {.weights = wv_.get(), .x = value_in_, .y = qkv_ + config_.q_size() + config_.kv_size(), .y_stride = width});
+  backend_.rope_append(step_, qkv_, heads, rope_, kv_, 0);
+  backend_.attention(step_, qkv_, heads, kv_, 0, attended_);
+  backend_.copy_rows(step_, g_, d, x_);
+  backend_.linear(step_, {.weights = wo_.get(), .x = attended_, .y = x_, .accumulate = true});
+  backend_.linear(step_, {.weights = gate_up_.get(), .x = x_, .y = gated_,
+                          .input = Input::kRmsNorm, .norm_weight = ffn_norm_, .eps = kEps});
+  backend_.linear(step_, {.weights = down_.get(), .x = gated_, .y = x_, .input = Input::kSwiGlu, .accumulate = true});
+  backend_.rms_norm(step_, x_, out_norm_, kEps, d, f_);
+}
+
+// out: (rows, 2 d) = [a; b] * weight for the step's new rows.
+void DraftModel::concatenate(const float* a, const float* b, const float* weight, float* out) const {
+  const int64_t d = config_.hidden_size;
+  for (int64_t r = step_->first_new; r < step_->n_rows; ++r)
+    for (int64_t i = 0; i < d; ++i) {
+      out[2 * r * d + i] = a[r * d + i] * weight[i];
+      out[(2 * r + 1) * d + i] = b[r * d + i] * weight[d + i];
+    }
+}
+
+const float* DraftModel::logits(int k, const float* h) {
+  const int64_t d = config_.hidden_size, first = step_->first_new, n = step_->n_rows - first;
+  const auto head = static_cast<size_t>(std::min(k, config_.n_steps - 1));
+  backend_.on_host([&] {
+    for (int64_t r = first; r < step_->n_rows; ++r) {
+      std::memcpy(head_in_ + 2 * r * d, h, static_cast<size_t>(d) * 4);
+      std::memcpy(head_in_ + (2 * r + 1) * d, f(static_cast<int>(r)), static_cast<size_t>(d) * 4);
+      for (int64_t i = 0; i < d; ++i) z_[r * d + i] = head_scale_[head] * h[i] + f(static_cast<int>(r))[i];
+    }
+  });
+  if (config_.head_rank > 0) {
+    backend_.linear(step_, {.weights = head_down_[head].get(), .x = head_in_, .y = rank_});
+    backend_.linear(step_, {.weights = head_up_[head].get(), .x = rank_, .y = z_, .input = Linear::Input::kSilu, .accumulate = true});
+  }
+  const int64_t n_static = static_cast<int64_t>(vocabulary_.size()), width = logits_width();
+  backend_.linear(step_, {.weights = head_.get(), .x = z_, .y = logits_static_});
+  if (n_dynamic_ > 0) backend_.linear(step_, {.weights = dynamic_.get(), .x = z_, .y = logits_dynamic_});
+  backend_.on_host([&] {
+    for (int64_t i = 0; i < n; ++i) {
+      std::memcpy(logits_ + i * width, logits_static_ + (first + i) * n_static, static_cast<size_t>(n_static) * 4);
+      std::memcpy(logits_ + i * width + n_static, logits_dynamic_ + (first + i) * kMaxDynamic, static_cast<size_t>(n_dynamic_) * 4);
+    }
+  });
+  return logits_;
+}
+
+}  // namespace chimera

@@ -1,0 +1,93 @@
+// The Chimera draft model at run time: the formulas of draft_tensors.h as ops of a backend.
+//
+// A draft row stands for a token x_p whose feature is g_p. It asks with its own feature, and it brings
+// the slot of position p - 1: the one that says "there stood x_{p-1}, and after it came x_p", made from
+// the state of position p - 1 (the target's h, or the f of its parent row where that is not known yet).
+// So a row sees the slots of its ancestors and its own, exactly as attention() has it, and the rows of
+// a depth go through in one batch under the tree mask.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/chimera/draft_tensors.h"
+#include "engine/llama.h"
+
+namespace chimera {
+
+class DraftModel {
+ public:
+  static constexpr int kMaxRows = 64;  // of a draft step
+
+  // Prepares the weights in 8 bits (or f32, to compare with exact values). static_vocabulary: how many of the tensors' most frequent tokens
+  // the heads choose from, besides the dynamic ones (see DynamicVocabulary).
+  DraftModel(const Llama& target, const DraftTensors& tensors, int static_vocabulary, int n_sequences, int context,
+             DType weight_type = DType::kQ8_0);
+
+  const DraftConfig& config() const { return config_; }
+  std::span<const int32_t> vocabulary() const { return vocabulary_; }
+  size_t weight_bytes() const { return weight_bytes_; }  // read by one pass
+
+  // The rows of the current draft step. To use: step().clear(), begin_sequence(), then rows; set
+  // tokens (trigram), state and previous feature of every new row; forward(); read f and feature.
+  Step& step() { return *step_; }
+
+  // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n, 3).
+  void features(int first, int n, const int32_t* trigrams);
+  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }           // g_p
+  float* previous_feature(int row) { return g_prev_ + int64_t{row} * config_.hidden_size; }  // g_{p-1}
+  float* state(int row) { return state_ + int64_t{row} * config_.hidden_size; }         // h_{p-1} or f
+  float* f(int row) { return f_ + int64_t{row} * config_.hidden_size; }
+
+  // Fills f for the step's new rows [first_new, n_rows) and appends their slots.
+  void forward();
+  // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the last
+  // known state of the target. Row i of the result belongs to row first_new + i.
+  const float* logits(int k, const float* h);
+  int logits_width() const { return static_cast<int>(vocabulary_.size()) + n_dynamic_; }
+
+  // The dynamic part of the vocabulary: up to kMaxDynamic tokens, replaced oldest first.
+  static constexpr int kMaxDynamic = 512;
+  void set_dynamic(int index, int32_t token);  // index <= number of dynamic tokens
+  int n_dynamic() const { return n_dynamic_; }
+  void clear_dynamic() { n_dynamic_ = 0; }
+
+  // Slots of the draft's own cache.
+  int committed(int sequence) const { return step_->sequences[sequence].committed; }
+  void set_committed(int sequence, int n) { step_->sequences[sequence].committed = n; }
+
+ private:
+  std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols);
+  const float* place(const std::vector<float>& vector);
+  void concatenate(const float* a, const float* b, const float* weight, float* out) const;
+
+  Backend& backend_;
+  const Llama& target_;
+  DraftConfig config_;
+  DType weight_type_;
+  std::vector<int32_t> vocabulary_;
+  size_t weight_bytes_ = 0;
+  int n_dynamic_ = 0;
+
+  std::unique_ptr<Matrix> w1_, w2_, w3_, wq_, wk_, wv_, wo_, gate_up_, down_, head_;
+  std::vector<std::unique_ptr<Matrix>> head_down_, head_up_;
+  std::unique_ptr<Matrix> dynamic_;
+  std::vector<std::byte> dynamic_rows_;  // (kMaxDynamic, d)
+  std::vector<float> head_scale_;
+  const float *ones_, *key_norm_, *value_norm_, *attn_norm_, *ffn_norm_, *out_norm_;
+  std::vector<std::shared_ptr<void>> memory_;
+
+  Step *step_, *trigram_step_;
+  KvCache kv_;
+  RopeTable rope_;
+  float *g_, *g_prev_, *state_, *f_;        // (rows, d)
+  float *trigrams_, *hidden_;               // (rows, 3 d), (rows, d)
+  float *key_in_, *value_in_;               // (rows, 2 d)
+  float *qkv_, *attended_, *gated_;         // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
+  float *x_, *head_in_, *rank_, *z_;        // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
+  float *logits_static_, *logits_dynamic_;  // (rows, static), (rows, kMaxDynamic)
+  float* logits_;                           // (rows, both)
+};
+
+}  // namespace chimera

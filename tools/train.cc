@@ -1,0 +1,29 @@
+// chimera train: the stages that make a draft model, each a sub-command of its own.
+#include "tools/commands.h"
+#include "tools/flags.h"
+#include "tools/output.h"
+#include "tools/train.h"
+
+namespace chimera {
+namespace {
+
+constexpr char kHelp[] =
+    "usage: chimera train STAGE [FLAGS]\n"
+    "\n"
+    "Makes a draft model for a target, from nothing but the target and a file of prompts.\n"
+    "\n"
+    "  data   the target answers the prompts; its answers are what there is to learn\n"
+    "\n"
+    "  chimera train STAGE --help   the flags of a stage\n";
+
+}  // namespace
+
+int train(const std::vector<std::string>& args) {
+  const std::string stage = args.empty() ? "--help" : args.front();
+  const std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
+  if (stage == "data") return train_data(rest);
+  if (stage == "--help" || stage == "-h") return print(kHelp), 0;
+  throw UsageError("train", "data", "'" + stage + "'", "see chimera train --help");
+}
+
+}  // namespace chimera

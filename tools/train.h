@@ -1,0 +1,11 @@
+// The stages of training; see commands.h for what they return.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace chimera {
+
+int train_data(const std::vector<std::string>& args);
+
+}  // namespace chimera
