@@ -125,7 +125,7 @@ TEST_F(CliTest, Version) {
 }
 
 TEST_F(CliTest, UsageErrors) {
-  expect_error({"jump"}, 2, "expected run, info or bench, found 'jump'");
+  expect_error({"jump"}, 2, "expected run, info, bench or train, found 'jump'");
   expect_error({"run"}, 2, "run: expected -m MODEL, found none");
   expect_error({"bench"}, 2, "bench: expected -m MODEL, found none");
   expect_error({"info"}, 2, "info: expected MODEL, found none");

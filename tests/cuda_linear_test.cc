@@ -1,0 +1,144 @@
+// Products on the tensor cores, under the emulator, against the contract as plain loops.
+#include "tests/cuda_support.h"
+
+namespace chimera::cuda::test {
+namespace {
+
+struct Case {
+  int64_t rows, cols;
+  int tokens;
+};
+
+// Runs one op as the backend does: input, then product.
+std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tokens, Linear::Input input = Linear::Input::kPlain,
+                       const std::vector<float>& norm = {}, const std::vector<float>* residual = nullptr,
+                       const std::vector<int>& logits_rows = {}) {
+  Buffer<std::byte> tape(static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols)));
+  pack_tape(w, tape.get());
+  Buffer<Step> step(1);
+  step[0].n_rows = tokens;
+  step[0].n_logits = static_cast<int>(logits_rows.size());
+  for (size_t i = 0; i < logits_rows.size(); ++i) step[0].logits_row[i] = logits_rows[i];
+  const int live = logits_rows.empty() ? tokens : static_cast<int>(logits_rows.size());
+  const Rows rows = logits_rows.empty() ? Rows::kAll : Rows::kLogits;
+  const Buffer<float> in(x), weight(norm);
+  Buffer<std::byte> fragments(static_cast<size_t>(fragment_bytes(live, w.cols)));
+  Buffer<float> plain(static_cast<size_t>(live * w.cols));
+  std::fill(fragments.begin(), fragments.end(), std::byte{0xff});  // NaN where nothing is written
+  const bool f32 = w.type == DType::kF32, bf16 = w.type == DType::kBF16;
+  prepare_input(nullptr,
+                {step.get(), rows, input, in.get(), weight.get(), 1e-5f, w.cols, f32 ? plain.get() : nullptr,
+                 f32 || bf16 ? nullptr : fragments.get(), bf16 ? fragments.get() : nullptr},
+                live + 1);
+  Buffer<float> y(static_cast<size_t>(live * w.rows));
+  std::fill(y.begin(), y.end(), std::nanf(""));
+  if (residual != nullptr) std::copy(residual->begin(), residual->end(), y.begin());
+  Buffer<float> partials(static_cast<size_t>(partial_floats(w.type, w.rows, w.cols, live)));
+  Buffer<uint32_t> counters(static_cast<size_t>(counter_words(w.rows, live + 1)));
+  linear(nullptr, w.type,
+         {step.get(), rows, tape.get(), f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(), w.rows, w.cols,
+          y.get(), w.rows, residual != nullptr, partials.get(), live, counters.get()},
+         live + 1);
+  for (const uint32_t c : counters) EXPECT_EQ(c, 0u);
+  return {y.begin(), y.end()};
+}
+
+int64_t whole_blocks(DType type, int64_t cols) {
+  const int64_t block = dtype_info(type).block_weights;
+  return (cols + block - 1) / block * block;
+}
+
+TEST(CudaTape, HoldsEveryWeight) {
+  std::mt19937 random(1);
+  for (const DType type : kAllTypes)
+    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 32}, {17, 96}, {40, 512}}) {
+      const RandomMatrix m = random_matrix(random, type, rows, whole_blocks(type, cols), false);
+      Buffer<std::byte> tape(static_cast<size_t>(tape_bytes(type, rows, m.view.cols)));
+      pack_tape(m.view, tape.get());
+      std::vector<float> row(static_cast<size_t>(m.view.cols));
+      for (int64_t r = 0; r < rows; ++r) {
+        dequantize_row(type, m.view.row(r), m.view.cols, row.data());
+        for (int64_t k = 0; k < m.view.cols; ++k)
+          ASSERT_EQ(tape_weight(type, tape.get(), m.view.cols, r, k), row[static_cast<size_t>(k)])
+              << dtype_info(type).name << " (" << r << ", " << k << ")";
+      }
+    }
+}
+
+TEST(CudaLinear, EveryTypeAtOddSizes) {
+  std::mt19937 random(2);
+  for (const bool integers : {true, false})
+    for (const DType type : kAllTypes)
+      for (const Case& c : {Case{1, 32, 1}, {16, 64, 3}, {33, 288, 8}, {130, 544, 9}, {200, 96, 33}, {257, 800, 2}}) {
+        const RandomMatrix m = random_matrix(random, type, c.rows, whole_blocks(type, c.cols), integers);
+        const std::vector<float> x = random_input(random, static_cast<size_t>(c.tokens * m.view.cols), integers);
+        const std::vector<float> y = run(m.view, x, c.tokens), expected = product_oracle(m.view, x, c.tokens);
+        ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size()))
+            << dtype_info(type).name << " " << c.rows << " x " << m.view.cols << ", " << c.tokens << " tokens";
+      }
+}
+
+TEST(CudaLinear, AnyNumberOfColumns) {
+  std::mt19937 random(3);
+  for (const DType type : {DType::kF32, DType::kF16, DType::kBF16})
+    for (const int64_t cols : {1, 7, 31, 33, 172}) {
+      const RandomMatrix m = random_matrix(random, type, 19, cols, false);
+      const std::vector<float> x = random_input(random, static_cast<size_t>(5 * cols), false);
+      const std::vector<float> y = run(m.view, x, 5), expected = product_oracle(m.view, x, 5);
+      ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << dtype_info(type).name << " " << cols;
+    }
+}
+
+// The signature: a token alone has the bits that it has among 64.
+TEST(CudaLinear, WidthIndependent) {
+  std::mt19937 random(4);
+  for (const DType type : kAllTypes) {
+    const RandomMatrix m = random_matrix(random, type, 70, 1280, false);
+    const std::vector<float> x = random_input(random, static_cast<size_t>(64 * 1280), false);
+    const std::vector<float> all = run(m.view, x, 64);
+    for (const auto& [first, count] : {std::pair{0, 1}, {63, 1}, {17, 2}, {9, 8}, {3, 31}}) {
+      const std::vector<float> some = run(m.view, {x.begin() + first * 1280, x.begin() + (first + count) * 1280}, count);
+      ASSERT_TRUE(same_bits(some.data(), all.data() + first * 70, some.size())) << dtype_info(type).name << " " << first;
+    }
+  }
+}
+
+TEST(CudaLinear, InputsAndEpilogue) {
+  std::mt19937 random(5);
+  constexpr int64_t kRows = 40, kCols = 352;
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kQ5_1}) {
+    const RandomMatrix m = random_matrix(random, type, kRows, kCols, false);
+    const std::vector<float> x = random_input(random, 7 * 2 * kCols, false), norm = random_input(random, kCols, false);
+    const std::vector<float> residual = random_input(random, 7 * kRows, false);
+    std::vector<float> normed(7 * kCols), gated(7 * kCols);
+    for (size_t t = 0; t < 7; ++t) {
+      cpu::kScalarKernels.rms_norm(x.data() + t * kCols, norm.data(), 1e-5f, kCols, normed.data() + t * kCols);
+      cpu::kScalarKernels.swiglu(x.data() + t * 2 * kCols, kCols, gated.data() + t * kCols);
+    }
+    auto y = run(m.view, x, 7, Linear::Input::kRmsNorm, norm), expected = product_oracle(m.view, normed, 7);
+    ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "norm";
+    y = run(m.view, x, 7, Linear::Input::kSwiGlu);
+    expected = product_oracle(m.view, gated, 7);
+    ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "SwiGLU";
+    y = run(m.view, x, 7, Linear::Input::kSwiGlu, {}, &residual);
+    for (size_t i = 0; i < y.size(); ++i) expected[i] = residual[i] + expected[i];
+    ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "accumulate";
+    const std::vector<float> rows = run(m.view, x, 7, Linear::Input::kPlain, {}, nullptr, {6, 2});
+    const std::vector<float> all = run(m.view, x, 7);
+    ASSERT_TRUE(same_bits(rows.data(), all.data() + 6 * kRows, kRows));
+    ASSERT_TRUE(same_bits(rows.data() + kRows, all.data() + 2 * kRows, kRows));
+  }
+}
+
+TEST(CudaLinear, ActivationsBeyondF16Saturate) {
+  std::mt19937 random(6);
+  const RandomMatrix m = random_matrix(random, DType::kQ8_0, 16, 32, true);
+  std::vector<float> x(32, 0.0f);
+  x[3] = 1e6f;
+  const auto y = run(m.view, x, 1), expected = product_oracle(m.view, x, 1);
+  EXPECT_TRUE(same_bits(y.data(), expected.data(), y.size()));
+  EXPECT_TRUE(std::isfinite(y[0]));
+}
+
+}  // namespace
+}  // namespace chimera::cuda::test
