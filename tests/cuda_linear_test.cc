@@ -96,6 +96,11 @@ TEST(CudaLinear, WidthIndependent) {
     const RandomMatrix m = random_matrix(random, type, 70, 1280, false);
     const std::vector<float> x = random_input(random, static_cast<size_t>(64 * 1280), false);
     const std::vector<float> all = run(m.view, x, 64);
+    // Threads in the other order: what a race would change.
+    emulator::set_order(emulator::Order::kDescending);
+    const std::vector<float> other_way = run(m.view, x, 64);
+    emulator::set_order(emulator::Order::kAscending);
+    ASSERT_TRUE(same_bits(other_way.data(), all.data(), all.size())) << dtype_info(type).name;
     for (const auto& [first, count] : {std::pair{0, 1}, {63, 1}, {17, 2}, {9, 8}, {3, 31}}) {
       const std::vector<float> some = run(m.view, {x.begin() + first * 1280, x.begin() + (first + count) * 1280}, count);
       ASSERT_TRUE(same_bits(some.data(), all.data() + first * 70, some.size())) << dtype_info(type).name << " " << first;

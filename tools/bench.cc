@@ -7,6 +7,7 @@
 
 #include "engine/generate.h"
 #include "tools/commands.h"
+#include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
 #include "tools/model.h"
@@ -30,17 +31,18 @@ const char* const kPrompts[] = {
 struct Options {
   std::optional<std::string> model, prompts;
   std::optional<int> limit, ctx, threads;
-  int n = 128, rounds = 5, nodes = 8;
+  int n = 128, rounds = 5;
+  DrafterFlags drafting;
   Sampling sampling;
   bool json = false;
 };
 
 Command command(Options* o) {
-  return {
+  Command command{
       "bench",
       "-m MODEL [FLAGS]",
-      "Decodes a set of prompts with and without drafting, in turns, and reads memory as fast as\n"
-      "it goes between them. Reports medians of the rounds, and the lowest and highest.\n",
+      "Decodes a set of prompts with each drafter in turn, and reads memory as fast as it goes\n"
+      "between them. Reports medians of the rounds, and the lowest and highest.\n",
       {heading("Flags"),
        {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
        {0, "prompts", "FILE",
@@ -50,14 +52,15 @@ Command command(Options* o) {
        {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
-       {0, "nodes", "N", "guesses that a pass checks, at most",
-        integer(&o->nodes, 1, Step::kMaxRows - 1)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of a table", on(&o->json)}}};
+  const std::vector<Flag> drafting = o->drafting.flags();
+  command.flags.insert(command.flags.end() - 1, drafting.begin(), drafting.end());
+  return command;
 }
 
 // One value for each round.
@@ -97,6 +100,7 @@ struct Total {
 };
 
 struct Result {
+  std::string drafter;
   Series tokens_per_second, tokens_per_step, speedup;
 };
 
@@ -113,12 +117,12 @@ std::vector<Prompt> choose_prompts(const Options& o) {
 }
 
 void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& drafted,
-                size_t prompt) {
+                size_t prompt, const std::string& drafter) {
   const auto [a, b] = std::mismatch(plain.begin(), plain.end(), drafted.begin(), drafted.end());
   if (a == plain.end() && b == drafted.end()) return;
   throw Error(
       "prompt " + std::to_string(prompt + 1) + ", token " + std::to_string(a - plain.begin() + 1),
-      "the text of plain decoding", "another one with ngram",
+      "the text of plain decoding", "another one with " + drafter,
       "THE TEXTS DIFFER, which must never happen: please report it with this command");
 }
 
@@ -151,55 +155,59 @@ int bench(const std::vector<std::string>& args) {
   }
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
 
+  const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
   const Llama llama = prepare_weights(*backend, &model);
-  Session session(llama, {.context = context, .max_nodes = o.nodes});
+  Session session(llama, {.context = context, .max_nodes = o.drafting.nodes});
   ReadBandwidth read_bandwidth(llama.weight_bytes(), threads);
   GenerateOptions options;
   options.max_tokens = o.n;
   if (model.tokenizer.eos() >= 0) options.eos = {model.tokenizer.eos()};
   options.sampling = o.sampling;
-  // A drafter for each text: it must not know a prompt from the round before.
-  const auto decode = [&](const std::vector<int32_t>& prompt, bool draft) {
-    const auto drafter = draft ? make_ngram_drafter({.nodes = o.nodes}, 1, context) : nullptr;
-    return generate(session, drafter.get(), prompt, options);
-  };
+
+  std::vector<Result> results;
+  std::vector<std::unique_ptr<Drafter>> drafters;
+  for (const char* name : {"none", "ngram", "chimera", "hybrid"}) {
+    if (drafters.size() == 2 && !draft) break;
+    drafters.push_back(make_drafter(name, o.drafting, draft, llama, context));
+    results.emplace_back().drafter = name;
+  }
 
   Progress progress;
   progress.show("warming up");
-  decode(prompts.front(), true);
+  for (const auto& drafter : drafters) generate(session, drafter.get(), prompts.front(), options);
 
-  Result plain, ngram;
   Series bandwidth, share;
   for (int round = 0; round < o.rounds; ++round) {
     const double gb_per_second = read_bandwidth.measure();
-    Total a, b;
+    std::vector<Total> totals(drafters.size());
     for (size_t i = 0; i < prompts.size(); ++i) {
       progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
                     ", prompt " + std::to_string(i + 1) + " of " + std::to_string(prompts.size()));
       options.sampling.seed = i;
-      const Generation one = decode(prompts[i], false);
-      const Generation tree = decode(prompts[i], true);
-      check_same(one.ids, tree.ids, i);
-      a.add(one);
-      b.add(tree);
+      std::vector<int32_t> plain;
+      for (size_t d = 0; d < drafters.size(); ++d) {
+        const Generation g = generate(session, drafters[d].get(), prompts[i], options);
+        if (d == 0) plain = g.ids;
+        check_same(plain, g.ids, i, results[d].drafter);
+        totals[d].add(g);
+      }
     }
-    if (a.steps == 0)
+    if (totals[0].steps == 0)
       throw Error("bench", "texts of two tokens and more", "none", "use other prompts");
-    plain.tokens_per_second.add(a.tokens_per_second());
-    plain.tokens_per_step.add(a.tokens_per_step());
-    plain.speedup.add(1);
-    ngram.tokens_per_second.add(b.tokens_per_second());
-    ngram.tokens_per_step.add(b.tokens_per_step());
-    ngram.speedup.add(b.tokens_per_second() / a.tokens_per_second());
+    for (size_t d = 0; d < drafters.size(); ++d) {
+      results[d].tokens_per_second.add(totals[d].tokens_per_second());
+      results[d].tokens_per_step.add(totals[d].tokens_per_step());
+      results[d].speedup.add(totals[d].tokens_per_second() / totals[0].tokens_per_second());
+    }
     bandwidth.add(gb_per_second);
-    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(a.steps) / a.seconds /
-              1e9 / gb_per_second);
+    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(totals[0].steps) /
+              totals[0].seconds / 1e9 / gb_per_second);
   }
   progress.show("");
 
   if (o.json) {
-    const auto result = [](const char* drafter, const Result& r) {
-      return nlohmann::ordered_json{{"drafter", drafter},
+    const auto result = [](const Result& r) {
+      return nlohmann::ordered_json{{"drafter", r.drafter},
                                     {"tokens_per_second", r.tokens_per_second.median()},
                                     {"tokens_per_second_spread", r.tokens_per_second.spread()},
                                     {"tokens_per_step", r.tokens_per_step.median()},
@@ -207,6 +215,8 @@ int bench(const std::vector<std::string>& args) {
                                     {"speedup", r.speedup.median()},
                                     {"speedup_spread", r.speedup.spread()}};
     };
+    auto list = nlohmann::ordered_json::array();
+    for (const Result& r : results) list.push_back(result(r));
     print_json({{"model", model.name()},
                 {"cpu", cpu_model()},
                 {"device", backend->name()},
@@ -215,7 +225,7 @@ int bench(const std::vector<std::string>& args) {
                 {"prompts", prompts.size()},
                 {"tokens", o.n},
                 {"rounds", o.rounds},
-                {"nodes", o.nodes},
+                {"nodes", o.drafting.nodes},
                 {"temperature", o.sampling.temperature},
                 {"weight_bytes", llama.weight_bytes()},
                 {"peak_memory_bytes", peak_memory_bytes()},
@@ -223,23 +233,22 @@ int bench(const std::vector<std::string>& args) {
                 {"read_bandwidth_gb_s_spread", bandwidth.spread()},
                 {"bandwidth_share", share.median()},
                 {"bandwidth_share_spread", share.spread()},
-                {"results",
-                 nlohmann::ordered_json::array({result("none", plain), result("ngram", ngram)})}});
+                {"results", list}});
     return 0;
   }
-  const auto line = [](const char* drafter, const Result& r) {
+  std::string table;
+  for (const Result& r : results) {
     char buffer[160];
-    std::snprintf(buffer, sizeof buffer, "%-8s %-25s %-20s %s\n", drafter,
+    std::snprintf(buffer, sizeof buffer, "%-8s %-25s %-20s %s\n", r.drafter.c_str(),
                   r.tokens_per_second.text(1).c_str(), r.tokens_per_step.text(2).c_str(),
                   r.speedup.text(2).c_str());
-    return std::string(buffer);
-  };
+    table += buffer;
+  }
   print(model.name() + " on " + cpu_model() + ", " + backend->description() + "\n" +
         count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
         std::to_string(o.n) + " tokens each; median (lowest..highest) of " +
         count_text(o.rounds, "round") + "\n\n" +
-        "drafter  tokens/s                  tokens/step          speedup\n" + line("none", plain) +
-        line("ngram", ngram) + "\nreading memory at " + bandwidth.text(1) +
+        "drafter  tokens/s                  tokens/step          speedup\n" + table + "\nreading memory at " + bandwidth.text(1) +
         " GB/s; plain decoding reads " + bytes_text(llama.weight_bytes()) +
         " of weights a token,\n" + share.text(2) +
         " of that speed. All texts were the same, token for token.\n");

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "engine/error.h"
+#include "loader/draft_file.h"
 #include "loader/text.h"
 #include "tools/output.h"
 
@@ -12,6 +13,7 @@ Model::Model(const std::string& path)
     : file(load_model(path)),
       tokenizer_model(file.vocabulary.model),
       chat_format(detect_chat_format(file.vocabulary)),
+      fingerprint(chimera::fingerprint(file.tensors, file.vocabulary)),
       tokenizer(std::move(file.vocabulary)) {
   for (const std::string& warning : file.warnings) note("warning: " + warning);
 }

@@ -20,6 +20,7 @@ struct Model {
   ModelFile file;  // but for its vocabulary: the tokenizer has that
   TokenizerModel tokenizer_model;
   ChatFormat chat_format;
+  std::string fingerprint;  // draft_file.h: what a draft model is made for
   Tokenizer tokenizer;
 
   std::string name() const;  // printable, whatever the file says

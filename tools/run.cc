@@ -1,6 +1,7 @@
 // chimera run: a prompt in, text out.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -11,6 +12,7 @@
 #include "loader/text.h"
 #include "tokenizer/stream_decoder.h"
 #include "tools/commands.h"
+#include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
 #include "tools/model.h"
@@ -25,14 +27,14 @@ constexpr size_t kLongestPrompt = 64 << 20;  // bytes
 struct Options {
   std::optional<std::string> model, prompt, file, system;
   std::optional<int> n, ctx, threads;
-  std::string drafter = "ngram", device = "auto", kv = "f16";
-  int nodes = 8;
+  std::string drafter = "best", device = "auto", kv = "f16";
+  DrafterFlags drafting;
   Sampling sampling;
   bool chat = false, raw = false, json = false;
 };
 
 Command command(Options* o) {
-  return {
+  Command command{
       "run",
       "-m MODEL [-p TEXT | -f FILE] [FLAGS]",
       "Answers a prompt. The text goes to standard output and nothing else does; figures and\n"
@@ -58,10 +60,9 @@ Command command(Options* o) {
        {0, "seed", "S", "same seed, same text", integer(&o->sampling.seed)},
        heading("Speed (none of these changes the text)"),
        {0, "drafter", "NAME",
-        "who guesses the next tokens: ngram (from what the text\nhas already said) or none",
-        choice(&o->drafter, {"none", "ngram"})},
-       {0, "nodes", "N", "guesses that a pass checks, at most",
-        integer(&o->nodes, 1, Step::kMaxRows - 1)},
+        "who guesses the next tokens: ngram (what the text has\nsaid before), chimera (a draft "
+        "model), hybrid (both),\nnone, or best (hybrid with --draft, ngram without)",
+        choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "best"})},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
        {0, "device", "NAME", "cpu, cuda or auto", choice(&o->device, {"cpu", "cuda", "auto"})},
@@ -76,6 +77,11 @@ Command command(Options* o) {
         choice(&o->kv, {"f16", "f32"})},
        heading("Output"),
        {0, "json", "", "print one JSON object instead: text, ids and figures", on(&o->json)}}};
+  const auto drafter = std::find_if(command.flags.begin(), command.flags.end(),
+                                    [](const Flag& flag) { return flag.name == "drafter"; });
+  const std::vector<Flag> drafting = o->drafting.flags();
+  command.flags.insert(drafter + 1, drafting.begin(), drafting.end());
+  return command;
 }
 
 void check_together(const Options& o) {
@@ -169,12 +175,14 @@ int run(const std::vector<std::string>& args) {
       choose_context(model.file.tensors.config, o.ctx, prompt.size(), o.n.value_or(kTokensUnasked));
 
   start = Clock::now();
+  const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
+  if (o.drafter == "best") o.drafter = draft ? "hybrid" : "ngram";
   const Llama llama = prepare_weights(*backend, &model);
   const bool plain = o.drafter == "none";
   Session session(llama, {.context = context,
-                          .max_nodes = plain ? 0 : o.nodes,
+                          .max_nodes = plain ? 0 : o.drafting.nodes,
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
-  const auto drafter = plain ? nullptr : make_ngram_drafter({.nodes = o.nodes}, 1, context);
+  const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
   load_seconds += seconds_since(start);
   if (!o.json) {
     note(model.name() + " on " + backend->description() + ", loaded in " +
@@ -208,7 +216,7 @@ int run(const std::vector<std::string>& args) {
                 {"chat_format", chat ? name(model.chat_format) : "none"},
                 {"context", context},
                 {"drafter", o.drafter},
-                {"nodes", plain ? 0 : o.nodes},
+                {"nodes", plain ? 0 : o.drafting.nodes},
                 {"device", backend->name()},
                 {"isa", backend->isa()},
                 {"contract_version", backend->contract_version()},

@@ -12,10 +12,11 @@ namespace {
 
 constexpr int kBranch = 8;          // candidates taken from one expanded node
 constexpr int kTargetsBest = 8;     // tokens that the target found likely join the dynamic vocabulary
-constexpr int kMinMatch = 2, kMaxMatch = 5, kNgramDepth = 8;
+constexpr int kMinMatch = 1, kMaxMatch = 6, kNgramDepth = 8;
 
-// Measured on MT-bench: how often the token after a match of n tokens is the right one.
-constexpr float kMatchProbability[kMaxMatch + 1] = {0, 0, 0.30f, 0.45f, 0.60f, 0.75f};
+// How often the token that followed the newest match of n tokens follows again, if no longer match is
+// there: measured on 600 greedy answers of SmolLM2-135M-Instruct (92,000 positions).
+constexpr float kMatchProbability[kMaxMatch + 1] = {0, 0.24f, 0.55f, 0.65f, 0.70f, 0.73f, 0.91f};
 
 // A candidate of the tree that is being grown.
 struct Node {
@@ -54,8 +55,7 @@ class ChimeraDrafter final : public Drafter {
     Sequence& seq = sequences_[static_cast<size_t>(k.sequence)];
     const int first = k.committed - k.n_kept;  // position of the first kept row
     if (k.text != seq.text || first < model_.committed(k.sequence)) {
-      if (k.text != seq.text) seq.expanded = 0;
-      seq.text = k.text;
+      if (k.text != seq.text) start_text(seq, k.text);
       model_.set_committed(k.sequence, first);
     }
     // Kept rows bring a slot each; the last one also belongs to the next root, whose f is what the
@@ -97,6 +97,17 @@ class ChimeraDrafter final : public Drafter {
     int root_row = 0;      // of the draft step that observe() left
     int expanded = 0;      // committed length that observe() saw; 0: nothing to draft from
   };
+
+  // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by step.
+  void start_text(Sequence& seq, int64_t text) {
+    seq.text = text;
+    seq.expanded = 0;
+    if (sequences_.size() > 1) return;  // the vocabulary is everybody's
+    for (const int32_t id : dynamic_) known_[static_cast<size_t>(id)] = 0;
+    dynamic_.clear();
+    oldest_ = 0;
+    model_.clear_dynamic();
+  }
 
   size_t floats(int rows) const { return static_cast<size_t>(rows) * static_cast<size_t>(hidden_) * 4; }
 
@@ -208,7 +219,7 @@ class ChimeraDrafter final : public Drafter {
         int node = -1;
         float p = 1.0f;
         for (int i = 1; i <= kNgramDepth && position + static_cast<size_t>(i) < c.tokens.size(); ++i) {
-          p *= i == 1 ? kMatchProbability[n] : std::min(0.9f, kMatchProbability[n] + 0.1f * static_cast<float>(i));
+          p *= kMatchProbability[std::min(n + i - 1, kMaxMatch)];  // each token that agrees makes the match longer
           node = add(node, c.tokens[position + static_cast<size_t>(i)], i, p);
         }
         return ++matches < 2;
@@ -231,12 +242,14 @@ class ChimeraDrafter final : public Drafter {
     step.begin_sequence(c.sequence);
     step.n_rows = 1;  // row 0 stands for the root; it is never run again
     const int depths = std::min(options_.depth, c.max_depth);
-    size_t newest = 0;
     for (int depth = 1; depth < depths; ++depth) {
-      // Expand the most probable candidates of this depth.
+      // Expand the most probable candidates of this depth, as far as the path to them was expanded.
       order_.clear();
-      for (size_t i = newest; i < pool_.size(); ++i)
-        if (pool_[i].depth == depth && pool_[i].draft_row < 0) order_.push_back(static_cast<int>(i));
+      for (size_t i = 0; i < pool_.size(); ++i) {
+        const Node& node = pool_[i];
+        if (node.depth == depth && (node.parent < 0 || pool_[static_cast<size_t>(node.parent)].draft_row >= 0))
+          order_.push_back(static_cast<int>(i));
+      }
       const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width), static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
       if (width == 0) return;
       std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width), order_.end(), [this](int a, int b) {
@@ -266,7 +279,6 @@ class ChimeraDrafter final : public Drafter {
       model_.features(first, static_cast<int>(width), trigrams);
       model_.forward();
       const float* logits = model_.logits(depth, seq.h.data());
-      newest = 0;
       for (size_t i = 0; i < width; ++i) {
         const int index = order_[i];
         propose(index, logits + static_cast<int64_t>(i) * model_.logits_width(), depth + 1, pool_[static_cast<size_t>(index)].probability);

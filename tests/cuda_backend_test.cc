@@ -1,0 +1,196 @@
+// The whole CUDA backend under the emulator: models run through its kernels on a machine without a GPU.
+#include <cmath>
+#include <cstring>
+
+#include "cuda/emulated_backend.h"
+#include "engine/error.h"
+#include "tests/support.h"
+
+namespace chimera::test {
+namespace {
+
+Loaded load_emulated(const std::string& path) {
+  Loaded l{load_model(path), make_emulated_cuda_backend(), nullptr};
+  l.model = std::make_unique<Llama>(*l.backend, l.file.tensors);
+  return l;
+}
+
+// Runs a text in steps of at most `chunk` rows, accepts them all, and returns the last row's logits.
+std::vector<float> run_text(const Llama& model, const std::vector<int32_t>& text, int chunk, DType kv_type, std::vector<float>* states = nullptr) {
+  Session session(model, {.context = static_cast<int>(text.size()) + 1, .prefill_rows = chunk, .kv_type = kv_type});
+  session.start(0, text, {});
+  Step& step = session.edit_step();
+  for (size_t at = 0; at < text.size();) {
+    step.clear();
+    step.begin_sequence(0);
+    int row = -1;
+    for (int i = 0; i < chunk && at < text.size(); ++i, ++at) row = step.add_row(text[at], row, at + 1 == text.size());
+    session.forward();
+    if (states != nullptr)
+      states->assign(session.states() + row * int64_t{model.config().hidden_size}, session.states() + (row + 1) * int64_t{model.config().hidden_size});
+    session.accept_and_keep();
+  }
+  return {session.logits(), session.logits() + model.config().vocab_size};
+}
+
+// Every node of a random tree, among all the others, against its text run in other steps.
+void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes, int every, int alone_chunk, DType kv_type) {
+  const int vocab = model.config().vocab_size;
+  const std::vector<int32_t> prefix = random_tokens(random, committed, vocab);
+  Session session(model, {.context = committed + nodes + 1, .max_nodes = nodes, .prefill_rows = 37, .kv_type = kv_type});
+  session.start(0, std::vector<int32_t>{0}, {});
+  Step& step = session.edit_step();
+  for (size_t at = 0; at < prefix.size();) {
+    step.clear();
+    step.begin_sequence(0);
+    int row = -1;
+    for (int i = 0; i < 37 && at < prefix.size(); ++i) row = step.add_row(prefix[at++], row, false);
+    session.forward();
+    session.accept_and_keep();
+  }
+  step.clear();
+  step.begin_sequence(0);
+  for (int i = 0; i < nodes; ++i)
+    step.add_row(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)), i == 0 || random() % 8 == 0 ? -1 : static_cast<int>(random() % static_cast<unsigned>(i)), true);
+  session.forward();
+  for (int i = static_cast<int>(random() % static_cast<unsigned>(every)); i < nodes; i += every) {
+    std::vector<int32_t> text = prefix, path;
+    for (int n = i; n >= 0; n = step.parent[n]) path.push_back(step.token[n]);
+    text.insert(text.end(), path.rbegin(), path.rend());
+    const std::vector<float> alone = run_text(model, text, alone_chunk, kv_type);
+    ASSERT_EQ(std::memcmp(session.logits() + i * int64_t{vocab}, alone.data(), static_cast<size_t>(vocab) * 4), 0)
+        << "node " << i << " of " << nodes << " after " << committed;
+  }
+}
+
+TEST(CudaBackend, F32IsTheCpuBitForBit) {
+  SKIP_WITHOUT(tiny("f32"));
+  const Loaded cpu = load(tiny("f32"), "scalar", 1), cuda = load_emulated(tiny("f32"));
+  std::mt19937 random(1);
+  const std::vector<int32_t> text = random_tokens(random, 21, 512);
+  const std::vector<float> a = run_text(*cpu.model, text, 8, DType::kF32), b = run_text(*cuda.model, text, 5, DType::kF32);
+  for (size_t i = 0; i < a.size(); ++i) ASSERT_EQ(a[i], b[i]) << i;
+}
+
+TEST(CudaBackend, EveryTypeIsNearTheCpu) {
+  SKIP_WITHOUT(tiny("f32"));
+  for (const std::string type : kQuantTypes) {
+    const Loaded cpu = load(tiny(type), isas().back(), 1), cuda = load_emulated(tiny(type));
+    std::mt19937 random(2);
+    const std::vector<int32_t> text = random_tokens(random, 9, 512);
+    const std::vector<float> a = run_text(*cpu.model, text, 9, DType::kF16), b = run_text(*cuda.model, text, 9, DType::kF16);
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+      difference += (a[i] - b[i]) * (a[i] - b[i]);
+      norm += a[i] * a[i];
+    }
+    const double ratio = std::sqrt(difference / norm);
+    std::printf("%s: relative difference from the CPU %.2g\n", type.c_str(), ratio);
+    EXPECT_LT(ratio, 0.05) << type;
+  }
+}
+
+TEST(CudaBackend, NodesOfTreesEveryType) {
+  SKIP_WITHOUT(tiny("f32"));
+  std::mt19937 random(3);
+  int i = 0;
+  for (const std::string type : kQuantTypes) {
+    const Loaded l = load_emulated(tiny(type));
+    SCOPED_TRACE(type);
+    struct Shape {
+      int committed, nodes;
+    };
+    const Shape shapes[] = {{0, 2}, {14, 9}, {33, 17}, {3, 40}};
+    const Shape& s = shapes[i++ % 4];
+    check_tree(*l.model, random, s.committed, s.nodes, std::max(2, s.nodes / 2), 7, i % 3 == 0 ? DType::kF32 : DType::kF16);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Whole texts: with a tree of guesses and without one, at every temperature.
+TEST(CudaBackend, TextsAreTheSame) {
+  SKIP_WITHOUT(shared("models/stories260K/stories260K.bin"));
+  const Loaded l = load_emulated(shared("models/stories260K/stories260K.bin"));
+  const std::vector<int32_t> prompt = {1, 403, 407, 261, 378};
+  double tokens_per_step = 0;
+  for (const float temperature : {0.0f, 0.7f, 1.0f}) {
+    const GenerateOptions options{24, {2}, {.temperature = temperature, .top_p = temperature == 1.0f ? 0.9f : 1.0f, .seed = 5}};
+    Session plain(*l.model, {.context = 64}), tree(*l.model, {.context = 64, .max_nodes = 7});
+    const auto ngram = make_ngram_drafter({.nodes = 7, .min_match = 1}, 1, 64);
+    const Generation expected = generate(plain, nullptr, prompt, options), g = generate(tree, ngram.get(), prompt, options);
+    EXPECT_EQ(g.ids, expected.ids) << "T " << temperature;
+    tokens_per_step = std::max(tokens_per_step, g.tokens_per_step());
+  }
+  EXPECT_GT(tokens_per_step, 1.05) << "something must be accepted for this to prove anything";
+}
+
+// Steps replayed from a graph, whose grids are larger than the step, and which is captured anew for a
+// step that it does not fit.
+TEST(CudaBackend, GraphsGiveTheSameBits) {
+  SKIP_WITHOUT(tiny("q4_0"));
+  const Loaded l = load_emulated(tiny("q4_0"));
+  std::mt19937 random(6);
+  const std::vector<int32_t> text = random_tokens(random, 40, 512);
+  Session eager(*l.model, {.context = 64, .max_nodes = 15}), graph(*l.model, {.context = 64, .max_nodes = 15});
+  const int sizes[] = {3, 1, 5, 2, 8, 11, 1, 4};
+  size_t at = 0;
+  for (const int size : sizes) {
+    std::vector<float> logits[2];
+    for (Session* s : {&eager, &graph}) {
+      Step& step = s->edit_step();
+      if (at == 0) s->start(0, text, {});
+      step.clear();
+      step.begin_sequence(0);
+      int row = -1;
+      for (int i = 0; i < size; ++i) row = step.add_row(text[at + static_cast<size_t>(i)], row, true);
+      const auto ops = [&] {
+        s->forward();
+        s->accept_and_keep();
+      };
+      l.backend->submit(s == &eager ? 0 : 1, ops);
+      ASSERT_EQ(step.sequences[0].committed, static_cast<int>(at) + size);
+      logits[s == &graph].assign(s->logits(), s->logits() + size * 512);
+    }
+    ASSERT_EQ(std::memcmp(logits[0].data(), logits[1].data(), logits[0].size() * 4), 0) << size << " rows at " << at;
+    at += static_cast<size_t>(size);
+  }
+  EXPECT_THROW(l.backend->submit(2, [&] { l.backend->on_host([] {}); throw Error("stop"); }), Error);
+  l.backend->submit(3, [] {});
+  EXPECT_THROW(l.backend->submit(3, [&] { l.backend->on_host([] {}); }), Error) << "no host inside a graph";
+}
+
+TEST(CudaBackend, ReplacesARow) {
+  SKIP_WITHOUT(tiny("f32"));
+  const auto backend = make_emulated_cuda_backend();
+  std::mt19937 random(8);
+  std::vector<float> values(40 * 64);
+  for (float& v : values) v = static_cast<float>(random() % 100);
+  for (const DType type : {DType::kF32, DType::kF16}) {
+    std::vector<std::byte> file(values.size() * (type == DType::kF32 ? 4 : 2));
+    const auto put = [&](size_t i) {
+      const uint16_t h = f32_to_f16(values[i]);
+      if (type == DType::kF32)
+        std::memcpy(file.data() + 4 * i, &values[i], 4);
+      else
+        std::memcpy(file.data() + 2 * i, &h, 2);
+    };
+    for (size_t i = 0; i < values.size(); ++i) put(i);
+    const TensorView view{"rows", type, 40, 64, file.data(), 0};
+    const auto matrix = backend->prepare({&view, 1});
+    for (size_t i = 37 * 64; i < 38 * 64; ++i) {
+      values[i] += 1;
+      put(i);
+    }
+    backend->replace_row(*matrix, view, 37);
+    const auto memory = backend->allocate(sizeof(Step) + 40 * 64 * 4);
+    auto* step = static_cast<Step*>(memory.get());
+    auto* out = reinterpret_cast<float*>(step + 1);
+    step->n_rows = 40;
+    for (int i = 0; i < 40; ++i) step->token[i] = i;
+    backend->embed(step, *matrix, out);
+    EXPECT_EQ(std::vector<float>(out, out + 40 * 64), values);
+  }
+}
+
+}  // namespace
+}  // namespace chimera::test

@@ -1,0 +1,41 @@
+#include "tools/drafters.h"
+
+#include "loader/draft_file.h"
+#include "loader/text.h"
+
+namespace chimera {
+
+std::vector<Flag> DrafterFlags::flags() {
+  return {{0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
+          {0, "nodes", "N", "guesses that a pass checks, at most", integer(&nodes, 1, 255)},
+          {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
+          {0, "width", "N", "guesses that the draft model goes on from at each depth",
+           integer(&width, 1, 32)}};
+}
+
+std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags) {
+  if (!flags.draft) return std::nullopt;
+  DraftTensors draft = load_draft(*flags.draft);
+  if (draft.target_fingerprint != target.fingerprint) {
+    throw Error(printable(*flags.draft, 4096), "a draft for " + target.name(),
+                "one for " + printable(draft.target_name), "train one with chimera train");
+  }
+  return draft;
+}
+
+std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
+                                      const std::optional<DraftTensors>& draft, const Llama& target,
+                                      int context) {
+  if (name == "none") return nullptr;
+  if (name == "ngram") return make_ngram_drafter({.nodes = flags.nodes}, 1, context);
+  if (!draft)
+    throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
+  return make_chimera_drafter(target, *draft,
+                              {.nodes = flags.nodes,
+                               .depth = flags.depth,
+                               .width = flags.width,
+                               .ngrams = name == "hybrid"},
+                              1, context);
+}
+
+}  // namespace chimera

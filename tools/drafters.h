@@ -1,0 +1,34 @@
+// Drafters by name, for run and bench.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/chimera/chimera_drafter.h"
+#include "engine/drafter.h"
+#include "tools/flags.h"
+#include "tools/model.h"
+
+namespace chimera {
+
+struct DrafterFlags {
+  std::optional<std::string> draft;  // path of a draft model
+  int nodes = 8, depth = 6, width = 4;
+
+  // The flags that set them.
+  std::vector<Flag> flags();
+};
+
+// A draft model that was opened for its target: throws Error if it was made for another one, naming
+// both. To be called before the target's weights are prepared, while its file is open.
+std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags);
+
+// "none" (nullptr), "ngram", "chimera" (the draft model alone) or "hybrid" (both in one tree).
+// Throws UsageError for the last two without a draft model.
+std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
+                                      const std::optional<DraftTensors>& draft, const Llama& target,
+                                      int context);
+
+}  // namespace chimera

@@ -1,0 +1,532 @@
+// chimera train fit: from texts that the target wrote to a draft model.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <mutex>
+#include <thread>
+
+#include "engine/philox.h"
+#include "engine/train/adamw.h"
+#include "engine/train/target_features.h"
+#include "loader/draft_file.h"
+#include "loader/load.h"
+#include "loader/mapped_file.h"
+#include "loader/safetensors.h"
+#include "loader/text.h"
+#include "tools/train.h"
+#include "tools/flags.h"
+#include "tools/output.h"
+
+namespace chimera {
+
+int train_fit(const std::vector<std::string>& args);
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr double kStepWeight = 0.8;    // of a step of the rollout, to the one before (EAGLE-3)
+constexpr size_t kMostHeldOut = 48;    // texts
+constexpr size_t kTextsAhead = 8;      // whose features are computed while others are learnt
+constexpr size_t kLongestLine = 16 << 20;
+
+struct Options {
+  std::optional<std::string> model, data, output, checkpoint, resume, init, licence;
+  int positions = 0, batch = 160, steps = 4, vocabulary = 8192, ffn = 512, rank = 64, context = 1024;
+  int save_seconds = 300;
+  float rate = 2e-3f, minutes = 0;
+  bool follow = false;
+  uint64_t seed = 1;
+  std::optional<int> threads;
+};
+
+Command command(Options* o) {
+  return {
+      "train fit",
+      "-m MODEL --data SHARD[,SHARD...] -o DRAFT [FLAGS]",
+      "Trains a draft model on texts that the target wrote (chimera train data). One text after the\n"
+      "other goes through the target while the draft learns from those before it. Ctrl-C saves and\n"
+      "stops; --resume goes on.\n",
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
+       {0, "data", "FILES", "shards of texts, separated by commas", text(&o->data)},
+       {'o', "output", "DRAFT", "the draft: a safetensors file", text(&o->output)},
+       heading("How long"),
+       {0, "positions", "N", "positions to start a rollout from; 0: each once",
+        integer(&o->positions, 0, 2'000'000'000)},
+       {0, "minutes", "M", "end after this time instead, whatever was reached by then",
+        number(&o->minutes, 0, 1e6f)},
+       {0, "follow", "", "look for new texts in the shards when all have been read,\nbefore reading them again",
+        on(&o->follow)},
+       {0, "rate", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
+       {0, "batch", "N", "positions a step, at least: whole texts are taken", integer(&o->batch, 1, 100'000)},
+       {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
+       {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
+       {0, "threads", "N", "CPU threads, shared by target and draft\n(default: one for each physical core)",
+        integer(&o->threads, 1, 256)},
+       heading("The draft"),
+       {0, "vocabulary", "N", "tokens to choose from: the most frequent of the texts", integer(&o->vocabulary, 1, 1 << 24)},
+       {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
+       {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
+       {0, "init", "DRAFT", "start from this draft; it says the configuration", text(&o->init)},
+       {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
+       heading("Stopping and going on"),
+       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", text(&o->checkpoint)},
+       {0, "save-every", "S", "seconds between two of them", integer(&o->save_seconds, 1, 1'000'000)},
+       {0, "resume", "FILE", "go on from a checkpoint: the same bits as without a break\n(but for --minutes and --follow)", text(&o->resume)},
+       {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
+}
+
+// ---- Texts -------------------------------------------------------------------------------------
+
+struct Text {
+  std::vector<int32_t> ids;
+  int prompt_len = 0;
+};
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> parts(1);
+  for (const char c : list) {
+    if (c == ',')
+      parts.emplace_back();
+    else
+      parts.back() += c;
+  }
+  return parts;
+}
+
+// Lines that cannot be used are counted; the last one may be half written.
+std::vector<Text> read_shard(const std::string& path, int vocab, int context) {
+  std::vector<Text> texts;
+  {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw Error(printable(path, 4096), "a readable file", std::strerror(errno));
+    int64_t number = 0, broken = 0, first_broken = 0;
+    for (std::string line; std::getline(file, line); ++number) {
+      if (line.empty() || line.starts_with("{\"chimera_data\"")) continue;
+      Text text;
+      bool good = line.size() <= kLongestLine;
+      if (good) {
+        const nlohmann::json json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+        good = json.is_object() && json.contains("ids") && json["ids"].is_array() && json.contains("prompt_len") &&
+               json["prompt_len"].is_number_integer();
+        if (good) {
+          for (const auto& id : json["ids"]) {
+            good = good && id.is_number_integer() && id >= 0 && id < vocab;
+            if (good) text.ids.push_back(id.get<int32_t>());
+          }
+          good = good && json["prompt_len"] >= 1 && json["prompt_len"] <= text.ids.size();
+          if (good) text.prompt_len = json["prompt_len"].get<int>();
+        }
+      }
+      if (!good) {
+        if (broken++ == 0) first_broken = number + 1;
+        continue;
+      }
+      if (static_cast<int>(text.ids.size()) > context) text.ids.resize(static_cast<size_t>(context));
+      // The first rollout starts from the prompt's last position and has a token to predict.
+      if (static_cast<int>(text.ids.size()) >= text.prompt_len + 2) texts.push_back(std::move(text));
+    }
+    if (broken > 0) {
+      note("warning: " + printable(path, 4096) + ": " + count_text(broken, "line") + " without ids and prompt_len, the first is line " +
+           std::to_string(first_broken) + (broken == 1 && first_broken == number ? " (the last: half written?)" : ""));
+    }
+  }
+  return texts;
+}
+
+int64_t starts_of(const Text& t) {
+  return static_cast<int64_t>(t.ids.size()) - 1 - t.prompt_len;
+}
+
+// The most frequent tokens of the answers, most frequent first; then by id.
+std::vector<int32_t> frequent_tokens(std::span<const Text> texts, int vocab, int n) {
+  std::vector<int64_t> count(static_cast<size_t>(vocab));
+  for (const Text& t : texts) {
+    for (size_t i = static_cast<size_t>(t.prompt_len); i < t.ids.size(); ++i) ++count[static_cast<size_t>(t.ids[i])];
+  }
+  std::vector<int32_t> ids(static_cast<size_t>(vocab));
+  for (int32_t i = 0; i < vocab; ++i) ids[static_cast<size_t>(i)] = i;
+  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return count[static_cast<size_t>(a)] > count[static_cast<size_t>(b)]; });
+  ids.resize(static_cast<size_t>(std::min(n, vocab)));
+  return ids;
+}
+
+// The texts of some shards, in the order of training: each pass in a random order of its own.
+class TextSource {
+ public:
+  // follow: a pass after the first consists of what has been added to the shards meanwhile; of all
+  // texts only where there is nothing new.
+  TextSource(const std::vector<std::string>& paths, int vocab, int context, uint64_t seed, bool follow)
+      : paths_(paths), vocab_(vocab), context_(context), seed_(seed), follow_(follow), read_(paths.size()) {
+    read_more();
+    if (texts_.empty()) throw Error("--data", "texts with answers", "none", "make some with chimera train data");
+    const size_t n = std::min(kMostHeldOut, std::max<size_t>(texts_.size() / 100, texts_.size() > 1 ? 1 : 0));
+    held_out_.assign(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
+    texts_.erase(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
+    begin_pass(0);
+  }
+  const std::vector<Text>& texts() const { return texts_; }
+  const std::vector<Text>& held_out() const { return held_out_; }
+
+  // The reference holds until the next call.
+  const Text& next() {
+    if (at_ == order_.size()) {
+      const size_t known = texts_.size();
+      if (follow_) read_more();
+      begin_pass(texts_.size() > known ? known : 0);
+    }
+    return texts_[order_[at_++]];
+  }
+
+ private:
+  void read_more() {
+    for (size_t i = 0; i < paths_.size(); ++i) {
+      std::vector<Text> shard = read_shard(paths_[i], vocab_, context_);
+      for (; read_[i] < shard.size(); ++read_[i]) texts_.push_back(std::move(shard[read_[i]]));
+    }
+  }
+  void begin_pass(size_t first) {
+    at_ = 0;
+    order_.resize(texts_.size() - first);
+    for (size_t j = 0; j < order_.size(); ++j) order_[j] = first + j;
+    for (size_t j = order_.size(); j-- > 1;) {
+      const double u = philox_uniform(seed_, drawn_++);
+      std::swap(order_[j], order_[static_cast<size_t>(u * static_cast<double>(j + 1))]);
+    }
+  }
+
+  std::vector<std::string> paths_;
+  int vocab_, context_;
+  uint64_t seed_, drawn_ = 0;
+  bool follow_;
+  std::vector<size_t> read_;  // texts taken from each shard
+  std::vector<Text> texts_, held_out_;
+  std::vector<size_t> order_;
+  size_t at_ = 0;
+};
+
+// Computes features on its own thread, a few texts ahead of the one who takes them.
+class FeatureQueue {
+ public:
+  FeatureQueue(training::TargetFeatures* target, TextSource* source)
+      : thread_([=, this] {
+          try {
+            for (;;) {
+              const Text& t = source->next();
+              training::TrainingText features = target->read(t.ids, t.prompt_len - 1);
+              std::unique_lock lock(mutex_);
+              changed_.wait(lock, [this] { return stop_ || ready_.size() < kTextsAhead; });
+              if (stop_) return;
+              ready_.push_back(std::move(features));
+              changed_.notify_all();
+            }
+          } catch (...) {
+            const std::lock_guard lock(mutex_);
+            error_ = std::current_exception();
+            changed_.notify_all();
+          }
+        }) {}
+  ~FeatureQueue() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+      changed_.notify_all();
+    }
+    thread_.join();
+  }
+  training::TrainingText take() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return !ready_.empty() || error_; });
+    if (ready_.empty()) std::rethrow_exception(error_);
+    training::TrainingText text = std::move(ready_.front());
+    ready_.pop_front();
+    changed_.notify_all();
+    return text;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<training::TrainingText> ready_;
+  std::exception_ptr error_;
+  bool stop_ = false;
+  std::thread thread_;  // last: it uses the rest
+};
+
+// ---- Checkpoints -------------------------------------------------------------------------------
+
+// Where a run stands, besides its weights.
+struct Position {
+  int64_t texts = 0, starts = 0, seconds = 0;
+};
+
+// What has to be the same for a resumed run to give the same bits.
+std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total, const std::string& target) {
+  return nlohmann::ordered_json{{"target", target}, {"texts", n_texts}, {"positions", total}, {"minutes", o.minutes}, {"rate", o.rate},
+                                {"batch", o.batch}, {"steps", o.steps}, {"seed", o.seed}, {"hidden_size", c.hidden_size},
+                                {"ffn", c.ffn_size}, {"rank", c.head_rank}, {"ctx", o.context}}
+      .dump();
+}
+
+void save_checkpoint(const std::string& path, const training::AdamWState& s, const Position& at,
+                     const std::vector<int32_t>& vocabulary, const std::string& settings) {
+  const auto n = static_cast<int64_t>(s.values.size());
+  write_safetensors(path,
+                    {{"values", {n}, SafeType::kF32, s.values.data()},
+                     {"first", {n}, SafeType::kF32, s.first.data()},
+                     {"second", {n}, SafeType::kF32, s.second.data()},
+                     {"averaged", {n}, SafeType::kF32, s.averaged.data()},
+                     {"vocabulary", {static_cast<int64_t>(vocabulary.size())}, SafeType::kI32, vocabulary.data()}},
+                    {{"chimera_checkpoint", "1"},
+                     {"settings", settings},
+                     {"step", std::to_string(s.step)},
+                     {"texts", std::to_string(at.texts)},
+                     {"starts", std::to_string(at.starts)},
+                     {"seconds", std::to_string(at.seconds)}});
+}
+
+void load_checkpoint(const std::string& path, const std::string& settings, size_t parameters, training::AdamWState* s,
+                     Position* at, std::vector<int32_t>* vocabulary) {
+  const MappedFile file(path);
+  SafeTensors st = parse_safetensors(file.bytes(), file.name());
+  const auto meta = [&](const char* key) {
+    const auto it = st.metadata.find(key);
+    if (it == st.metadata.end()) throw Error(file.name() + ": metadata", std::string("'") + key + "'", "none", "this is no checkpoint of chimera train");
+    return it->second;
+  };
+  if (meta("chimera_checkpoint") != "1") throw Error(file.name(), "version 1 of checkpoints", chimera::quoted(meta("chimera_checkpoint")));
+  if (meta("settings") != settings) {
+    throw Error(file.name(), "a checkpoint of this run, " + settings, printable(meta("settings"), 1000), "give the flags and data it was started with");
+  }
+  const auto number = [&](const char* key) {
+    const std::string t = meta(key);
+    if (t.empty() || t.size() > 15 || t.find_first_not_of("0123456789") != std::string::npos)
+      throw Error(file.name() + ": " + key, "a number", chimera::quoted(t));
+    return static_cast<int64_t>(std::stoll(t));
+  };
+  const auto take = [&](const char* name, SafeType type, int64_t count) -> const SafeTensor& {
+    const auto it = st.tensors.find(name);
+    if (it == st.tensors.end() || it->second.type != type || it->second.count() != count) {
+      throw Error(file.name() + ": " + name, std::to_string(count) + " values", it == st.tensors.end() ? "none" : it->second.shape_text(), "the checkpoint is of another shape");
+    }
+    return it->second;
+  };
+  const auto n = static_cast<int64_t>(parameters);
+  s->values = take("values", SafeType::kF32, n).floats();
+  s->first = take("first", SafeType::kF32, n).floats();
+  s->second = take("second", SafeType::kF32, n).floats();
+  s->averaged = take("averaged", SafeType::kF32, n).floats();
+  const SafeTensor& ids = take("vocabulary", SafeType::kI32, static_cast<int64_t>(vocabulary->size()));
+  std::memcpy(vocabulary->data(), ids.data, ids.bytes);
+  s->step = number("step");
+  *at = {number("texts"), number("starts"), number("seconds")};
+}
+
+// ---- The run -----------------------------------------------------------------------------------
+
+volatile std::sig_atomic_t interrupted = 0;
+
+// The first Ctrl-C saves and stops; the second, if that takes too long, stops.
+void stop_on_interrupt() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) { interrupted = 1; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::string percent(int64_t n, int64_t of) {
+  return of == 0 ? "-" : fixed_text(100.0 * static_cast<double>(n) / static_cast<double>(of), 1);
+}
+
+// "loss 3.21, right 38.1 27.0 20.2 15.9%": of each step of the rollout
+std::string score_text(const training::Score& s, int steps) {
+  std::string text = "loss " + fixed_text(s.weighted_loss(kStepWeight), 3) + ", right";
+  for (int k = 0; k < steps; ++k) {
+    const training::StepScore& step = s.step[static_cast<size_t>(k)];
+    text += " " + percent(step.correct, step.rows);
+  }
+  return text + "%";
+}
+
+std::string duration_text(double seconds) {
+  const auto s = static_cast<int64_t>(seconds);
+  return s < 60 ? std::to_string(s) + " s" : s < 6000 ? std::to_string(s / 60) + " min" : fixed_text(static_cast<double>(s) / 3600, 1) + " h";
+}
+
+std::vector<float> rows_as_f32(const TensorView& view, std::span<const int32_t> rows) {
+  const auto cols = static_cast<size_t>(view.cols);
+  std::vector<float> values(rows.size() * cols);
+  for (size_t i = 0; i < rows.size(); ++i) dequantize_row(view.type, view.row(rows[i]), view.cols, values.data() + i * cols);
+  return values;
+}
+
+}  // namespace
+
+int train_fit(const std::vector<std::string>& args) {
+  Options o;
+  if (!parse(command(&o), args)) return 0;
+  const std::string see_help = "see chimera train fit --help";
+  if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
+  if (!o.data) throw UsageError("train fit", "--data FILES", "none", see_help);
+  if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
+  const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
+
+  // The target, and what the draft reads of it.
+  const int threads = o.threads.value_or(cpu::physical_cores());
+  // Target and draft work side by side: neither waits for the other's threads.
+  const int draft_threads = std::max(1, threads / 2), target_threads = std::max(1, threads - draft_threads);
+  const auto backend = make_backend("cpu", {.threads = target_threads});
+  const ModelFile model = load_model(*o.model);
+  for (const std::string& warning : model.warnings) note("warning: " + warning);
+  const LlamaTensors& t = model.tensors;
+  const std::string target_name = printable(t.name);
+  const std::string target_fingerprint = fingerprint(t, model.vocabulary);
+  const int vocab = t.config.vocab_size;
+  TextSource source(split(*o.data), vocab, std::min(o.context, t.config.max_context), o.seed, o.follow);
+  const std::vector<Text>& texts = source.texts();
+  const std::vector<Text>& held_out = source.held_out();
+  int64_t available = 0;
+  for (const Text& text : texts) available += starts_of(text);
+  const int64_t total = o.positions > 0 ? o.positions : available;
+
+  DraftTensors draft;
+  if (o.init) {
+    draft = load_draft(*o.init);
+    if (draft.target_fingerprint != target_fingerprint) {
+      throw Error(printable(*o.init, 4096), "a draft for " + target_name, "one for " + printable(draft.target_name), "train one from scratch");
+    }
+  } else {
+    DraftConfig c;
+    c.hidden_size = t.config.hidden_size;
+    c.n_heads = t.config.n_heads;
+    c.n_kv_heads = t.config.n_kv_heads;
+    c.head_dim = t.config.head_dim;
+    c.ffn_size = o.ffn;
+    c.head_rank = o.rank;
+    c.n_steps = o.steps;
+    c.rope_base = t.config.rope_base;
+    std::vector<float> norm(static_cast<size_t>(c.hidden_size));
+    dequantize_row(t.output_norm.type, t.output_norm.data, t.output_norm.cols, norm.data());
+    draft = training::initial_draft(c, norm, o.seed);
+    draft.vocabulary = frequent_tokens(texts, vocab, o.vocabulary);
+  }
+  draft.target_name = target_name;
+  draft.target_fingerprint = target_fingerprint;
+  if (o.licence) draft.licence = *o.licence;
+  const training::ParameterLayout layout(draft.config);
+  const std::string settings = run_settings(o, draft.config, texts.size(), total, target_fingerprint);
+
+  training::AdamWState state = training::start_adamw(training::pack_parameters(draft));
+  Position at;
+  if (o.resume) load_checkpoint(*o.resume, settings, layout.total, &state, &at, &draft.vocabulary);
+
+  std::vector<int32_t> all(static_cast<size_t>(vocab));
+  for (int32_t i = 0; i < vocab; ++i) all[static_cast<size_t>(i)] = i;
+  const std::vector<float> embedding = rows_as_f32(t.embedding, all);
+  const std::vector<float> head = rows_as_f32(t.output(), draft.vocabulary);
+  const Llama llama(*backend, t, [&](const TensorView& view) { model.file.drop({view.data, view.bytes()}); });
+  training::TargetFeatures target(llama, draft.vocabulary, std::min(o.context, llama.config().max_context), target_threads);
+  training::DraftGradient<float> gradient_of(draft.config, embedding.data(), head.data(),
+                                          static_cast<int64_t>(draft.vocabulary.size()), draft_threads);
+
+  note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " + std::to_string(available) +
+       " positions, and " + count_text(static_cast<int64_t>(held_out.size()), "text") + " held out; a draft of " +
+       fixed_text(static_cast<double>(layout.total) / 1e6, 1) + " M parameters, " + std::to_string(draft.vocabulary.size()) + " tokens to choose from");
+
+  stop_on_interrupt();
+  std::vector<training::TrainingText> validation;
+  for (const Text& text : held_out) {
+    validation.push_back(target.read(text.ids, text.prompt_len - 1));
+    if (interrupted) return 128 + SIGINT;
+  }
+
+  for (int64_t i = 0; i < at.texts; ++i) source.next();
+  const Clock::time_point begin = Clock::now();
+  const int64_t seconds_before = at.seconds;
+  const auto progress = [&] {
+    return o.minutes > 0 ? (static_cast<double>(seconds_before) + seconds_since(begin)) / (60 * static_cast<double>(o.minutes))
+                         : static_cast<double>(at.starts) / static_cast<double>(total);
+  };
+  std::string validated;
+  const auto save = [&] {
+    training::Score score;
+    for (const training::TrainingText& text : validation) {
+      const training::TrainingText* one[] = {&text};
+      score += gradient_of.run(state.averaged.data(), one, o.steps, kStepWeight, nullptr);
+    }
+    validated = score_text(score, o.steps);
+    at.seconds = seconds_before + static_cast<int64_t>(seconds_since(begin));
+    save_checkpoint(checkpoint, state, at, draft.vocabulary, settings);
+    training::unpack_parameters(state.averaged, &draft);
+    draft.training = nlohmann::ordered_json{{"positions", at.starts}, {"of", total}, {"texts", at.texts}, {"steps", state.step},
+                                            {"seconds", at.seconds}, {"held_out", validated},
+                                            {"settings", nlohmann::ordered_json::parse(settings)}}
+                         .dump();
+    save_draft(draft, *o.output);
+    note("held out: " + validated + "; saved at " + std::to_string(at.starts) + " positions");
+  };
+
+  training::AdamWOptions adamw;
+  adamw.rate = o.rate;
+  adamw.average = 0.995;
+  std::vector<float> gradient(layout.total);
+  training::Score recent;
+  Clock::time_point told = begin, saved = begin;
+  int64_t starts_told = at.starts;
+  {
+    FeatureQueue queue(&target, &source);
+    while (progress() < 1 && !interrupted) {
+      std::vector<training::TrainingText> batch;
+      std::vector<const training::TrainingText*> pointers;
+      int64_t starts = 0;
+      while (starts < o.batch) {
+        batch.push_back(queue.take());
+        starts += batch.back().n_starts();
+      }
+      for (const training::TrainingText& text : batch) pointers.push_back(&text);
+      const training::Score score = gradient_of.run(state.values.data(), pointers, o.steps, kStepWeight, gradient.data());
+      const double rate = training::learning_rate(adamw, progress());
+      const double norm = training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
+      if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
+        throw Error("training step " + std::to_string(state.step + 1), "a finite loss and gradient", "NaN or infinity",
+                    "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --rate");
+      }
+      at.texts += static_cast<int64_t>(batch.size());
+      at.starts += starts;
+      recent += score;
+      if (const double s = seconds_since(told); s >= 10) {
+        const double speed = static_cast<double>(at.starts - starts_told) / s;
+        const double left = o.minutes > 0 ? (1 - progress()) * 60 * static_cast<double>(o.minutes)
+                                          : static_cast<double>(total - at.starts) / speed;
+        note(std::to_string(at.starts) + (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") + score_text(recent, o.steps) + ", " +
+             fixed_text(speed, 0) + " positions/s, " + duration_text(std::max(left, 0.0)) + " left");
+        recent = {};
+        told = Clock::now();
+        starts_told = at.starts;
+      }
+      if (seconds_since(saved) >= o.save_seconds) {
+        save();
+        saved = Clock::now();
+      }
+    }
+  }
+  save();
+  if (progress() < 1) {
+    note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
+    return 128 + SIGINT;
+  }
+  return 0;
+}
+
+}  // namespace chimera
