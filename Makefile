@@ -23,9 +23,10 @@ FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx51
                 -Wno-uninitialized -Wno-maybe-uninitialized
 FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
-LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc cuda/*.cc)
+LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) cuda/stub.cc
 PROGRAM := $(wildcard tools/*.cc)
-TESTS   := $(wildcard tests/*.cc)
+# The tests run the CUDA kernels on the CPU, on machines with a toolkit and without.
+TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
 
 objects  = $(patsubst %.cc,$(BUILD)/obj/%.o,$(1))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))

@@ -26,6 +26,8 @@
 #define BOTH __host__ __device__ inline
 #define KERNEL(threads, blocks) static __global__ __launch_bounds__(threads, blocks)
 #define UNROLL _Pragma("unroll")
+#define CHIMERA_PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(n) CHIMERA_PRAGMA(unroll n)
 #define CHIMERA_CUDA_BODY on_device
 #else
 #include <bit>
@@ -36,6 +38,7 @@
 #define BOTH inline
 #define KERNEL(threads, blocks) static inline
 #define UNROLL
+#define UNROLL_BY(n)
 #define CHIMERA_CUDA_BODY emulated
 #endif
 
@@ -221,8 +224,8 @@ DEVICE void copy_async_wait() {
   emulator::copy_wait(kInFlight);
 }
 
-// The emulator's mma: d[i][j] = c[i][j] + sum over ascending k of a[i][k] * b[k][j], the sum in
-// double, rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
+// The emulator's mma, an element of it: c + sum over ascending k of a[k] * b[k], the sum in double,
+// rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
 // does not state; what it shares with this model is all that we use: an element depends on its own row
 // of A and column of B alone, and sums that are exact come out exact.)
 DEVICE float mma_element(float c, const float* a, const float* b) {
@@ -239,20 +242,24 @@ void mma_emulated(const char* name, float (&d)[4], const uint32_t (&a)[4], const
   emulator::warp(name, &operand, [](void* const* all) {
     // Lane 4 g + t holds A(g, 2t..), A(g + 8, 2t..), A(g, 2t + 8..), A(g + 8, 2t + 8..), two k a
     // register; B(2t.., g), B(2t + 8.., g); and D(g, 2t), D(g, 2t + 1), D(g + 8, 2t), D(g + 8, 2t + 1).
-    float rows[16][16], columns[8][16];
+    double rows[16][16], columns[16][8], sum[16][8] = {};
     for (int lane = 0; lane < kLanes; ++lane) {
       const auto* o = static_cast<const Operand*>(all[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int half = 0; half < 2; ++half) {
         for (int r = 0; r < 4; ++r)
-          rows[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] = kToFloat(static_cast<uint16_t>(o->a[r] >> (16 * half)));
-        for (int r = 0; r < 2; ++r) columns[g][2 * t + 8 * r + half] = kToFloat(static_cast<uint16_t>(o->b[r] >> (16 * half)));
+          rows[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] = static_cast<double>(kToFloat(static_cast<uint16_t>(o->a[r] >> (16 * half))));
+        for (int r = 0; r < 2; ++r)
+          columns[2 * t + 8 * r + half][g] = static_cast<double>(kToFloat(static_cast<uint16_t>(o->b[r] >> (16 * half))));
       }
     }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 8; ++j) sum[i][j] += rows[i][k] * columns[k][j];
     for (int lane = 0; lane < kLanes; ++lane) {
       const auto* o = static_cast<const Operand*>(all[lane]);
       for (int i = 0; i < 4; ++i)
-        o->d[i] = mma_element(o->d[i], rows[lane / 4 + 8 * (i / 2)], columns[lane % 4 * 2 + i % 2]);
+        o->d[i] = static_cast<float>(static_cast<double>(o->d[i]) + sum[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
     }
   }, place);
 }

@@ -24,6 +24,8 @@
 // F32 weights never meet a tensor core: panels of 32 rows, (cols, 32), so that lanes are rows.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/device.cuh"
 #include "engine/tensor.h"
 
@@ -81,9 +83,6 @@ struct Place16 {
 BOTH constexpr Place16 place_a(int row, int k) { return {row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2}; }
 // And (k, column) of a 16 x 8 tile of B.
 BOTH constexpr Place16 place_b(int k, int column) { return {column * 4 + k % 8 / 2, k / 8, k % 2}; }
-
-// Packs `view` into `tape` (zeroed, tape_bytes); on the host.
-void pack_tape(const TensorView& view, std::byte* tape);
 
 // ---- One number at a time: for embeddings, and what the tests hold the fast way against ---------
 
@@ -161,6 +160,69 @@ DEVICE float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_
   const ScaleMin s = tape_scale(type, slab, r, i);
   const float product = s.scale * static_cast<float>(tape_quant(type, slab, r, i) - quant_offset(type));
   return has_minimum(type) ? product + s.minimum : product;
+}
+
+// Packs a matrix into `tape` (zeroed, tape_bytes long), on the host.
+inline void pack_tape(const TensorView& view, std::byte* tape) {
+  const DType type = view.type;
+  const SlabLayout l = slab_layout(type);
+  for (int64_t row = 0; row < view.rows; ++row) {
+    const std::byte* from = view.row(row);
+    const int r = static_cast<int>(row % kTileRows);
+    if (type == DType::kF32) {
+      for (int64_t k = 0; k < view.cols; ++k)
+        std::memcpy(tape + ((row / kF32PanelRows * view.cols + k) * kF32PanelRows + row % kF32PanelRows) * 4, from + 4 * k, 4);
+      continue;
+    }
+    std::byte* slabs = tape + row / kTileRows * tape_slabs(type, view.cols) * l.bytes;
+    if (type == DType::kF16 || type == DType::kBF16) {
+      for (int64_t k = 0; k < view.cols; ++k) {
+        const Place16 at = place_a(r, static_cast<int>(k % 16));
+        std::memcpy(slabs + k / 16 * 512 + at.lane * 16 + at.reg * 4 + at.half * 2, from + 2 * k, 2);
+      }
+      continue;
+    }
+    const int block_bytes = dtype_info(type).block_bytes;
+    CanonicalBlock block;
+    for (int64_t b = 0; b < view.cols / 32; ++b) {
+      std::byte* slab = slabs + b * 32 / l.k * l.bytes;
+      std::byte* part = slab + b * 32 % l.k / 32 * (l.low_bytes + l.high_bytes);
+      read_block(type, from, b, &block);
+      for (int k = 0; k < 32; ++k) {
+        const auto q = static_cast<unsigned>(block.q[k] + quant_offset(type));
+        const int tile = k / 16;
+        const Place16 at = place_a(r, k % 16);
+        const auto put = [part](int byte, unsigned bits) { part[byte] |= static_cast<std::byte>(bits); };
+        if (type == DType::kQ8_0) {
+          put(at.lane * 16 + tile * 8 + at.reg * 2 + at.half, q);
+          continue;
+        }
+        const int bit = 4 * at.reg + 16 * at.half;
+        put(at.lane * 8 + tile * 4 + bit / 8, (q & 15u) << (bit % 8));
+        if (l.high_bytes == 64) {
+          const int i = 4 * tile + at.reg + 8 * at.half;
+          put(256 + at.lane * 2 + i / 8, q >> 4 << (i % 8));
+        }
+        if (l.high_bytes == 128) {
+          const int i = 2 * (4 * tile + at.reg) + 16 * at.half;
+          put(256 + at.lane * 4 + i / 8, q >> 4 << (i % 8));
+        }
+      }
+      std::byte* scales = slab + l.scales;
+      const std::byte* file = from + b * 32 / dtype_info(type).block_weights * block_bytes;
+      switch (type) {
+        case DType::kQ4_K:
+        case DType::kQ5_K: std::memcpy(scales + r * 16, file, 16); break;
+        case DType::kQ6_K:
+          std::memcpy(scales + r * 16, file + 192, 16);
+          std::memcpy(scales + 256 + r * 2, file + 208, 2);
+          break;
+        default:
+          std::memcpy(scales + r * 2, file, 2);
+          if (has_minimum(type)) std::memcpy(scales + 32 + r * 2, file + 2, 2);
+      }
+    }
+  }
 }
 
 // ---- A warp's fragment: what the products read -------------------------------------------------

@@ -13,6 +13,7 @@ constexpr char kHelp[] =
     "Makes a draft model for a target, from nothing but the target and a file of prompts.\n"
     "\n"
     "  data   the target answers the prompts; its answers are what there is to learn\n"
+    "  fit    the draft learns from the answers\n"
     "\n"
     "  chimera train STAGE --help   the flags of a stage\n";
 
@@ -22,8 +23,9 @@ int train(const std::vector<std::string>& args) {
   const std::string stage = args.empty() ? "--help" : args.front();
   const std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
   if (stage == "data") return train_data(rest);
+  if (stage == "fit") return train_fit(rest);
   if (stage == "--help" || stage == "-h") return print(kHelp), 0;
-  throw UsageError("train", "data", "'" + stage + "'", "see chimera train --help");
+  throw UsageError("train", "data or fit", "'" + stage + "'", "see chimera train --help");
 }
 
 }  // namespace chimera

@@ -4,7 +4,7 @@
 
 #include "engine/cpu/kernels.h"
 
-namespace chimera::train {
+namespace chimera::training {
 namespace {
 
 constexpr int64_t kDeepest = 320;  // of a panel: a 14-row panel of A then takes 18 KB of L1
@@ -132,4 +132,4 @@ void gemm(const TileKernel&, GemmScratch*, int64_t m, int64_t n, int64_t k, Oper
   }
 }
 
-}  // namespace chimera::train
+}  // namespace chimera::training

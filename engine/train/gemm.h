@@ -10,7 +10,7 @@
 
 #include "engine/cpu/thread_pool.h"
 
-namespace chimera::train {
+namespace chimera::training {
 
 // Element (i, j) is data[i * row_stride + j * col_stride]; one of the strides is 1.
 template <typename T>
@@ -51,4 +51,4 @@ void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, in
 void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, int64_t k,
           Operand<double> a, Operand<double> b, double* c, int64_t ldc, bool accumulate);
 
-}  // namespace chimera::train
+}  // namespace chimera::training

@@ -7,8 +7,8 @@ constexpr int kTileRows = 6, kTileLanes = 1;
 #include "engine/train/gemm.h"
 #include "engine/train/gemm_lanes.h"
 
-namespace chimera::train {
+namespace chimera::training {
 
 const TileKernel kTileAvx2 = {kTileRows, 16 * kTileLanes, tile};
 
-}  // namespace chimera::train
+}  // namespace chimera::training

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace chimera::train {
+namespace chimera::training {
 namespace {
 
 void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate) {
@@ -37,4 +37,4 @@ void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool
 }
 
 }  // namespace
-}  // namespace chimera::train
+}  // namespace chimera::training

@@ -1,0 +1,372 @@
+// The CUDA backend: the ops of backend.h as launches of the kernels beside this file. It is written over
+// runtime.cuh, so that the whole of it also runs under the emulator, and is compiled twice:
+// cuda_backend.cu for the device, emulated_backend.cc for the tests.
+//
+// # The Step
+// The engine's Step is memory that the host writes. The kernels read a copy in device memory: the first
+// op of a submit() that names a Step sends it over, and what accept() changed comes back at the end.
+// Ops outside a submit() do both for themselves and wait (debugging, tests).
+//
+// # Graphs
+// Key 0 runs the ops as they come, with grids as large as the step. For other keys the first call runs
+// them so (which loads every kernel), the second captures them, and all further calls replay the graph
+// without running `ops` at all: what varies must be in the Step. Grids then fit the step of the first
+// call, rounded up to 8, 32, 64 or kMaxRows rows; a larger step captures anew.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/accept.cuh"
+#include "cuda/attention.cuh"
+#include "cuda/rows.cuh"
+#include "engine/backend.h"
+#include "engine/error.h"
+
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+
+struct DeviceDelete {
+  void operator()(void* p) const { free_device(p); }
+};
+using DeviceMemory = std::unique_ptr<void, DeviceDelete>;
+
+class CudaMatrix final : public Matrix {
+ public:
+  struct Segment {
+    DType type;
+    int64_t rows, first_row;
+    DeviceMemory tape;
+  };
+  std::vector<Segment> segments;
+  bool needs_f32 = false, needs_f16 = false, needs_bf16 = false;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::string isa, std::string description)
+      : isa_(std::move(isa)), description_(std::move(description)), stream_(make_stream()) {
+    steps_.reserve(16);
+  }
+  ~CudaBackend() override {
+    clear_graphs();
+    free_stream(stream_);
+  }
+  CudaBackend(const CudaBackend&) = delete;
+  CudaBackend& operator=(const CudaBackend&) = delete;
+
+  std::string name() const override { return "cuda"; }
+  std::string isa() const override { return isa_; }
+  std::string description() const override { return description_; }
+  int contract_version() const override { return kContractVersion; }
+
+  // ---- memory ----
+
+  std::shared_ptr<void> allocate(size_t bytes) override {
+    return {allocate_managed(std::max<size_t>(bytes, 64)), [](void* p) { free_device(p); }};
+  }
+  void upload(void* device, const void* host, size_t bytes) override {
+    copy(stream_, device, host, bytes);
+    synchronize(stream_);
+  }
+
+  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
+    auto matrix = std::make_unique<CudaMatrix>();
+    matrix->cols = stacked.front().cols;
+    for (const TensorView& w : stacked) {
+      if (w.cols != matrix->cols)
+        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns", std::to_string(w.cols));
+      const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
+      std::vector<std::byte> tape(bytes);
+      pack_tape(w, tape.data());
+      CudaMatrix::Segment s{w.type, w.rows, matrix->rows, DeviceMemory(allocate_device(bytes))};
+      upload(s.tape.get(), tape.data(), bytes);
+      matrix->bytes += bytes;
+      matrix->rows += w.rows;
+      bool& needs = w.type == DType::kF32 ? matrix->needs_f32 : w.type == DType::kBF16 ? matrix->needs_bf16 : matrix->needs_f16;
+      needs = true;
+      partials_a_token_ = std::max(partials_a_token_, partial_floats(w.type, w.rows, w.cols, 1));
+      counters_ = std::max(counters_, counter_words(w.rows, Step::kMaxRows));
+      matrix->segments.push_back(std::move(s));
+    }
+    return matrix;
+  }
+
+  // Packs the row's own tile (or F32 panel) anew: what it holds besides the row is in the tensor too.
+  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
+    const int64_t height = tensor.type == DType::kF32 ? kF32PanelRows : kTileRows, first = row / height * height;
+    TensorView rows = tensor;
+    rows.rows = std::min(height, tensor.rows - first);
+    std::vector<std::byte> file;
+    for (int64_t r = first; r < first + rows.rows; ++r)
+      file.insert(file.end(), tensor.row(r), tensor.row(r) + row_bytes(tensor.type, tensor.cols));
+    rows.data = file.data();
+    rows.interleaved_head_dim = 0;
+    std::vector<std::byte> packed(static_cast<size_t>(tape_bytes(tensor.type, rows.rows, tensor.cols)));
+    pack_tape(rows, packed.data());
+    auto* to = static_cast<std::byte*>(static_cast<CudaMatrix&>(matrix).segments.front().tape.get());
+    upload(to + tape_bytes(tensor.type, first, tensor.cols), packed.data(), packed.size());
+  }
+
+  size_t kv_bytes(const KvShape& s) const override { return 2 * half_kv_bytes(s); }
+  KvCache bind_kv(const KvShape& s, void* memory) const override {
+    return {s, memory, static_cast<std::byte*>(memory) + half_kv_bytes(s)};
+  }
+
+  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads, int64_t /*vocab*/) override {
+    scratch_rows_ = std::max(scratch_rows_, max_rows);
+    scratch_cols_ = std::max(scratch_cols_, max_cols);
+    max_chunks_ = std::max(max_chunks_, capacity / kChunk + 1);
+    partial_heads_ = std::max<int64_t>(partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
+    const auto rows = static_cast<size_t>(scratch_rows_);
+    const std::array<size_t, 6> sizes = {
+        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // f16
+        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // bf16
+        rows * static_cast<size_t>(scratch_cols_) * 4,                      // f32
+        rows * static_cast<size_t>(partials_a_token_) * 4,                  // products
+        rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,       // attention
+        static_cast<size_t>(counters_) * 4};
+    reserved_ = 0;
+    std::array<size_t, 6> at;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      at[i] = reserved_;
+      reserved_ += round_up<size_t>(sizes[i], 256);
+    }
+    clear_graphs();
+    scratch_.reset();
+    scratch_.reset(allocate_device(reserved_));
+    auto* p = static_cast<std::byte*>(scratch_.get());
+    f16_ = p + at[0];
+    bf16_ = p + at[1];
+    f32_ = reinterpret_cast<float*>(p + at[2]);
+    product_partials_ = reinterpret_cast<float*>(p + at[3]);
+    attention_partials_ = reinterpret_cast<float*>(p + at[4]);
+    product_counters_ = reinterpret_cast<uint32_t*>(p + at[5]);
+  }
+  size_t reserved_bytes() const override { return reserved_; }
+
+  // ---- running ----
+
+  void submit(uint64_t key, FunctionRef<void()> ops) override {
+    if (key == 0) return run(ops);
+    Recorded& r = recorded_[key];
+    for (const Sight& s : r.steps)  // a step that its grids do not fit
+      if (s.host->n_rows - s.host->first_new > s.max_rows || s.host->n_logits > s.max_logits || s.host->n_sequences > s.n_sequences) {
+        if (r.captured) free_graph(r.graph);
+        r = {};
+        break;
+      }
+    bucketed_ = true;
+    try {
+      if (!r.seen) {
+        run(ops);
+        r.seen = true;
+      } else {
+        if (!r.captured) {
+          begin_capture(stream_);
+          capturing_ = true;
+          run(ops);
+          capturing_ = false;
+          r.graph = end_capture(stream_);
+          r.captured = true;
+          r.steps = last_steps_;
+        }
+        replay(stream_, r.graph);
+        synchronize(stream_);
+      }
+    } catch (...) {
+      if (capturing_) abandon_capture(stream_);
+      capturing_ = bucketed_ = submitted_ = false;
+      steps_.clear();
+      throw;
+    }
+    bucketed_ = false;
+  }
+
+  void on_host(FunctionRef<void()> op) override {
+    if (capturing_) throw Error("an op on the host", "submit() with key 0", "one that is captured as a graph");
+    if (submitted_) finish();
+    // What it does with ops of its own runs as outside: each by itself.
+    const bool submitted = std::exchange(submitted_, false), bucketed = std::exchange(bucketed_, false);
+    op();
+    submitted_ = submitted;
+    bucketed_ = bucketed;
+  }
+
+  // ---- ops ----
+
+  void embed(const Step* step, const Matrix& table, float* out) override {
+    op(step, [&](const Sight& s) {
+      const CudaMatrix::Segment& w = cast(table).segments.front();
+      cuda::embed(stream_, {s.device, w.type, tape(w), table.cols, out}, s.max_rows);
+    });
+  }
+
+  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) override {
+    op(step, [&](const Sight& s) { cuda::rms_norm(stream_, {s.device, x, weight, eps, n, y}, s.max_rows); });
+  }
+
+  void linear(const Step* step, const Linear& l) override {
+    op(step, [&](const Sight& s) {
+      const CudaMatrix& w = cast(*l.weights);
+      const int tokens = l.rows == Rows::kAll ? s.max_rows : s.max_logits;
+      if (tokens == 0) return;
+      if (tokens > scratch_rows_ || w.cols > scratch_cols_)
+        throw Error("product of " + std::to_string(tokens) + " x " + std::to_string(w.cols),
+                    "at most " + std::to_string(scratch_rows_) + " x " + std::to_string(scratch_cols_) + ", as reserved", "more");
+      prepare_input(stream_,
+                    {s.device, l.rows, l.input, l.x, l.norm_weight, l.eps, w.cols, w.needs_f32 ? f32_ : nullptr,
+                     w.needs_f16 ? f16_ : nullptr, w.needs_bf16 ? bf16_ : nullptr},
+                    tokens);
+      for (const CudaMatrix::Segment& m : w.segments) {
+        const std::byte* x = m.type == DType::kF32 ? reinterpret_cast<std::byte*>(f32_) : m.type == DType::kBF16 ? bf16_ : f16_;
+        cuda::linear(stream_, m.type,
+                     {s.device, l.rows, tape(m), x, m.rows, w.cols, l.y + m.first_row, l.y_stride > 0 ? l.y_stride : w.rows, l.accumulate,
+                      product_partials_, scratch_rows_, product_counters_},
+                     tokens);
+      }
+    });
+  }
+
+  void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope, const KvCache& kv, int layer) override {
+    op(step, [&](const Sight& s) {
+      const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
+      cuda::rope_append(stream_, {s.device, qkv, h, rope, scale, kv_layer(kv, layer)}, s.max_rows);
+    });
+  }
+
+  void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer, float* out) override {
+    op(step, [&](const Sight& s) {
+      if (s.max_rows > scratch_rows_)
+        throw Error("attention of " + std::to_string(s.max_rows) + " rows", "at most " + std::to_string(scratch_rows_) + ", as reserved", "more");
+      int chunks = max_chunks_;
+      if (!bucketed_) {
+        chunks = 1;  // no row sees further than all its sequence's rows in a chain
+        for (int i = 0; i < step->n_sequences; ++i)
+          if (const Step::Sequence& q = step->sequences[i]; q.n_rows > 0)
+            chunks = std::max(chunks, (q.committed + q.n_rows - 1) / kChunk + 1);
+      }
+      cuda::attention(stream_, {s.device, qkv, h, kv_layer(kv, layer), max_chunks_, attention_partials_, out}, s.max_rows, chunks,
+                      s.n_sequences);
+    });
+  }
+
+  void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
+    op(step, [&](const Sight& s) { cuda::copy_rows(stream_, {s.device, x, width, y}, s.max_rows); });
+  }
+
+  void accept(Step* step, const float* logits, int32_t vocab) override {
+    op(step, [&](Sight& s) {
+      s.written = true;
+      cuda::accept(stream_, {s.device, logits, vocab}, s.n_sequences);
+    });
+  }
+  void keep(const Step* step, const KvCache& kv) override {
+    op(step, [&](const Sight& s) {
+      const KvLayer first = kv_layer(kv, 0);
+      cuda::keep(stream_, {s.device, first, first.head_offset(kv.shape.n_sequences, 0)}, kv.shape.n_layers);
+    });
+  }
+  void keep_rows(const Step* step, int64_t width, float* x) override {
+    op(step, [&](const Sight& s) { cuda::keep_rows(stream_, {s.device, width, x}, s.n_sequences); });
+  }
+
+ private:
+  // A Step that ops of the current submit() have named: its copy, and what the grids are sized for.
+  struct Sight {
+    const Step* host;
+    Step* device;
+    int max_rows, max_logits, n_sequences;
+    bool written = false;  // by the device
+  };
+  struct Recorded {
+    bool seen = false, captured = false;
+    Graph graph{};
+    std::vector<Sight> steps;
+  };
+
+  static const CudaMatrix& cast(const Matrix& m) { return static_cast<const CudaMatrix&>(m); }
+  static const std::byte* tape(const CudaMatrix::Segment& s) { return static_cast<const std::byte*>(s.tape.get()); }
+  static size_t half_kv_bytes(const KvShape& s) {
+    const KvLayer l = kv_layer({s, nullptr, nullptr}, 0);
+    return static_cast<size_t>(l.head_offset(s.n_sequences, 0)) * static_cast<size_t>(s.n_layers) * (s.type == DType::kF16 ? 2 : 4);
+  }
+  int bucket(int n) const {
+    if (!bucketed_ || n == 0) return n;
+    for (const int size : {8, 32, 64})
+      if (n <= size) return size;
+    return Step::kMaxRows;
+  }
+
+  void run(FunctionRef<void()> ops) {
+    submitted_ = true;
+    try {
+      ops();
+    } catch (...) {
+      submitted_ = false;
+      steps_.clear();
+      throw;
+    }
+    finish();
+    submitted_ = false;
+  }
+  // Brings back what the device wrote into the steps, and forgets them.
+  void finish() {
+    for (const Sight& s : steps_)
+      if (s.written) copy(stream_, const_cast<Step*>(s.host), s.device, sizeof(Step));
+    if (!capturing_) synchronize(stream_);
+    last_steps_.assign(steps_.begin(), steps_.end());
+    steps_.clear();
+  }
+
+  template <typename F>
+  void op(const Step* step, const F& f) {
+    Sight& s = sight(step);
+    if (s.max_rows > 0) f(s);
+    if (!submitted_) finish();
+  }
+
+  Sight& sight(const Step* step) {
+    for (Sight& s : steps_)
+      if (s.host == step) return s;
+    DeviceMemory& memory = mirrors_[step];
+    if (!memory) memory.reset(allocate_device(sizeof(Step)));
+    auto* device = static_cast<Step*>(memory.get());
+    copy(stream_, device, step, sizeof(Step));
+    // A graph's logits: as many as its rows, so that a later step may want more of them.
+    const int live = step->n_rows - step->first_new, rows = std::max(live, std::min(bucket(live), scratch_rows_));
+    steps_.push_back({step, device, rows, bucketed_ ? rows : step->n_logits, step->n_sequences});
+    return steps_.back();
+  }
+
+  void clear_graphs() {
+    for (auto& [key, r] : recorded_)
+      if (r.captured) free_graph(r.graph);
+    recorded_.clear();
+  }
+
+  std::string isa_, description_;
+  Stream stream_;
+
+  int scratch_rows_ = 0, max_chunks_ = 0;
+  int64_t scratch_cols_ = 0, partials_a_token_ = 0, counters_ = 0, partial_heads_ = 0;
+  DeviceMemory scratch_;
+  size_t reserved_ = 0;
+  std::byte *f16_ = nullptr, *bf16_ = nullptr;
+  float *f32_ = nullptr, *product_partials_ = nullptr, *attention_partials_ = nullptr;
+  uint32_t* product_counters_ = nullptr;
+
+  std::map<const Step*, DeviceMemory> mirrors_;
+  std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
+  std::map<uint64_t, Recorded> recorded_;
+  bool submitted_ = false, capturing_ = false, bucketed_ = false;
+};
+
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

@@ -1,0 +1,11 @@
+#include "cuda/emulated_backend.h"
+
+#include "cuda/cuda_backend.cuh"
+
+namespace chimera {
+
+std::unique_ptr<Backend> make_emulated_cuda_backend() {
+  return std::make_unique<cuda::CudaBackend>("emulated", "cuda kernels, emulated on the CPU");
+}
+
+}  // namespace chimera

@@ -1,0 +1,43 @@
+// exp and the sum of 16 virtual lanes, as the CPU's contract defines them (engine/cpu/kernels.h).
+#pragma once
+
+#include "cuda/device.cuh"
+#include "engine/cpu/exp.h"
+
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+
+DEVICE float exp_contract(float x) {
+  if (is_nan(x)) return x;
+  if (x < cpu::kExpLow) return 0.0f;
+  if (x > cpu::kExpHigh) return infinity();
+  const float n = (x * cpu::kExpLog2e + cpu::kExpRound) - cpu::kExpRound;
+  float r = fma(n, -cpu::kExpLn2High, x);
+  r = fma(n, -cpu::kExpLn2Low, r);
+  constexpr float c0 = cpu::kExpTaylor[0], c1 = cpu::kExpTaylor[1], c2 = cpu::kExpTaylor[2], c3 = cpu::kExpTaylor[3],
+                  c4 = cpu::kExpTaylor[4], c5 = cpu::kExpTaylor[5], c6 = cpu::kExpTaylor[6], c7 = cpu::kExpTaylor[7];
+  float p = fma(c7, r, c6);
+  p = fma(p, r, c5);
+  p = fma(p, r, c4);
+  p = fma(p, r, c3);
+  p = fma(p, r, c2);
+  p = fma(p, r, c1);
+  p = fma(p, r, c0);
+  return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+DEVICE float silu(float x) { return divide(x, 1.0f + exp_contract(-x)); }
+
+// Virtual lane i is held by lane i of a warp, lanes 16 to 31 hold anything; the sum is lane 0's.
+DEVICE float fold_16(float x) {
+  for (int width = 8; width > 0; width /= 2) x = x + shuffle_xor(x, width);
+  return x;
+}
+
+// f16, numbers beyond its range to the largest; NaN stays.
+DEVICE uint16_t saturate_f16(float x) {
+  return float_to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+}
+
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

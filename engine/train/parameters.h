@@ -1,0 +1,39 @@
+// The draft's trainable numbers in one array, as the optimiser and checkpoints see them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "engine/chimera/draft_tensors.h"
+
+namespace chimera::training {
+
+struct Parameter {
+  std::string name;  // as in the draft file: "w1", "head_down.0"
+  int64_t rows = 0, cols = 0;
+  size_t offset = 0;
+  bool decay = false;  // matrices; norms and scales are left alone
+  size_t size() const { return static_cast<size_t>(rows * cols); }
+};
+
+// Where each tensor of a configuration stands in the array. w3 and the corrections may be absent
+// (rows 0).
+struct ParameterLayout {
+  explicit ParameterLayout(const DraftConfig& config);
+
+  Parameter w1, w2, w3, key_norm, value_norm, attn_norm, wq, wk, wv, wo, ffn_norm, gate_up, down,
+      out_norm, head_scale;
+  std::vector<Parameter> head_down, head_up;
+  std::vector<Parameter> all;  // in order
+  size_t total = 0;
+};
+
+std::vector<float> pack_parameters(const DraftTensors& tensors);
+void unpack_parameters(const std::vector<float>& values, DraftTensors* tensors);
+
+// A draft to start from. target_norm: (d), the target's final norm; the draft's output norm starts
+// at 0.3 of its mean size. See "Start" in the README's training section.
+DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& target_norm,
+                           uint64_t seed);
+
+}  // namespace chimera::training
