@@ -295,9 +295,19 @@ DEVICE uint32_t pack(uint16_t low, uint16_t high) { return low | static_cast<uin
 DEVICE float infinity() { return float_of(0x7f800000u); }
 DEVICE bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
-// The first lane of a 16-byte vector of any pointer that is known to be aligned.
+// Vector loads; the hardware traps where the address is not aligned to their size.
+#if defined(__CUDACC__)
 DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
 DEVICE Words2 load_8(const void* p) { return *static_cast<const Words2*>(p); }
+#else
+template <typename T>
+T load_vector(const void* p, const emulator::Place& place) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulator::refuse("vector load", "an aligned address", "another", place);
+  return *static_cast<const T*>(p);
+}
+DEVICE Words4 load_16(const void* p, const emulator::Place& place = emulator::Place::current()) { return load_vector<Words4>(p, place); }
+DEVICE Words2 load_8(const void* p, const emulator::Place& place = emulator::Place::current()) { return load_vector<Words2>(p, place); }
+#endif
 
 }  // namespace CHIMERA_CUDA_BODY
 }  // namespace chimera::cuda

@@ -9,6 +9,7 @@
 //   a barrier that some thread of the block does not reach, or that is reached at two places
 //   a warp instruction (shuffle, mma, __syncwarp) with an absent lane
 //   an asynchronous copy that is not aligned to 16 bytes, or leaves the block's shared memory
+//   a vector load that is not aligned to its size; a write just behind the shared memory
 // and it is unkind where the hardware is free to be: shared memory starts as NaNs, an asynchronous
 // copy lands only when its thread waits for it, and the order in which threads run can be reversed
 // (set_order), which moves the result of most races.

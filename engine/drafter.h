@@ -7,6 +7,7 @@
 #include <string>
 
 #include "engine/backend.h"
+#include "engine/cost_curve.h"
 #include "engine/step.h"
 
 namespace chimera {
@@ -20,6 +21,7 @@ struct DraftContext {
   int root;                         // its row in the step
   int max_nodes;                    // candidates to add at most, without the root
   int max_depth;                    // below the root; longer paths would leave the context
+  const CostCurve* cost;            // what nodes cost here; nullptr: as many as max_nodes
 };
 
 // What a pass of the target left for one sequence: n_kept rows, whose states follow each other.
@@ -52,7 +54,7 @@ class Drafter {
 struct NgramOptions {
   int nodes = 8;       // candidates a step
   int min_match = 2;   // tokens that must agree
-  int max_match = 5;
+  int max_match = 6;
 };
 std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences, int context);
 

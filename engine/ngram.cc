@@ -18,22 +18,15 @@ class NgramDrafter final : public Drafter {
   }
 
  private:
-  // Longest matches first, newest first among equals. A match of n tokens is trusted for 2 n more.
   void grow(const DraftContext& c, Step* step) {
-    NgramIndex& index = indexes_[static_cast<size_t>(c.sequence)];
-    index.update(c.text, c.tokens);
-    CandidateTree tree(step, c.root, std::min(c.max_nodes, options_.nodes), c.max_depth);
-    for (int n = options_.max_match; n >= options_.min_match && !tree.full(); --n)
-      index.matches(c.tokens, n, [&](size_t position) {
-        int node = c.root;
-        for (size_t i = position + 1; i < std::min(c.tokens.size(), position + 1 + 2 * static_cast<size_t>(n)); ++i)
-          if ((node = tree.child(node, c.tokens[i])) < 0) break;
-        return !tree.full();
-      });
+    tree_.clear();
+    propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match, options_.max_match, &tree_);
+    tree_.write(step, c.root, std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
   }
 
   NgramOptions options_;
   std::vector<NgramIndex> indexes_;
+  CandidateTree tree_;
 };
 
 }  // namespace

@@ -10,6 +10,8 @@
 #include <span>
 #include <vector>
 
+#include "engine/candidate_tree.h"
+
 namespace chimera {
 
 inline constexpr int kMatchesPerLength = 16;  // older occurrences looked at; a text of one token has many
@@ -70,5 +72,27 @@ class NgramIndex {
   std::vector<int32_t> head_;      // (lengths, buckets)
   std::vector<int32_t> previous_;  // (lengths, context)
 };
+
+// Proposes what followed the newest occurrences of the text's longest repeated ending.
+inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int32_t> tokens, int min_match, int max_match,
+                           CandidateTree* tree) {
+  // How often the token that followed the newest match of n tokens follows again, if no longer match
+  // is there: measured on 600 greedy answers of SmolLM2-135M-Instruct (92,000 positions).
+  static constexpr float kProbability[] = {0, 0.24f, 0.55f, 0.65f, 0.70f, 0.73f, 0.91f};
+  constexpr int kLongest = 6, kDepth = 12, kContinuations = 3;
+  index.update(text, tokens);
+  int continuations = 0;
+  for (int n = max_match; n >= min_match && continuations == 0; --n)
+    index.matches(tokens, n, [&](size_t position) {
+      int node = CandidateTree::kRoot;
+      // An older occurrence is believed if the newer one is wrong.
+      float p = continuations == 0 ? 1.0f : 0.4f / static_cast<float>(continuations);
+      for (size_t i = 1; i <= kDepth && position + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
+        p *= kProbability[std::min(n + static_cast<int>(i) - 1, kLongest)];  // each token that agrees makes the match longer
+        node = tree->add(node, tokens[position + i], p);
+      }
+      return ++continuations < kContinuations;
+    });
+}
 
 }  // namespace chimera

@@ -1,6 +1,7 @@
 #include "engine/session.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "engine/error.h"
 #include "engine/rope.h"
@@ -142,7 +143,9 @@ bool Session::step(Drafter* drafter) {
       }
       if (drafter != nullptr && waiting == 1) {
         const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth}, step_);
+        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth,
+                        cost_.known() ? &cost_ : nullptr},
+                       step_);
         text.drafted = step_->n_rows - row - 1;
       }
     }
@@ -159,6 +162,27 @@ bool Session::step(Drafter* drafter) {
                         activations_.logits, model_.config().vocab_size});
   }
   return step_->n_rows > 0;
+}
+
+void Session::measure_cost() {
+  const int32_t committed = step_->sequences[0].committed;
+  step_->sequences[0].committed = 0;
+  for (const int rows : {1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64}) {
+    if (rows > options_.max_nodes + 1) break;
+    double best = 0;
+    for (int repeat = 0; repeat < 4; ++repeat) {
+      step_->clear();
+      step_->begin_sequence(0);
+      for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
+      const auto start = std::chrono::steady_clock::now();
+      forward();
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      if (repeat == 1 || (repeat > 1 && seconds < best)) best = seconds;  // the first one warms up
+    }
+    cost_.set(rows, best);
+  }
+  step_->sequences[0].committed = committed;
+  step_->clear();
 }
 
 void Session::accept_and_keep() {

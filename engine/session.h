@@ -56,6 +56,12 @@ class Session {
   int drafted(int sequence) const { return texts_[static_cast<size_t>(sequence)].drafted; }
   bool full(int sequence) const { return static_cast<int>(tokens(sequence).size()) >= options_.context; }
 
+  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine (some 0.3 s for SmolLM2);
+  // drafters then choose the size of their trees by it. To be called before the first start(). Without
+  // it trees have max_nodes nodes if there are as many candidates, and a run can be repeated step by step.
+  void measure_cost();
+  const CostCurve& cost() const { return cost_; }
+
   // The last step and what it computed; rows kept are the first n_kept of each sequence in states().
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
@@ -82,6 +88,7 @@ class Session {
   const Llama& model_;
   SessionOptions options_;
   int max_rows_ = 0;
+  CostCurve cost_;
   std::vector<Text> texts_;
   int64_t texts_started_ = 0;
   std::shared_ptr<void> memory_;

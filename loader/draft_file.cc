@@ -23,7 +23,8 @@ constexpr char kTrainAgain[] = "train the draft again with chimera train";
 template <typename Tensors, typename F>
 void each_tensor(Tensors& t, const F& f) {
   const DraftConfig& c = t.config;
-  const int64_t d = c.hidden_size, q = c.q_size(), kv = c.kv_size(), ffn = c.ffn_size, rank = c.head_rank;
+  const int64_t d = c.hidden_size, q = c.q_size(), kv = c.kv_size(), ffn = c.ffn_size,
+                rank = c.head_rank;
   using Shape = std::vector<int64_t>;
   f("w1", t.w1, Shape{d, 3 * d});
   f("w2", t.w2, Shape{d, d});
@@ -58,14 +59,16 @@ std::string write_config(const DraftConfig& c) {
 
 DraftConfig read_config(const std::string& text, const std::string& where) {
   // Flat, short and of known members: a depth or duplicate could only fall back on an error below.
-  if (text.size() > 4096) throw Error(where, "a short object", std::to_string(text.size()) + " bytes", kTrainAgain);
+  if (text.size() > 4096)
+    throw Error(where, "a short object", std::to_string(text.size()) + " bytes", kTrainAgain);
   nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) throw Error(where, "a JSON object", chimera::quoted(text), kTrainAgain);
   DraftConfig c;
   const auto take = [&](const char* key, int min, int max) {
     const auto it = json.find(key);
     if (it == json.end() || !it->is_number_integer() || *it < min || *it > max) {
-      throw Error(where + ": " + key, "a whole number from " + std::to_string(min) + " to " + std::to_string(max),
+      throw Error(where + ": " + key,
+                  "a whole number from " + std::to_string(min) + " to " + std::to_string(max),
                   it == json.end() ? "nothing" : printable(it->dump()), kTrainAgain);
     }
     const int value = it->get<int>();
@@ -82,20 +85,25 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
   c.rope_kv_heads = take("rope_kv_heads", 0, c.n_kv_heads);
   if (c.n_heads % c.n_kv_heads != 0 || c.head_dim % 2 != 0) {
     throw Error(where, "heads in equal groups, of an even size",
-                std::to_string(c.n_heads) + " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.n_kv_heads) + " for keys",
+                std::to_string(c.n_heads) + " heads of " + std::to_string(c.head_dim) + ", " +
+                    std::to_string(c.n_kv_heads) + " for keys",
                 kTrainAgain);
   }
   const auto base = json.find("rope_base"), skip = json.find("skip");
-  if (base == json.end() || !base->is_number() || !(base->get<double>() >= 1) || !std::isfinite(base->get<double>())) {
-    throw Error(where + ": rope_base", "a number of 1 or more", base == json.end() ? "nothing" : printable(base->dump()), kTrainAgain);
+  if (base == json.end() || !base->is_number() || !(base->get<double>() >= 1) ||
+      !std::isfinite(base->get<double>())) {
+    throw Error(where + ": rope_base", "a number of 1 or more",
+                base == json.end() ? "nothing" : printable(base->dump()), kTrainAgain);
   }
   c.rope_base = base->get<double>();
-  if (skip == json.end() || !skip->is_boolean()) throw Error(where + ": skip", "true or false", "neither", kTrainAgain);
+  if (skip == json.end() || !skip->is_boolean())
+    throw Error(where + ": skip", "true or false", "neither", kTrainAgain);
   c.skip = skip->get<bool>();
   json.erase("rope_base");
   json.erase("skip");
   if (!json.empty()) {
-    throw Error(where, "what this version knows", chimera::quoted(json.begin().key()), "use a newer version of chimera");
+    throw Error(where, "what this version knows", chimera::quoted(json.begin().key()),
+                "use a newer version of chimera");
   }
   return c;
 }
@@ -156,7 +164,8 @@ DraftTensors load_draft(const std::string& path) {
     return it->second;
   };
   if (const std::string version = meta("chimera_draft"); version != kVersion) {
-    throw Error(file, "version 1 of the draft format", chimera::quoted(version), "use a newer version of chimera");
+    throw Error(file, "version 1 of the draft format", chimera::quoted(version),
+                "use a newer version of chimera");
   }
   DraftTensors t;
   t.config = read_config(meta("config"), file + ": config");
@@ -168,51 +177,65 @@ DraftTensors load_draft(const std::string& path) {
   t.head_up.resize(static_cast<size_t>(t.config.n_steps));
   const auto take = [&](const std::string& tensor) {
     const auto it = st.tensors.find(tensor);
-    if (it == st.tensors.end()) throw Error(file + ": tensor " + chimera::quoted(tensor), "to be there", "none", kTrainAgain);
+    if (it == st.tensors.end())
+      throw Error(file + ": tensor " + chimera::quoted(tensor), "to be there", "none", kTrainAgain);
     SafeTensor found = std::move(it->second);
     st.tensors.erase(it);
     return found;
   };
-  each_tensor(t, [&](const std::string& name, std::vector<float>& values, const std::vector<int64_t>& shape) {
+  each_tensor(t, [&](const std::string& name, std::vector<float>& values,
+                     const std::vector<int64_t>& shape) {
     const SafeTensor found = take(name);
     const std::string where = file + ": tensor " + chimera::quoted(name);
     SafeTensor wanted;
     wanted.shape = shape;
-    if (found.shape != shape) throw Error(where, wanted.shape_text(), found.shape_text(), kTrainAgain);
+    if (found.shape != shape)
+      throw Error(where, wanted.shape_text(), found.shape_text(), kTrainAgain);
     if (found.type == SafeType::kI32) throw Error(where, "BF16, F16 or F32", "I32", kTrainAgain);
     values = found.floats();
     for (const float v : values) {
-      if (!std::isfinite(v)) throw Error(where, "finite numbers", "an infinity or NaN", kTrainAgain);
+      if (!std::isfinite(v))
+        throw Error(where, "finite numbers", "an infinity or NaN", kTrainAgain);
     }
   });
   const SafeTensor ids = take("vocabulary");
   const std::string where = file + ": tensor 'vocabulary'";
   if (ids.type != SafeType::kI32 || ids.shape.size() != 1 || ids.count() < 1) {
-    throw Error(where, "I32 [1 or more]", std::string(name(ids.type)) + " " + ids.shape_text(), kTrainAgain);
+    throw Error(where, "I32 [1 or more]", std::string(name(ids.type)) + " " + ids.shape_text(),
+                kTrainAgain);
   }
   t.vocabulary.resize(static_cast<size_t>(ids.count()));
   std::memcpy(t.vocabulary.data(), ids.data, ids.bytes);
   std::set<int32_t> seen;
   for (const int32_t id : t.vocabulary) {
     if (id < 0 || !seen.insert(id).second) {
-      throw Error(where, "different token ids", std::to_string(id) + (id < 0 ? "" : " twice"), kTrainAgain);
+      throw Error(where, "different token ids", std::to_string(id) + (id < 0 ? "" : " twice"),
+                  kTrainAgain);
     }
   }
   if (!st.tensors.empty()) {
-    throw Error(file, "the tensors of a draft", chimera::quoted(st.tensors.begin()->first) + " besides", "use a newer version of chimera");
+    throw Error(file, "the tensors of a draft",
+                chimera::quoted(st.tensors.begin()->first) + " besides",
+                "use a newer version of chimera");
   }
   return t;
 }
 
 void save_draft(const DraftTensors& draft, const std::string& path) {
   std::vector<SafeOutput> out;
-  each_tensor(draft, [&](const std::string& name, const std::vector<float>& values, const std::vector<int64_t>& shape) {
+  each_tensor(draft, [&](const std::string& name, const std::vector<float>& values,
+                         const std::vector<int64_t>& shape) {
     out.push_back({name, shape, SafeType::kBF16, values.data()});
     uint64_t count = 1;
     for (const int64_t s : shape) count *= static_cast<uint64_t>(s);
-    if (values.size() != count) throw Error("draft tensor '" + name + "'", std::to_string(count) + " values", std::to_string(values.size()));
+    if (values.size() != count)
+      throw Error("draft tensor '" + name + "'", std::to_string(count) + " values",
+                  std::to_string(values.size()));
   });
-  out.push_back({"vocabulary", {static_cast<int64_t>(draft.vocabulary.size())}, SafeType::kI32, draft.vocabulary.data()});
+  out.push_back({"vocabulary",
+                 {static_cast<int64_t>(draft.vocabulary.size())},
+                 SafeType::kI32,
+                 draft.vocabulary.data()});
   write_safetensors(path, out,
                     {{"chimera_draft", kVersion},
                      {"target_name", draft.target_name},
@@ -223,10 +246,13 @@ void save_draft(const DraftTensors& draft, const std::string& path) {
 }
 
 std::string fingerprint(const LlamaTensors& tensors, const Vocabulary& vocabulary) {
-  constexpr size_t kSample = 4096, kEvery = 64 * 1024;  // bytes read of so many: a file is not read whole
+  constexpr size_t kSample = 4096,
+                   kEvery = 64 * 1024;  // bytes read of so many: a file is not read whole
   Hash hash;
   const LlamaConfig& c = tensors.config;
-  for (const int64_t n : {c.vocab_size, c.hidden_size, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.ffn_size}) hash.add(n);
+  for (const int64_t n :
+       {c.vocab_size, c.hidden_size, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.ffn_size})
+    hash.add(n);
   hash.add(&c.rms_eps, sizeof c.rms_eps);
   hash.add(&c.rope_base, sizeof c.rope_base);
   hash.add(c.rope_divisors.data(), c.rope_divisors.size() * sizeof(float));
@@ -236,13 +262,16 @@ std::string fingerprint(const LlamaTensors& tensors, const Vocabulary& vocabular
     hash.add(v.cols);
     if (v.empty()) return;
     const size_t bytes = v.bytes();
-    for (size_t at = 0; at < bytes; at += kEvery) hash.add(v.data + at, std::min(kSample, bytes - at));
+    for (size_t at = 0; at < bytes; at += kEvery)
+      hash.add(v.data + at, std::min(kSample, bytes - at));
   };
   tensor(tensors.embedding);
   tensor(tensors.output_norm);
   tensor(tensors.head);
   for (const LlamaLayerTensors& l : tensors.layers) {
-    for (const TensorView* v : {&l.attn_norm, &l.wq, &l.wk, &l.wv, &l.wo, &l.ffn_norm, &l.w_gate, &l.w_up, &l.w_down}) tensor(*v);
+    for (const TensorView* v :
+         {&l.attn_norm, &l.wq, &l.wk, &l.wv, &l.wo, &l.ffn_norm, &l.w_gate, &l.w_up, &l.w_down})
+      tensor(*v);
   }
   for (const std::string& token : vocabulary.tokens) hash.add(token);
   return hash.hex();

@@ -1,5 +1,5 @@
-// The draft model's file: safetensors with BF16 weights under the names of DraftTensors' members, an
-// I32 `vocabulary`, and metadata:
+// The draft model's file: safetensors with BF16 weights under the names of DraftTensors' members,
+// an I32 `vocabulary`, and metadata:
 //
 //   chimera_draft         "1", the format version
 //   target_name           the model it was trained for

@@ -51,7 +51,9 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
   bool null() override { return unexpected("null"); }
   bool boolean(bool) override { return unexpected("a boolean"); }
   bool number_integer(number_integer_t) override { return unexpected("a negative number"); }
-  bool number_float(number_float_t, const string_t& s) override { return unexpected("the number " + printable(s, 40)); }
+  bool number_float(number_float_t, const string_t& s) override {
+    return unexpected("the number " + printable(s, 40));
+  }
   bool binary(binary_t&) override { return unexpected("binary data"); }
   bool number_unsigned(number_unsigned_t n) override {
     if (numbers_ == nullptr) return unexpected("a number");
@@ -103,17 +105,18 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
     key_ = k;
     return true;
   }
-  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception&) override {
-    throw Error(file_ + ": header", "JSON", "something else at byte " + std::to_string(position), kDamaged);
+  bool parse_error(size_t position, const std::string&,
+                   const nlohmann::detail::exception&) override {
+    throw Error(file_ + ": header", "JSON", "something else at byte " + std::to_string(position),
+                kDamaged);
   }
 
  private:
   bool unexpected(const std::string& what) {
     throw Error(file_ + ": header: " + (depth_ == 0 ? "top" : chimera::quoted(key_)),
-                depth_ == 0 ? "an object"
-                : in_metadata_ && depth_ == 2
-                    ? "a string"
-                    : "tensors with dtype, shape and data_offsets",
+                depth_ == 0                   ? "an object"
+                : in_metadata_ && depth_ == 2 ? "a string"
+                                              : "tensors with dtype, shape and data_offsets",
                 what, kDamaged);
   }
 
@@ -128,7 +131,8 @@ SafeType parse_type(const std::string& text, const std::string& where) {
   for (size_t i = 0; i < std::size(kTypes); ++i) {
     if (text == kTypes[i].name) return static_cast<SafeType>(i);
   }
-  throw Error(where, "dtype F32, F16, BF16 or I32", chimera::quoted(text), "convert the file to one of these");
+  throw Error(where, "dtype F32, F16, BF16 or I32", chimera::quoted(text),
+              "convert the file to one of these");
 }
 
 }  // namespace
@@ -164,19 +168,23 @@ std::vector<float> SafeTensor::floats() const {
 }
 
 SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::string& file) {
-  if (bytes.size() < 8) throw Error(file, "a safetensors file", std::to_string(bytes.size()) + " bytes", kDamaged);
+  if (bytes.size() < 8)
+    throw Error(file, "a safetensors file", std::to_string(bytes.size()) + " bytes", kDamaged);
   uint64_t header_bytes;
   std::memcpy(&header_bytes, bytes.data(), 8);
   if (header_bytes > kLongestHeader) {
-    throw Error(file + ": header", "at most " + std::to_string(kLongestHeader) + " bytes", std::to_string(header_bytes),
-                "this is no safetensors file, or it is damaged");
+    throw Error(file + ": header", "at most " + std::to_string(kLongestHeader) + " bytes",
+                std::to_string(header_bytes), "this is no safetensors file, or it is damaged");
   }
   if (header_bytes > bytes.size() - 8) {
-    throw Error(file + ": header", std::to_string(header_bytes) + " bytes", std::to_string(bytes.size() - 8), kDamaged);
+    throw Error(file + ": header", std::to_string(header_bytes) + " bytes",
+                std::to_string(bytes.size() - 8), kDamaged);
   }
   const char* header = reinterpret_cast<const char*>(bytes.data()) + 8;
   if (header_bytes == 0 || header[0] != '{') {
-    throw Error(file + ": header", "an object", header_bytes == 0 ? "nothing" : chimera::quoted(std::string(1, header[0])), kDamaged);
+    throw Error(file + ": header", "an object",
+                header_bytes == 0 ? "nothing" : chimera::quoted(std::string(1, header[0])),
+                kDamaged);
   }
   HeaderReader reader(file);
   nlohmann::json::sax_parse(header, header + header_bytes, &reader);
@@ -193,27 +201,36 @@ SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::strin
     const std::string where = file + ": tensor " + chimera::quoted(e.name);
     if (!e.dtype || !e.shape || !e.offsets) {
       throw Error(where, "dtype, shape and data_offsets",
-                  !e.dtype ? "no dtype" : !e.shape ? "no shape" : "no data_offsets", kDamaged);
+                  !e.dtype   ? "no dtype"
+                  : !e.shape ? "no shape"
+                             : "no data_offsets",
+                  kDamaged);
     }
     SafeTensor t;
     t.type = parse_type(*e.dtype, where);
     t.shape = *e.shape;
-    if (t.shape.size() > kMostDimensions) throw Error(where, "at most 8 dimensions", std::to_string(t.shape.size()), kDamaged);
+    if (t.shape.size() > kMostDimensions)
+      throw Error(where, "at most 8 dimensions", std::to_string(t.shape.size()), kDamaged);
     int64_t count = 1;
     for (const int64_t s : t.shape) {
-      if (s != 0 && count > kMostElements / s) throw Error(where, "a shape of at most 2^48 elements", t.shape_text(), kDamaged);
+      if (s != 0 && count > kMostElements / s)
+        throw Error(where, "a shape of at most 2^48 elements", t.shape_text(), kDamaged);
       count *= s;
     }
-    if (e.offsets->size() != 2) throw Error(where, "two data_offsets", std::to_string(e.offsets->size()), kDamaged);
+    if (e.offsets->size() != 2)
+      throw Error(where, "two data_offsets", std::to_string(e.offsets->size()), kDamaged);
     const int64_t begin = (*e.offsets)[0], end = (*e.offsets)[1];
-    if (end < begin) throw Error(where, "data_offsets in order", std::to_string(begin) + ", " + std::to_string(end), kDamaged);
+    if (end < begin)
+      throw Error(where, "data_offsets in order",
+                  std::to_string(begin) + ", " + std::to_string(end), kDamaged);
     t.bytes = static_cast<size_t>(count) * info(t.type).bytes;
     if (static_cast<uint64_t>(end - begin) != t.bytes) {
       throw Error(where, std::to_string(t.bytes) + " bytes for " + *e.dtype + " " + t.shape_text(),
                   std::to_string(end - begin), kDamaged);
     }
     if (static_cast<uint64_t>(end) > data.size()) {
-      throw Error(where, "data up to byte " + std::to_string(end), std::to_string(data.size()) + " bytes of data", kDamaged);
+      throw Error(where, "data up to byte " + std::to_string(end),
+                  std::to_string(data.size()) + " bytes of data", kDamaged);
     }
     t.data = data.data() + begin;
     places.push_back({begin, end, where});
@@ -225,13 +242,15 @@ SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::strin
   int64_t at = 0;
   for (const Place& p : places) {
     if (p.begin != at) {
-      throw Error(p.where, "data from byte " + std::to_string(at) + ", where the tensor before it ends",
+      throw Error(p.where,
+                  "data from byte " + std::to_string(at) + ", where the tensor before it ends",
                   std::to_string(p.begin), kDamaged);
     }
     at = p.end;
   }
   if (static_cast<uint64_t>(at) != data.size()) {
-    throw Error(file, std::to_string(at) + " bytes of tensors", std::to_string(data.size()), kDamaged);
+    throw Error(file, std::to_string(at) + " bytes of tensors", std::to_string(data.size()),
+                kDamaged);
   }
   return result;
 }
@@ -246,7 +265,8 @@ void write_safetensors(const std::string& path, const std::vector<SafeOutput>& t
     uint64_t count = 1;
     for (const int64_t s : t.shape) count *= static_cast<uint64_t>(s);
     const uint64_t end = at + count * info(t.type).bytes;
-    header[t.name] = {{"dtype", info(t.type).name}, {"shape", t.shape}, {"data_offsets", {at, end}}};
+    header[t.name] = {
+        {"dtype", info(t.type).name}, {"shape", t.shape}, {"data_offsets", {at, end}}};
     counts.push_back(count);
     at = end;
   }
@@ -255,10 +275,13 @@ void write_safetensors(const std::string& path, const std::vector<SafeOutput>& t
 
   const std::string temporary = path + "." + std::to_string(getpid()) + ".part";
   const std::string where = printable(path, 4096);
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(temporary.c_str(), "wb"), std::fclose);
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(temporary.c_str(), "wb"),
+                                                       std::fclose);
   if (!file) throw Error(where, "a file that can be written", std::strerror(errno));
   bool good = true;
-  const auto write = [&](const void* bytes, size_t n) { good = good && std::fwrite(bytes, 1, n, file.get()) == n; };
+  const auto write = [&](const void* bytes, size_t n) {
+    good = good && std::fwrite(bytes, 1, n, file.get()) == n;
+  };
   const uint64_t header_bytes = text.size();
   write(&header_bytes, 8);
   write(text.data(), text.size());
@@ -270,7 +293,8 @@ void write_safetensors(const std::string& path, const std::vector<SafeOutput>& t
       continue;
     }
     rounded.resize(counts[i]);
-    for (size_t j = 0; j < counts[i]; ++j) rounded[j] = f32_to_bf16(static_cast<const float*>(t.values)[j]);
+    for (size_t j = 0; j < counts[i]; ++j)
+      rounded[j] = f32_to_bf16(static_cast<const float*>(t.values)[j]);
     write(rounded.data(), counts[i] * 2);
   }
   good = good && std::fflush(file.get()) == 0 && fsync(fileno(file.get())) == 0;
@@ -279,7 +303,8 @@ void write_safetensors(const std::string& path, const std::vector<SafeOutput>& t
   if (!good || std::rename(temporary.c_str(), path.c_str()) != 0) {
     const std::string reason = std::strerror(good ? errno : error);
     std::remove(temporary.c_str());
-    throw Error(where, "a file that can be written", reason, "free some space; what was there before is untouched");
+    throw Error(where, "a file that can be written", reason,
+                "free some space; what was there before is untouched");
   }
 }
 

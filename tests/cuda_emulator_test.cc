@@ -101,6 +101,7 @@ TEST(CudaEmulator, RefusesBadCopies) {
   EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory(), static_cast<const std::byte*>(p.source) + 4); }, 1, 64, {nullptr, 0, source.get()}), "aligned to 16");
   EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory() + 64, p.source); }, 1, 64, {nullptr, 0, source.get()}), "shared memory");
   EXPECT_REFUSED(refusal([](Params) { shared_memory()[64] = std::byte{1}; }, 1, 64), "a write at byte 64");
+  EXPECT_REFUSED(refusal([](Params) { load_16(shared_memory() + 8); }, 1, 64), "aligned");
   const std::string where = refusal([](Params p) { if (thread_index() == 2 && block_x() == 1) copy_async_16(shared_memory() + 8, p.source); },
                                     3, 64, {nullptr, 0, source.get()}, {2});
   EXPECT_REFUSED(where, "kernel test, block (1, 0, 0), thread 2, cuda_emulator_test.cc:");

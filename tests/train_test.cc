@@ -1,8 +1,12 @@
 // The trainer: gradients against finite differences, the forward against the prototype's golden
 // values, products, resuming.
+#include "tools/train.h"
+
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -10,6 +14,7 @@
 
 #include "engine/train/adamw.h"
 #include "engine/train/draft_gradient.h"
+#include "loader/draft_file.h"
 #include "loader/mapped_file.h"
 #include "loader/safetensors.h"
 #include "tests/support.h"
@@ -34,18 +39,23 @@ DraftConfig tiny_config() {
   return c;
 }
 
-TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d, int vocab, int draft) {
+TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d, int vocab,
+                       int draft) {
   TrainingText t;
-  for (int i = 0; i < length; ++i) t.tokens.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
+  for (int i = 0; i < length; ++i)
+    t.tokens.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
   t.first_start = first_start;
-  for (const double x : random_values(random, static_cast<size_t>((length - 1) * d), 1)) t.states.push_back(static_cast<float>(x));
+  for (const double x : random_values(random, static_cast<size_t>((length - 1) * d), 1))
+    t.states.push_back(static_cast<float>(x));
   t.targets.resize(static_cast<size_t>(t.n_starts()));
   for (SoftTarget& target : t.targets) {
     std::fill_n(target.index, SoftTarget::kMost, -1);
     // Three tokens, the second outside the draft's vocabulary.
     const float p[3] = {0.5f, 0.3f, 0.1f};
     for (int j = 0; j < 3; ++j) {
-      target.index[j] = j == 1 ? -1 : static_cast<int32_t>((random() % static_cast<unsigned>(draft / 2)) * 2) + j / 2;
+      target.index[j] =
+          j == 1 ? -1
+                 : static_cast<int32_t>((random() % static_cast<unsigned>(draft / 2)) * 2) + j / 2;
       target.probability[j] = p[j];
     }
   }
@@ -98,14 +108,178 @@ void check_gradient(const DraftConfig& config, int threads) {
   }
 }
 
-TEST(Train, GradientOfEveryParameterIsThatOfFiniteDifferences) { check_gradient(tiny_config(), 1); }
-TEST(Train, GradientOnSeveralThreads) { check_gradient(tiny_config(), 3); }
+TEST(Train, GradientOfEveryParameterIsThatOfFiniteDifferences) {
+  check_gradient(tiny_config(), 1);
+}
 TEST(Train, GradientOfThePaperForm) {  // no skip, no correction, RoPE on every head
   DraftConfig c = tiny_config();
   c.skip = false;
   c.head_rank = 0;
   c.rope_kv_heads = 2;
-  check_gradient(c, 2);
+  check_gradient(c, 1);
+}
+
+// ---- Products ----------------------------------------------------------------------------------
+
+// Small integers: sums are exact in any order.
+TEST(Train, ProductsOfEveryShapeAndTile) {
+  std::mt19937 random(3);
+  std::vector<const TileKernel*> tiles = {&kTileScalar};
+  if (cpu::machine_has(cpu::Isa::kAvx2)) tiles.push_back(&kTileAvx2);
+  if (cpu::machine_has(cpu::Isa::kAvx512)) tiles.push_back(&kTileAvx512);
+  const auto integers = [&](int64_t n) {
+    std::vector<float> v(static_cast<size_t>(n));
+    for (float& x : v) x = static_cast<float>(static_cast<int>(random() % 9) - 4);
+    return v;
+  };
+  GemmScratch scratch;
+  for (const TileKernel* tile : tiles) {
+    for (const int64_t m : {1, 13, 14, 29}) {
+      for (const int64_t n : {1, 31, 33, 530}) {
+        for (const int64_t k : {1, 7, 321, 650}) {
+          const std::vector<float> a = integers(m * k), b = integers(k * n);
+          for (int shape = 0; shape < 4; ++shape) {
+            const Operand<float> x = shape & 1 ? transposed(a.data(), m) : by_rows(a.data(), k);
+            const Operand<float> y = shape & 2 ? transposed(b.data(), k) : by_rows(b.data(), n);
+            std::vector<float> c(static_cast<size_t>(m * n), 2.0f);
+            gemm(*tile, &scratch, m, n, k, x, y, c.data(), n, /*accumulate=*/shape == 3);
+            for (int64_t i = 0; i < m; ++i) {
+              for (int64_t j = 0; j < n; j += 1 + n / 40) {
+                float sum = shape == 3 ? 2.0f : 0.0f;
+                for (int64_t p = 0; p < k; ++p) sum += *x.offset(i, p).data * *y.offset(p, j).data;
+                ASSERT_EQ(c[static_cast<size_t>(i * n + j)], sum)
+                    << tile->rows << "x" << tile->cols << " " << m << " " << n << " " << k << " "
+                    << shape;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- Learning ----------------------------------------------------------------------------------
+
+// f32 on several threads against f64 on one.
+TEST(Train, GradientInF32IsThatInF64) {
+  Tiny tiny(tiny_config());
+  const auto narrow = [](const std::vector<double>& v) {
+    return std::vector<float>(v.begin(), v.end());
+  };
+  const std::vector<float> embedding = narrow(tiny.embedding), head = narrow(tiny.head),
+                           parameters = narrow(tiny.parameters);
+  DraftGradient<double> wide(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.draft, 1);
+  DraftGradient<float> model(tiny.config, embedding.data(), head.data(), tiny.draft, 2);
+  std::vector<double> expected(parameters.size());
+  std::vector<float> gradient(parameters.size());
+  wide.run(tiny.parameters.data(), tiny.batch, 4, 0.8, expected.data());
+  model.run(parameters.data(), tiny.batch, 4, 0.8, gradient.data());
+  for (size_t i = 0; i < gradient.size(); ++i)
+    EXPECT_NEAR(gradient[i], expected[i], 1e-4 * (1 + std::abs(expected[i]))) << i;
+}
+
+// A text without structure, learnt by heart: every answer of the target right, four steps ahead.
+TEST(Train, OverfitsOneText) {
+  DraftConfig config = tiny_config();
+  config.hidden_size = 32;
+  config.ffn_size = 64;
+  config.n_heads = 4, config.n_kv_heads = 2, config.head_dim = 8;
+  config.n_steps = 4;
+  std::mt19937 random(5);
+  const int vocab = 50;
+  std::vector<float> embedding;
+  for (const double x : random_values(random, static_cast<size_t>(vocab * 32), 1))
+    embedding.push_back(static_cast<float>(x));
+  TrainingText text = tiny_text(random, 40, 3, 32, vocab, vocab);
+  for (int64_t i = 0; i < text.n_starts(); ++i) {
+    SoftTarget& t = text.targets[static_cast<size_t>(i)];
+    std::fill_n(t.index, SoftTarget::kMost, -1);
+    t.index[0] = text.tokens[static_cast<size_t>(text.first_start + 2 + i)];
+    t.probability[0] = 1;
+  }
+  const ParameterLayout layout(config);
+  AdamWState state =
+      start_adamw(pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
+  DraftGradient<float> model(config, embedding.data(), embedding.data(), vocab, 1);
+  std::vector<float> gradient(layout.total);
+  const TrainingText* batch[] = {&text};
+  Score score;
+  for (int step = 0; step < 400; ++step) {
+    score = model.run(state.values.data(), batch, 4, 0.8, gradient.data());
+    adamw_step({}, layout, learning_rate({.rate = 3e-3}, step / 400.0), &gradient, &state,
+               &model.ops());
+  }
+  for (size_t k = 0; k < 4; ++k) EXPECT_EQ(score.step[k].correct, score.step[k].rows) << k;
+  EXPECT_LT(score.weighted_loss(0.8), 0.1);
+}
+
+TEST(Train, AStepThatIsNotFiniteChangesNothing) {
+  const ParameterLayout layout(tiny_config());
+  AdamWState state = start_adamw(std::vector<float>(layout.total, 1.0f));
+  std::vector<float> gradient(layout.total, 0.1f);
+  gradient[7] = NAN;
+  Ops<float> ops(1);
+  EXPECT_FALSE(std::isfinite(adamw_step({}, layout, 1e-3, &gradient, &state, &ops)));
+  EXPECT_EQ(state.step, 0);
+  EXPECT_EQ(state.values, std::vector<float>(layout.total, 1.0f));
+}
+
+// ---- The command -------------------------------------------------------------------------------
+
+struct Folder {
+  std::filesystem::path path =
+      std::filesystem::temp_directory_path() / ("chimera_train_" + std::to_string(getpid()));
+  Folder() { std::filesystem::create_directories(path); }
+  ~Folder() { std::filesystem::remove_all(path); }
+  std::string operator()(const std::string& name) const { return (path / name).string(); }
+};
+
+std::string write_shard(const Folder& folder) {
+  const std::string path = folder("shard.jsonl");
+  std::ofstream file(path);
+  file << "{\"chimera_data\":1}\n";
+  std::mt19937 random(9);
+  for (int i = 0; i < 12; ++i) {
+    nlohmann::json ids = nlohmann::json::array();
+    for (int j = 0; j < 20 + i; ++j) ids.push_back(1 + static_cast<int>(random() % 20));
+    file << nlohmann::json{{"prompt_len", 5}, {"ids", ids}}.dump() << "\n";
+  }
+  file << "{\"prompt_len\":5,\"ids\":[1,2";  // half written
+  return path;
+}
+
+TEST(Train, ResumedRunGivesTheSameBits) {
+  const std::string model = test::tiny("f32");
+  SKIP_WITHOUT(model);
+  const Folder folder;
+  const std::string shard = write_shard(folder);
+  const auto fit = [&](const std::string& name, std::vector<std::string> more) {
+    std::vector<std::string> args = {
+        "-m",           model, "--data",      shard, "-o",      folder(name),
+        "--threads",    "2",   "--positions", "600", "--batch", "20",
+        "--vocabulary", "30",  "--ffn",       "16",  "--rank",  "4"};
+    args.insert(args.end(), more.begin(), more.end());
+    EXPECT_EQ(train_fit(args), 0);
+    return test::read_text(folder(name));
+  };
+  const std::string whole = fit("whole.safetensors", {});
+  const std::string half = fit("half.safetensors", {"--stop-after", "300"});
+  EXPECT_NE(half, whole);
+  fit("rest.safetensors", {"--resume", folder("half.safetensors.checkpoint")});
+  const DraftTensors a = load_draft(folder("whole.safetensors")),
+                     b = load_draft(folder("rest.safetensors"));
+  EXPECT_EQ(pack_parameters(a), pack_parameters(b));
+  EXPECT_EQ(a.vocabulary, b.vocabulary);
+
+  // Of another run: refused.
+  EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--positions", "600",
+                          "--batch", "20", "--vocabulary", "30", "--ffn", "24", "--rank", "4",
+                          "--resume", folder("half.safetensors.checkpoint")}),
+               Error);
+  EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--resume", shard}),
+               Error);
+  EXPECT_THROW(train_fit({"-m", model, "--data", folder("none"), "-o", folder("x")}), Error);
 }
 
 // ---- The prototype -----------------------------------------------------------------------------
@@ -125,12 +299,14 @@ DraftTensors load_prototype(const std::string& path) {
     std::vector<float> out(w.size());
     for (size_t r = 0; r < w.size() / cols; ++r) {
       const size_t i = r % 64, from = r - i + (i < 32 ? 2 * i : 2 * (i - 32) + 1);
-      std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(from * cols), cols, out.begin() + static_cast<std::ptrdiff_t>(r * cols));
+      std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(from * cols), cols,
+                  out.begin() + static_cast<std::ptrdiff_t>(r * cols));
     }
     return out;
   };
   t.w1 = take("encoder.w1"), t.w2 = take("encoder.w2"), t.w3 = take("encoder.w3");
-  t.key_norm = take("attn.key_norm"), t.value_norm = take("attn.value_norm"), t.attn_norm = take("attn.norm");
+  t.key_norm = take("attn.key_norm"), t.value_norm = take("attn.value_norm"),
+  t.attn_norm = take("attn.norm");
   t.wq = permute(take("attn.q"), 576), t.wk = permute(take("attn.k"), 1152);
   t.wv = take("attn.v"), t.wo = take("attn.o");
   t.ffn_norm = take("ffn.norm"), t.gate_up = take("ffn.gate_up"), t.down = take("ffn.down");
@@ -154,19 +330,23 @@ TEST(Train, ForwardIsThatOfThePrototype) {
   const ModelFile model = load_model(test::kSmolLm2);
   const TensorView& table = model.tensors.embedding;
   std::vector<float> embedding(static_cast<size_t>(table.rows) * 576), head;
-  for (int64_t r = 0; r < table.rows; ++r) dequantize_row(table.type, table.row(r), 576, embedding.data() + r * 576);
-  for (const int32_t id : draft.vocabulary) head.insert(head.end(), embedding.begin() + id * 576, embedding.begin() + (id + 1) * 576);
+  for (int64_t r = 0; r < table.rows; ++r)
+    dequantize_row(table.type, table.row(r), 576, embedding.data() + r * 576);
+  for (const int32_t id : draft.vocabulary)
+    head.insert(head.end(), embedding.begin() + id * 576, embedding.begin() + (id + 1) * 576);
 
   TrainingText text;
   text.tokens = golden["ids"].get<std::vector<int32_t>>();
   text.first_start = golden["prompt_len"].get<int>() - 1;
-  for (const uint16_t h : test::read_array<uint16_t>(folder + "hidden.f16")) text.states.push_back(f16_to_f32(h));
+  for (const uint16_t h : test::read_array<uint16_t>(folder + "hidden.f16"))
+    text.states.push_back(f16_to_f32(h));
   text.states.resize(static_cast<size_t>(text.n_positions()) * 576);
   SoftTarget none;
   std::fill_n(none.index, SoftTarget::kMost, -1);
   text.targets.assign(static_cast<size_t>(text.n_starts()), none);
 
-  DraftGradient<float> gradient(draft.config, embedding.data(), head.data(), static_cast<int64_t>(draft.vocabulary.size()), 1);
+  DraftGradient<float> gradient(draft.config, embedding.data(), head.data(),
+                                static_cast<int64_t>(draft.vocabulary.size()), 1);
   const std::vector<float> parameters = pack_parameters(draft);
   const TrainingText* batch[] = {&text};
   gradient.run(parameters.data(), batch, 4, 0.8, nullptr);
@@ -178,13 +358,18 @@ TEST(Train, ForwardIsThatOfThePrototype) {
       if (n + 1 + k >= text.n_positions()) continue;
       const int64_t row = k * text.n_starts() + n - text.first_start;
       for (int64_t i = 0; i < 8; ++i) {
-        EXPECT_NEAR(gradient.features()[static_cast<size_t>((n + 1 + k) * 576 + i)], step["feature"][static_cast<size_t>(i)].get<float>(), 1e-3);
-        EXPECT_NEAR(gradient.f()[static_cast<size_t>(row * 576 + i)], step["f"][static_cast<size_t>(i)].get<float>(), 1e-3) << n << " " << k;
+        EXPECT_NEAR(gradient.features()[static_cast<size_t>((n + 1 + k) * 576 + i)],
+                    step["feature"][static_cast<size_t>(i)].get<float>(), 1e-3);
+        EXPECT_NEAR(gradient.f()[static_cast<size_t>(row * 576 + i)],
+                    step["f"][static_cast<size_t>(i)].get<float>(), 1e-3)
+            << n << " " << k;
         const auto id = step["top_ids"][static_cast<size_t>(i)].get<int64_t>();
         double logit = 0;
         for (int64_t j = 0; j < 576; ++j)
-          logit += double{gradient.head_input()[static_cast<size_t>(row * 576 + j)]} * double{embedding[static_cast<size_t>(id * 576 + j)]};
-        EXPECT_NEAR(logit, step["top_logits"][static_cast<size_t>(i)].get<double>(), 1e-3) << n << " " << k;
+          logit += double{gradient.head_input()[static_cast<size_t>(row * 576 + j)]} *
+                   double{embedding[static_cast<size_t>(id * 576 + j)]};
+        EXPECT_NEAR(logit, step["top_logits"][static_cast<size_t>(i)].get<double>(), 1e-3)
+            << n << " " << k;
         ++compared;
       }
     }

@@ -19,26 +19,25 @@
 #include "loader/mapped_file.h"
 #include "loader/safetensors.h"
 #include "loader/text.h"
-#include "tools/train.h"
 #include "tools/flags.h"
 #include "tools/output.h"
+#include "tools/train.h"
 
 namespace chimera {
-
-int train_fit(const std::vector<std::string>& args);
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr double kStepWeight = 0.8;    // of a step of the rollout, to the one before (EAGLE-3)
-constexpr size_t kMostHeldOut = 48;    // texts
-constexpr size_t kTextsAhead = 8;      // whose features are computed while others are learnt
+constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
+constexpr size_t kMostHeldOut = 48;  // texts
+constexpr size_t kTextsAhead = 8;    // whose features are computed while others are learnt
 constexpr size_t kLongestLine = 16 << 20;
 
 struct Options {
   std::optional<std::string> model, data, output, checkpoint, resume, init, licence;
-  int positions = 0, batch = 160, steps = 4, vocabulary = 8192, ffn = 512, rank = 64, context = 1024;
+  int positions = 0, stop_after = 0, batch = 160, steps = 4, vocabulary = 8192, ffn = 512,
+      rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
   bool follow = false;
@@ -50,8 +49,10 @@ Command command(Options* o) {
   return {
       "train fit",
       "-m MODEL --data SHARD[,SHARD...] -o DRAFT [FLAGS]",
-      "Trains a draft model on texts that the target wrote (chimera train data). One text after the\n"
-      "other goes through the target while the draft learns from those before it. Ctrl-C saves and\n"
+      "Trains a draft model on texts that the target wrote (chimera train data). One text after "
+      "the\n"
+      "other goes through the target while the draft learns from those before it. Ctrl-C saves "
+      "and\n"
       "stops; --resume goes on.\n",
       {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
        {0, "data", "FILES", "shards of texts, separated by commas", text(&o->data)},
@@ -61,24 +62,34 @@ Command command(Options* o) {
         integer(&o->positions, 0, 2'000'000'000)},
        {0, "minutes", "M", "end after this time instead, whatever was reached by then",
         number(&o->minutes, 0, 1e6f)},
-       {0, "follow", "", "look for new texts in the shards when all have been read,\nbefore reading them again",
+       {0, "follow", "",
+        "look for new texts in the shards when all have been read,\nbefore reading them again",
         on(&o->follow)},
        {0, "rate", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
-       {0, "batch", "N", "positions a step, at least: whole texts are taken", integer(&o->batch, 1, 100'000)},
+       {0, "batch", "N", "positions a step, at least: whole texts are taken",
+        integer(&o->batch, 1, 100'000)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
-       {0, "threads", "N", "CPU threads, shared by target and draft\n(default: one for each physical core)",
+       {0, "threads", "N",
+        "CPU threads, shared by target and draft\n(default: one for each physical core)",
         integer(&o->threads, 1, 256)},
        heading("The draft"),
-       {0, "vocabulary", "N", "tokens to choose from: the most frequent of the texts", integer(&o->vocabulary, 1, 1 << 24)},
+       {0, "vocabulary", "N", "tokens to choose from: the most frequent of the texts",
+        integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
        {0, "init", "DRAFT", "start from this draft; it says the configuration", text(&o->init)},
        {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
        heading("Stopping and going on"),
        {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", text(&o->checkpoint)},
-       {0, "save-every", "S", "seconds between two of them", integer(&o->save_seconds, 1, 1'000'000)},
-       {0, "resume", "FILE", "go on from a checkpoint: the same bits as without a break\n(but for --minutes and --follow)", text(&o->resume)},
+       {0, "save-every", "S", "seconds between two of them",
+        integer(&o->save_seconds, 1, 1'000'000)},
+       {0, "stop-after", "N", "save and stop at this position; 0: at the end",
+        integer(&o->stop_after, 0, 2'000'000'000)},
+       {0, "resume", "FILE",
+        "go on from a checkpoint: the same bits as without a break\n(but for --minutes and "
+        "--follow)",
+        text(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
 
@@ -112,9 +123,10 @@ std::vector<Text> read_shard(const std::string& path, int vocab, int context) {
       Text text;
       bool good = line.size() <= kLongestLine;
       if (good) {
-        const nlohmann::json json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-        good = json.is_object() && json.contains("ids") && json["ids"].is_array() && json.contains("prompt_len") &&
-               json["prompt_len"].is_number_integer();
+        const nlohmann::json json =
+            nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+        good = json.is_object() && json.contains("ids") && json["ids"].is_array() &&
+               json.contains("prompt_len") && json["prompt_len"].is_number_integer();
         if (good) {
           for (const auto& id : json["ids"]) {
             good = good && id.is_number_integer() && id >= 0 && id < vocab;
@@ -128,13 +140,16 @@ std::vector<Text> read_shard(const std::string& path, int vocab, int context) {
         if (broken++ == 0) first_broken = number + 1;
         continue;
       }
-      if (static_cast<int>(text.ids.size()) > context) text.ids.resize(static_cast<size_t>(context));
+      if (static_cast<int>(text.ids.size()) > context)
+        text.ids.resize(static_cast<size_t>(context));
       // The first rollout starts from the prompt's last position and has a token to predict.
-      if (static_cast<int>(text.ids.size()) >= text.prompt_len + 2) texts.push_back(std::move(text));
+      if (static_cast<int>(text.ids.size()) >= text.prompt_len + 2)
+        texts.push_back(std::move(text));
     }
     if (broken > 0) {
-      note("warning: " + printable(path, 4096) + ": " + count_text(broken, "line") + " without ids and prompt_len, the first is line " +
-           std::to_string(first_broken) + (broken == 1 && first_broken == number ? " (the last: half written?)" : ""));
+      note("warning: " + printable(path, 4096) + ": " + count_text(broken, "line") +
+           " without ids and prompt_len, the first is line " + std::to_string(first_broken) +
+           (broken == 1 && first_broken == number ? " (the last: half written?)" : ""));
     }
   }
   return texts;
@@ -148,11 +163,14 @@ int64_t starts_of(const Text& t) {
 std::vector<int32_t> frequent_tokens(std::span<const Text> texts, int vocab, int n) {
   std::vector<int64_t> count(static_cast<size_t>(vocab));
   for (const Text& t : texts) {
-    for (size_t i = static_cast<size_t>(t.prompt_len); i < t.ids.size(); ++i) ++count[static_cast<size_t>(t.ids[i])];
+    for (size_t i = static_cast<size_t>(t.prompt_len); i < t.ids.size(); ++i)
+      ++count[static_cast<size_t>(t.ids[i])];
   }
   std::vector<int32_t> ids(static_cast<size_t>(vocab));
   for (int32_t i = 0; i < vocab; ++i) ids[static_cast<size_t>(i)] = i;
-  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return count[static_cast<size_t>(a)] > count[static_cast<size_t>(b)]; });
+  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
+    return count[static_cast<size_t>(a)] > count[static_cast<size_t>(b)];
+  });
   ids.resize(static_cast<size_t>(std::min(n, vocab)));
   return ids;
 }
@@ -162,11 +180,19 @@ class TextSource {
  public:
   // follow: a pass after the first consists of what has been added to the shards meanwhile; of all
   // texts only where there is nothing new.
-  TextSource(const std::vector<std::string>& paths, int vocab, int context, uint64_t seed, bool follow)
-      : paths_(paths), vocab_(vocab), context_(context), seed_(seed), follow_(follow), read_(paths.size()) {
+  TextSource(const std::vector<std::string>& paths, int vocab, int context, uint64_t seed,
+             bool follow)
+      : paths_(paths),
+        vocab_(vocab),
+        context_(context),
+        seed_(seed),
+        follow_(follow),
+        read_(paths.size()) {
     read_more();
-    if (texts_.empty()) throw Error("--data", "texts with answers", "none", "make some with chimera train data");
-    const size_t n = std::min(kMostHeldOut, std::max<size_t>(texts_.size() / 100, texts_.size() > 1 ? 1 : 0));
+    if (texts_.empty())
+      throw Error("--data", "texts with answers", "none", "make some with chimera train data");
+    const size_t n =
+        std::min(kMostHeldOut, std::max<size_t>(texts_.size() / 100, texts_.size() > 1 ? 1 : 0));
     held_out_.assign(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
     texts_.erase(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
     begin_pass(0);
@@ -267,10 +293,13 @@ struct Position {
 };
 
 // What has to be the same for a resumed run to give the same bits.
-std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total, const std::string& target) {
-  return nlohmann::ordered_json{{"target", target}, {"texts", n_texts}, {"positions", total}, {"minutes", o.minutes}, {"rate", o.rate},
-                                {"batch", o.batch}, {"steps", o.steps}, {"seed", o.seed}, {"hidden_size", c.hidden_size},
-                                {"ffn", c.ffn_size}, {"rank", c.head_rank}, {"ctx", o.context}}
+std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
+                         const std::string& target) {
+  return nlohmann::ordered_json{
+      {"target", target},     {"texts", n_texts},    {"positions", total},
+      {"minutes", o.minutes}, {"rate", o.rate},      {"batch", o.batch},
+      {"steps", o.steps},     {"seed", o.seed},      {"hidden_size", c.hidden_size},
+      {"ffn", c.ffn_size},    {"rank", c.head_rank}, {"ctx", o.context}}
       .dump();
 }
 
@@ -282,7 +311,10 @@ void save_checkpoint(const std::string& path, const training::AdamWState& s, con
                      {"first", {n}, SafeType::kF32, s.first.data()},
                      {"second", {n}, SafeType::kF32, s.second.data()},
                      {"averaged", {n}, SafeType::kF32, s.averaged.data()},
-                     {"vocabulary", {static_cast<int64_t>(vocabulary.size())}, SafeType::kI32, vocabulary.data()}},
+                     {"vocabulary",
+                      {static_cast<int64_t>(vocabulary.size())},
+                      SafeType::kI32,
+                      vocabulary.data()}},
                     {{"chimera_checkpoint", "1"},
                      {"settings", settings},
                      {"step", std::to_string(s.step)},
@@ -291,18 +323,23 @@ void save_checkpoint(const std::string& path, const training::AdamWState& s, con
                      {"seconds", std::to_string(at.seconds)}});
 }
 
-void load_checkpoint(const std::string& path, const std::string& settings, size_t parameters, training::AdamWState* s,
-                     Position* at, std::vector<int32_t>* vocabulary) {
+void load_checkpoint(const std::string& path, const std::string& settings, size_t parameters,
+                     training::AdamWState* s, Position* at, std::vector<int32_t>* vocabulary) {
   const MappedFile file(path);
   SafeTensors st = parse_safetensors(file.bytes(), file.name());
   const auto meta = [&](const char* key) {
     const auto it = st.metadata.find(key);
-    if (it == st.metadata.end()) throw Error(file.name() + ": metadata", std::string("'") + key + "'", "none", "this is no checkpoint of chimera train");
+    if (it == st.metadata.end())
+      throw Error(file.name() + ": metadata", std::string("'") + key + "'", "none",
+                  "this is no checkpoint of chimera train");
     return it->second;
   };
-  if (meta("chimera_checkpoint") != "1") throw Error(file.name(), "version 1 of checkpoints", chimera::quoted(meta("chimera_checkpoint")));
+  if (meta("chimera_checkpoint") != "1")
+    throw Error(file.name(), "version 1 of checkpoints",
+                chimera::quoted(meta("chimera_checkpoint")));
   if (meta("settings") != settings) {
-    throw Error(file.name(), "a checkpoint of this run, " + settings, printable(meta("settings"), 1000), "give the flags and data it was started with");
+    throw Error(file.name(), "a checkpoint of this run, " + settings,
+                printable(meta("settings"), 1000), "give the flags and data it was started with");
   }
   const auto number = [&](const char* key) {
     const std::string t = meta(key);
@@ -313,7 +350,9 @@ void load_checkpoint(const std::string& path, const std::string& settings, size_
   const auto take = [&](const char* name, SafeType type, int64_t count) -> const SafeTensor& {
     const auto it = st.tensors.find(name);
     if (it == st.tensors.end() || it->second.type != type || it->second.count() != count) {
-      throw Error(file.name() + ": " + name, std::to_string(count) + " values", it == st.tensors.end() ? "none" : it->second.shape_text(), "the checkpoint is of another shape");
+      throw Error(file.name() + ": " + name, std::to_string(count) + " values",
+                  it == st.tensors.end() ? "none" : it->second.shape_text(),
+                  "the checkpoint is of another shape");
     }
     return it->second;
   };
@@ -322,7 +361,8 @@ void load_checkpoint(const std::string& path, const std::string& settings, size_
   s->first = take("first", SafeType::kF32, n).floats();
   s->second = take("second", SafeType::kF32, n).floats();
   s->averaged = take("averaged", SafeType::kF32, n).floats();
-  const SafeTensor& ids = take("vocabulary", SafeType::kI32, static_cast<int64_t>(vocabulary->size()));
+  const SafeTensor& ids =
+      take("vocabulary", SafeType::kI32, static_cast<int64_t>(vocabulary->size()));
   std::memcpy(vocabulary->data(), ids.data, ids.bytes);
   s->step = number("step");
   *at = {number("texts"), number("starts"), number("seconds")};
@@ -361,13 +401,16 @@ std::string score_text(const training::Score& s, int steps) {
 
 std::string duration_text(double seconds) {
   const auto s = static_cast<int64_t>(seconds);
-  return s < 60 ? std::to_string(s) + " s" : s < 6000 ? std::to_string(s / 60) + " min" : fixed_text(static_cast<double>(s) / 3600, 1) + " h";
+  return s < 60     ? std::to_string(s) + " s"
+         : s < 6000 ? std::to_string(s / 60) + " min"
+                    : fixed_text(static_cast<double>(s) / 3600, 1) + " h";
 }
 
 std::vector<float> rows_as_f32(const TensorView& view, std::span<const int32_t> rows) {
   const auto cols = static_cast<size_t>(view.cols);
   std::vector<float> values(rows.size() * cols);
-  for (size_t i = 0; i < rows.size(); ++i) dequantize_row(view.type, view.row(rows[i]), view.cols, values.data() + i * cols);
+  for (size_t i = 0; i < rows.size(); ++i)
+    dequantize_row(view.type, view.row(rows[i]), view.cols, values.data() + i * cols);
   return values;
 }
 
@@ -385,7 +428,8 @@ int train_fit(const std::vector<std::string>& args) {
   // The target, and what the draft reads of it.
   const int threads = o.threads.value_or(cpu::physical_cores());
   // Target and draft work side by side: neither waits for the other's threads.
-  const int draft_threads = std::max(1, threads / 2), target_threads = std::max(1, threads - draft_threads);
+  const int draft_threads = std::max(1, threads / 2),
+            target_threads = std::max(1, threads - draft_threads);
   const auto backend = make_backend("cpu", {.threads = target_threads});
   const ModelFile model = load_model(*o.model);
   for (const std::string& warning : model.warnings) note("warning: " + warning);
@@ -393,7 +437,8 @@ int train_fit(const std::vector<std::string>& args) {
   const std::string target_name = printable(t.name);
   const std::string target_fingerprint = fingerprint(t, model.vocabulary);
   const int vocab = t.config.vocab_size;
-  TextSource source(split(*o.data), vocab, std::min(o.context, t.config.max_context), o.seed, o.follow);
+  TextSource source(split(*o.data), vocab, std::min(o.context, t.config.max_context), o.seed,
+                    o.follow);
   const std::vector<Text>& texts = source.texts();
   const std::vector<Text>& held_out = source.held_out();
   int64_t available = 0;
@@ -404,7 +449,8 @@ int train_fit(const std::vector<std::string>& args) {
   if (o.init) {
     draft = load_draft(*o.init);
     if (draft.target_fingerprint != target_fingerprint) {
-      throw Error(printable(*o.init, 4096), "a draft for " + target_name, "one for " + printable(draft.target_name), "train one from scratch");
+      throw Error(printable(*o.init, 4096), "a draft for " + target_name,
+                  "one for " + printable(draft.target_name), "train one from scratch");
     }
   } else {
     DraftConfig c;
@@ -425,7 +471,8 @@ int train_fit(const std::vector<std::string>& args) {
   draft.target_fingerprint = target_fingerprint;
   if (o.licence) draft.licence = *o.licence;
   const training::ParameterLayout layout(draft.config);
-  const std::string settings = run_settings(o, draft.config, texts.size(), total, target_fingerprint);
+  const std::string settings =
+      run_settings(o, draft.config, texts.size(), total, target_fingerprint);
 
   training::AdamWState state = training::start_adamw(training::pack_parameters(draft));
   Position at;
@@ -435,14 +482,20 @@ int train_fit(const std::vector<std::string>& args) {
   for (int32_t i = 0; i < vocab; ++i) all[static_cast<size_t>(i)] = i;
   const std::vector<float> embedding = rows_as_f32(t.embedding, all);
   const std::vector<float> head = rows_as_f32(t.output(), draft.vocabulary);
-  const Llama llama(*backend, t, [&](const TensorView& view) { model.file.drop({view.data, view.bytes()}); });
-  training::TargetFeatures target(llama, draft.vocabulary, std::min(o.context, llama.config().max_context), target_threads);
+  const Llama llama(*backend, t, [&](const TensorView& view) {
+    model.file.drop({view.data, view.bytes()});
+  });
+  training::TargetFeatures target(llama, draft.vocabulary,
+                                  std::min(o.context, llama.config().max_context), target_threads);
   training::DraftGradient<float> gradient_of(draft.config, embedding.data(), head.data(),
-                                          static_cast<int64_t>(draft.vocabulary.size()), draft_threads);
+                                             static_cast<int64_t>(draft.vocabulary.size()),
+                                             draft_threads);
 
-  note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " + std::to_string(available) +
-       " positions, and " + count_text(static_cast<int64_t>(held_out.size()), "text") + " held out; a draft of " +
-       fixed_text(static_cast<double>(layout.total) / 1e6, 1) + " M parameters, " + std::to_string(draft.vocabulary.size()) + " tokens to choose from");
+  note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " +
+       std::to_string(available) + " positions, and " +
+       count_text(static_cast<int64_t>(held_out.size()), "text") + " held out; a draft of " +
+       fixed_text(static_cast<double>(layout.total) / 1e6, 1) + " M parameters, " +
+       std::to_string(draft.vocabulary.size()) + " tokens to choose from");
 
   stop_on_interrupt();
   std::vector<training::TrainingText> validation;
@@ -455,7 +508,8 @@ int train_fit(const std::vector<std::string>& args) {
   const Clock::time_point begin = Clock::now();
   const int64_t seconds_before = at.seconds;
   const auto progress = [&] {
-    return o.minutes > 0 ? (static_cast<double>(seconds_before) + seconds_since(begin)) / (60 * static_cast<double>(o.minutes))
+    return o.minutes > 0 ? (static_cast<double>(seconds_before) + seconds_since(begin)) /
+                               (60 * static_cast<double>(o.minutes))
                          : static_cast<double>(at.starts) / static_cast<double>(total);
   };
   std::string validated;
@@ -469,8 +523,12 @@ int train_fit(const std::vector<std::string>& args) {
     at.seconds = seconds_before + static_cast<int64_t>(seconds_since(begin));
     save_checkpoint(checkpoint, state, at, draft.vocabulary, settings);
     training::unpack_parameters(state.averaged, &draft);
-    draft.training = nlohmann::ordered_json{{"positions", at.starts}, {"of", total}, {"texts", at.texts}, {"steps", state.step},
-                                            {"seconds", at.seconds}, {"held_out", validated},
+    draft.training = nlohmann::ordered_json{{"positions", at.starts},
+                                            {"of", total},
+                                            {"texts", at.texts},
+                                            {"steps", state.step},
+                                            {"seconds", at.seconds},
+                                            {"held_out", validated},
                                             {"settings", nlohmann::ordered_json::parse(settings)}}
                          .dump();
     save_draft(draft, *o.output);
@@ -486,7 +544,7 @@ int train_fit(const std::vector<std::string>& args) {
   int64_t starts_told = at.starts;
   {
     FeatureQueue queue(&target, &source);
-    while (progress() < 1 && !interrupted) {
+    while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
       std::vector<training::TrainingText> batch;
       std::vector<const training::TrainingText*> pointers;
       int64_t starts = 0;
@@ -495,12 +553,16 @@ int train_fit(const std::vector<std::string>& args) {
         starts += batch.back().n_starts();
       }
       for (const training::TrainingText& text : batch) pointers.push_back(&text);
-      const training::Score score = gradient_of.run(state.values.data(), pointers, o.steps, kStepWeight, gradient.data());
+      const training::Score score =
+          gradient_of.run(state.values.data(), pointers, o.steps, kStepWeight, gradient.data());
       const double rate = training::learning_rate(adamw, progress());
-      const double norm = training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
+      const double norm =
+          training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
       if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
-        throw Error("training step " + std::to_string(state.step + 1), "a finite loss and gradient", "NaN or infinity",
-                    "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --rate");
+        throw Error(
+            "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
+            "NaN or infinity",
+            "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --rate");
       }
       at.texts += static_cast<int64_t>(batch.size());
       at.starts += starts;
@@ -509,8 +571,10 @@ int train_fit(const std::vector<std::string>& args) {
         const double speed = static_cast<double>(at.starts - starts_told) / s;
         const double left = o.minutes > 0 ? (1 - progress()) * 60 * static_cast<double>(o.minutes)
                                           : static_cast<double>(total - at.starts) / speed;
-        note(std::to_string(at.starts) + (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") + score_text(recent, o.steps) + ", " +
-             fixed_text(speed, 0) + " positions/s, " + duration_text(std::max(left, 0.0)) + " left");
+        note(std::to_string(at.starts) +
+             (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") +
+             score_text(recent, o.steps) + ", " + fixed_text(speed, 0) + " positions/s, " +
+             duration_text(std::max(left, 0.0)) + " left");
         recent = {};
         told = Clock::now();
         starts_told = at.starts;
@@ -524,7 +588,7 @@ int train_fit(const std::vector<std::string>& args) {
   save();
   if (progress() < 1) {
     note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
-    return 128 + SIGINT;
+    return interrupted ? 128 + SIGINT : 0;
   }
   return 0;
 }

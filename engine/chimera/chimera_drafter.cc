@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -10,22 +11,12 @@
 namespace chimera {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+constexpr float kChance = 0.5f;     // that the text goes on along one of the expanded nodes, roughly
 constexpr int kBranch = 8;          // candidates taken from one expanded node
 constexpr int kTargetsBest = 8;     // tokens that the target found likely join the dynamic vocabulary
-constexpr int kMinMatch = 1, kMaxMatch = 6, kNgramDepth = 8;
-
-// How often the token that followed the newest match of n tokens follows again, if no longer match is
-// there: measured on 600 greedy answers of SmolLM2-135M-Instruct (92,000 positions).
-constexpr float kMatchProbability[kMaxMatch + 1] = {0, 0.24f, 0.55f, 0.65f, 0.70f, 0.73f, 0.91f};
-
-// A candidate of the tree that is being grown.
-struct Node {
-  int32_t token;
-  int parent;         // index into the pool, -1: the root
-  int depth;          // 1: child of the root
-  int draft_row;      // its row in the draft step once it is expanded, or -1
-  float probability;  // of its path
-};
+constexpr int kMinMatch = 1, kMaxMatch = 6;
 
 // exp for softmax sums: 2^(x log2 e) with the fraction by a cubic, good to 1e-4. A draft may be wrong.
 inline float rough_exp(float x) {
@@ -45,9 +36,7 @@ class ChimeraDrafter final : public Drafter {
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
     dynamic_.reserve(DraftModel::kMaxDynamic);
-    pool_.reserve(4096);
-    order_.reserve(4096);
-    row_of_.reserve(4096);
+    order_.reserve(1024);
   }
   std::string name() const override { return options_.ngrams ? "hybrid" : "chimera"; }
 
@@ -160,72 +149,28 @@ class ChimeraDrafter final : public Drafter {
     return index < n ? model_.vocabulary()[static_cast<size_t>(index)] : dynamic_[static_cast<size_t>(index - n)];
   }
 
-  // Adds the candidates below a node (-1: the root) that was expanded in `row` of the logits.
-  void propose(int parent, const float* logits, int depth, float probability) {
+  // Adds the candidates below a node that was expanded, from its row of the logits.
+  void propose(int parent, const float* logits) {
     const int width = model_.logits_width();
     int32_t best[kBranch];
     const int n = top(logits, width, kBranch, best);
     const float largest = logits[best[0]];
     float sum = 0;
     for (int i = 0; i < width; ++i) sum += rough_exp(logits[i] - largest);
-    for (int i = 0; i < n; ++i) {
-      const float p = probability * rough_exp(logits[best[i]] - largest) / sum;
-      if (p > options_.least_probability) add(parent, token_of(best[i]), depth, p);
-    }
-  }
-  int add(int parent, int32_t token, int depth, float probability) {
-    for (size_t i = 0; i < pool_.size(); ++i)
-      if (pool_[i].parent == parent && pool_[i].token == token) {
-        pool_[i].probability = std::max(pool_[i].probability, probability);
-        return static_cast<int>(i);
-      }
-    pool_.push_back({token, parent, depth, -1, probability});
-    return static_cast<int>(pool_.size()) - 1;
+    for (int i = 0; i < n; ++i)
+      tree_.add(parent, token_of(best[i]), tree_.probability_of(parent) * rough_exp(logits[best[i]] - largest) / sum);
   }
 
   void grow(const DraftContext& c, Step* target_step) {
     Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
     const int budget = std::min(c.max_nodes, options_.nodes);
     if (budget <= 0 || c.max_depth <= 0) return;
-    pool_.clear();
-    if (options_.ngrams) propose_ngrams(c);
+    const Clock::time_point start = Clock::now();
+    tree_.clear();
+    if (options_.ngrams) propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch, kMaxMatch, &tree_);
     if (seq.text == c.text && seq.expanded == static_cast<int>(c.tokens.size()) - 1) expand(c, seq);
-
-    // The most probable candidates; among equals the older one, so that parents precede children.
-    order_.resize(pool_.size());
-    for (size_t i = 0; i < order_.size(); ++i) order_[i] = static_cast<int>(i);
-    std::sort(order_.begin(), order_.end(), [this](int a, int b) {
-      const Node &x = pool_[static_cast<size_t>(a)], &y = pool_[static_cast<size_t>(b)];
-      return x.probability != y.probability ? x.probability > y.probability : x.depth != y.depth ? x.depth < y.depth : a < b;
-    });
-    row_of_.assign(pool_.size(), -1);
-    int added = 0;
-    for (const int i : order_) {
-      if (added == budget) break;
-      const Node& node = pool_[static_cast<size_t>(i)];
-      const int parent = node.parent < 0 ? c.root : row_of_[static_cast<size_t>(node.parent)];
-      if (parent < 0 || node.depth > c.max_depth) continue;
-      row_of_[static_cast<size_t>(i)] = target_step->add_row(node.token, parent, true);
-      ++added;
-    }
-  }
-
-  void propose_ngrams(const DraftContext& c) {
-    NgramIndex& index = indexes_[static_cast<size_t>(c.sequence)];
-    index.update(c.text, c.tokens);
-    for (int n = kMaxMatch; n >= kMinMatch; --n) {
-      int matches = 0;
-      index.matches(c.tokens, n, [&](size_t position) {
-        int node = -1;
-        float p = 1.0f;
-        for (int i = 1; i <= kNgramDepth && position + static_cast<size_t>(i) < c.tokens.size(); ++i) {
-          p *= kMatchProbability[std::min(n + i - 1, kMaxMatch)];  // each token that agrees makes the match longer
-          node = add(node, c.tokens[position + static_cast<size_t>(i)], i, p);
-        }
-        return ++matches < 2;
-      });
-      if (matches > 0) break;  // the longest match speaks
-    }
+    const double drafting = std::chrono::duration<double>(Clock::now() - start).count();
+    tree_.write(target_step, c.root, budget, c.max_depth, c.cost, drafting);
   }
 
   // Grows the tree depth by depth with the draft model.
@@ -233,7 +178,7 @@ class ChimeraDrafter final : public Drafter {
     Step& step = model_.step();
     // The root's f is in the row that observe() left.
     step.first_new = seq.root_row;
-    propose(-1, model_.logits(0, seq.h.data()), 1, 1.0f);
+    propose(CandidateTree::kRoot, model_.logits(0, seq.h.data()));
     // The tree hangs below the root's slot, which is committed: its rows start afresh, with the root's
     // f and feature put aside as row 0's parent.
     std::memcpy(model_.f(0), model_.f(seq.root_row), floats(1));
@@ -242,47 +187,52 @@ class ChimeraDrafter final : public Drafter {
     step.begin_sequence(c.sequence);
     step.n_rows = 1;  // row 0 stands for the root; it is never run again
     const int depths = std::min(options_.depth, c.max_depth);
+    double tokens = 1;  // that the tree is expected to give so far
     for (int depth = 1; depth < depths; ++depth) {
       // Expand the most probable candidates of this depth, as far as the path to them was expanded.
       order_.clear();
-      for (size_t i = 0; i < pool_.size(); ++i) {
-        const Node& node = pool_[i];
-        if (node.depth == depth && (node.parent < 0 || pool_[static_cast<size_t>(node.parent)].draft_row >= 0))
-          order_.push_back(static_cast<int>(i));
+      for (int i = 0; i < tree_.size(); ++i) {
+        const CandidateTree::Node& node = tree_[i];
+        if (node.depth == depth && (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0)) order_.push_back(i);
       }
       const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width), static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
       if (width == 0) return;
       std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width), order_.end(), [this](int a, int b) {
-        return pool_[static_cast<size_t>(a)].probability > pool_[static_cast<size_t>(b)].probability;
+        return tree_[a].probability > tree_[b].probability;
       });
       order_.resize(width);
+      // Another depth pays if the tokens it may add are worth the time it takes.
+      float mass = 0;
+      for (const int i : order_) mass += tree_[i].probability;
+      const double gain = static_cast<double>(kChance * mass);
+      if (c.cost != nullptr && depth_seconds_ > 0 && gain / tokens < depth_seconds_ / c.cost->seconds(1)) return;
+      tokens += gain;
+      const Clock::time_point start = Clock::now();
       const int first = step.n_rows;
       step.first_new = first;
       int32_t trigrams[3 * DraftModel::kMaxRows];
       for (size_t i = 0; i < width; ++i) {
-        Node& node = pool_[static_cast<size_t>(order_[i])];
-        const int parent = node.parent < 0 ? 0 : pool_[static_cast<size_t>(node.parent)].draft_row;
-        node.draft_row = step.add_row(node.token, parent == 0 ? -1 : parent, false);
-        const auto row = static_cast<size_t>(node.draft_row);
-        const int32_t before = node.parent < 0 ? c.tokens.back() : pool_[static_cast<size_t>(node.parent)].token;
+        CandidateTree::Node& node = tree_[order_[i]];
+        const int parent = node.parent < 0 ? 0 : tree_[node.parent].row;
+        const int row = node.row = step.add_row(node.token, parent == 0 ? -1 : parent, false);
+        const int32_t before = node.parent < 0 ? c.tokens.back() : tree_[node.parent].token;
         int32_t* t = trigrams + 3 * i;
         t[2] = node.token;
         t[1] = before;
-        const int grandparent = node.parent < 0 ? -1 : pool_[static_cast<size_t>(node.parent)].parent;
+        const int grandparent = node.parent < 0 ? -1 : tree_[node.parent].parent;
         if (node.parent < 0)
           t[0] = c.tokens[c.tokens.size() - std::min<size_t>(2, c.tokens.size())];
         else
-          t[0] = grandparent < 0 ? c.tokens.back() : pool_[static_cast<size_t>(grandparent)].token;
-        std::memcpy(model_.previous_feature(static_cast<int>(row)), model_.feature(parent), floats(1));
-        std::memcpy(model_.state(static_cast<int>(row)), model_.f(parent), floats(1));
+          t[0] = grandparent < 0 ? c.tokens.back() : tree_[grandparent].token;
+        std::memcpy(model_.previous_feature(row), model_.feature(parent), floats(1));
+        std::memcpy(model_.state(row), model_.f(parent), floats(1));
       }
       model_.features(first, static_cast<int>(width), trigrams);
       model_.forward();
       const float* logits = model_.logits(depth, seq.h.data());
-      for (size_t i = 0; i < width; ++i) {
-        const int index = order_[i];
-        propose(index, logits + static_cast<int64_t>(i) * model_.logits_width(), depth + 1, pool_[static_cast<size_t>(index)].probability);
-      }
+      for (size_t i = 0; i < width; ++i) propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_width());
+      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
     }
   }
 
@@ -294,8 +244,9 @@ class ChimeraDrafter final : public Drafter {
   std::vector<uint8_t> known_;     // by token: in the static or dynamic vocabulary
   std::vector<int32_t> dynamic_;   // tokens of the dynamic rows
   size_t oldest_ = 0;
-  std::vector<Node> pool_;
-  std::vector<int> order_, row_of_;
+  CandidateTree tree_;
+  std::vector<int> order_;
+  double depth_seconds_ = 0;  // what drafting one depth takes, averaged over the last ones
 };
 
 }  // namespace

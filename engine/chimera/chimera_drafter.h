@@ -22,7 +22,6 @@ struct ChimeraOptions {
   int width = 4;               // nodes expanded at a depth
   bool ngrams = true;          // hybrid
   int static_vocabulary = 2048;
-  float least_probability = 0.0f;  // paths less probable than this are not worth a node
 };
 
 // target and tensors: the tensors are no longer needed once this returns.

@@ -11,13 +11,13 @@
 namespace chimera::training {
 
 struct AdamWOptions {
-  double rate = 2e-3;        // at the end of the warm-up
-  double warm_up = 0.04;     // of all steps
-  double last_rate = 0.02;   // at the end, of `rate`
+  double rate = 2e-3;       // at the end of the warm-up
+  double warm_up = 0.04;    // of all steps
+  double last_rate = 0.02;  // at the end, of `rate`
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8;
-  double decay = 0.01;       // of matrices
-  double clip = 1;           // norm of the whole gradient
-  double average = 0.99;     // EMA of the weights
+  double decay = 0.01;    // of matrices
+  double clip = 1;        // norm of the whole gradient
+  double average = 0.99;  // EMA of the weights
 };
 
 // Everything that a checkpoint has to hold of the optimiser.

@@ -6,7 +6,7 @@
 namespace chimera::training {
 namespace {
 
-constexpr double kEps = 1e-5;           // of rms()
+constexpr double kEps = 1e-5;  // of rms()
 constexpr double kEmbeddingEps = 1.2e-7;
 
 template <typename T>
@@ -86,7 +86,8 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
         for (int64_t j = 0; j < d; ++j) squares += row[j] * row[j];
         const T inverse =
             T{1} / std::sqrt(squares / static_cast<T>(d) + static_cast<T>(kEmbeddingEps));
-        for (int64_t j = 0; j < d; ++j) e_[static_cast<size_t>((first + p) * d + j)] = row[j] * inverse;
+        for (int64_t j = 0; j < d; ++j)
+          e_[static_cast<size_t>((first + p) * d + j)] = row[j] * inverse;
       }
     });
     ops_.shares(t.n_positions(), [&](int64_t begin, int64_t end, int) {
@@ -133,9 +134,10 @@ template <typename T>
 void DraftGradient<T>::own_slot_grad(const T* w, int j, T* dw) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), block = (j - 1) * n_;
   T *dk = own_dk_.data() + block * kv, *dv = own_dv_.data() + block * kv;
-  for (int64_t s = 0; s < n_; ++s) own_at_[static_cast<size_t>(s)] = rope_at_[static_cast<size_t>(at(s, j))];
-  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data(), config_.rope_base, -1,
-              T{1}, dk);
+  for (int64_t s = 0; s < n_; ++s)
+    own_at_[static_cast<size_t>(s)] = rope_at_[static_cast<size_t>(at(s, j))];
+  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data(), config_.rope_base,
+              -1, T{1}, dk);
   need(narrow_, n_ * d);
   zeros(narrow_, n_ * d);  // gradient of rms(f)
   for (const bool key : {true, false}) {
@@ -210,8 +212,8 @@ void DraftGradient<T>::forward(const T* w) {
   need(v_, p_ * kv);
   ops_.scale(p_, 2 * d, key_cat_.data(), w + layout_.key_norm.offset, key_in_.data());
   ops_.product(p_, kv, 2 * d, key_in_.data(), w + layout_.wk.offset, k_.data());
-  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base, 1,
-              T{1}, k_.data());
+  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
+              1, T{1}, k_.data());
   ops_.scale(p_, 2 * d, value_cat_.data(), w + layout_.value_norm.offset, value_in_.data());
   ops_.product(p_, kv, 2 * d, value_in_.data(), w + layout_.wv.offset, v_.data());
   attention_.shape = {config_.n_heads, config_.n_kv_heads, config_.head_dim};
@@ -324,7 +326,8 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
       ops_.grad_input(n_, rank, 2 * d, dhead_low_.data(), w + layout_.head_down[head].offset,
                       dcat_.data());
       for (int64_t s = 0; s < n_; ++s) {
-        for (int64_t i = 0; i < d; ++i) df[s * d + i] += dcat_[static_cast<size_t>((s * 2 + 1) * d + i)];
+        for (int64_t i = 0; i < d; ++i)
+          df[s * d + i] += dcat_[static_cast<size_t>((s * 2 + 1) * d + i)];
       }
     }
     if (k + 1 < steps_) own_slot_grad(w, k + 1, dw);
@@ -342,8 +345,8 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
     ops_.scale_grad(n_, d, x2_rms_.data() + block * d, w + layout_.ffn_norm.offset, narrow_.data(),
                     narrow_.data(), dw + layout_.ffn_norm.offset);
     std::copy_n(dx3, n_ * d, dx2);
-    ops_.rms_grad(n_, d, x2_rms_.data() + block * d, x2_inverse_.data() + block, narrow_.data(), dx2,
-                  true);
+    ops_.rms_grad(n_, d, x2_rms_.data() + block * d, x2_inverse_.data() + block, narrow_.data(),
+                  dx2, true);
     T* dattended = dattended_.data() + block * q;
     ops_.grad_input(n_, d, q, dx2, w + layout_.wo.offset, dattended);
     ops_.attention_step_grad(attention_, k, attended_.data() + block * q, dattended);
@@ -360,15 +363,17 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   ops_.attention_end_grad(attention_);
   const int group = config_.n_heads / config_.n_kv_heads;
   ops_.rotate(p_, q, config_.rope_kv_heads * group, config_.head_dim, rope_at_.data(),
-              config_.rope_base, -1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)), dq_.data());
+              config_.rope_base, -1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)),
+              dq_.data());
   ops_.grad_weight(p_, q, d, dq_.data(), q_in_.data(), dw + layout_.wq.offset);
   need(narrow_, p_ * d);
   ops_.grad_input(p_, q, d, dq_.data(), w + layout_.wq.offset, narrow_.data());
-  ops_.scale_grad(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(), narrow_.data(),
-                  dw + layout_.attn_norm.offset);
-  for (int64_t i = 0; i < p_ * d; ++i) dg_rms_[static_cast<size_t>(i)] += narrow_[static_cast<size_t>(i)];
-  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base, -1,
-              T{1}, dk_.data());
+  ops_.scale_grad(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(),
+                  narrow_.data(), dw + layout_.attn_norm.offset);
+  for (int64_t i = 0; i < p_ * d; ++i)
+    dg_rms_[static_cast<size_t>(i)] += narrow_[static_cast<size_t>(i)];
+  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
+              -1, T{1}, dk_.data());
   for (const bool key : {true, false}) {
     const Parameter& weights = key ? layout_.wk : layout_.wv;
     const Parameter& norm = key ? layout_.key_norm : layout_.value_norm;

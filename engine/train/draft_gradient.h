@@ -2,9 +2,9 @@
 // engine/chimera/draft_tensors.h; T is float, or double for checking.
 //
 // Every start n of a text shares the text's slots, keys and queries: they are functions of the
-// position alone, so they are made once a position; only what a rollout adds (its own slots) is made
-// for each start. Rows of step k are the starts of the whole batch, in order; buffers over all steps
-// hold step 0, then step 1, ...
+// position alone, so they are made once a position; only what a rollout adds (its own slots) is
+// made for each start. Rows of step k are the starts of the whole batch, in order; buffers over all
+// steps hold step 0, then step 1, ...
 #pragma once
 
 #include <array>
@@ -18,10 +18,10 @@ namespace chimera::training {
 
 // One text to learn from: tokens x_0..x_{L-1}, of which x_{first_start + 2}.. are to be predicted.
 struct TrainingText {
-  std::vector<int32_t> tokens;       // L
-  int64_t first_start = 0;           // the first n: the last known state of a rollout
-  std::vector<float> states;         // (L - 1, d)  the target's final states h_0..h_{L-2}
-  std::vector<SoftTarget> targets;   // row i: the target's answer at position first_start + 1 + i
+  std::vector<int32_t> tokens;      // L
+  int64_t first_start = 0;          // the first n: the last known state of a rollout
+  std::vector<float> states;        // (L - 1, d)  the target's final states h_0..h_{L-2}
+  std::vector<SoftTarget> targets;  // row i: the target's answer at position first_start + 1 + i
 
   int64_t n_positions() const { return static_cast<int64_t>(tokens.size()) - 1; }
   // Starts whose first prediction is known.
@@ -42,8 +42,8 @@ class DraftGradient {
   DraftGradient(const DraftConfig& config, const T* embedding, const T* head, int64_t n,
                 int threads);
 
-  // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over starts.
-  // gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout.
+  // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over
+  // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout.
   Score run(const T* parameters, std::span<const TrainingText* const> texts, int n_steps,
             double step_weight, T* gradient);
 
@@ -71,11 +71,11 @@ class DraftGradient {
   int64_t p_ = 0, n_ = 0;
   int steps_ = 0;
   std::vector<AttentionText> texts_;
-  std::vector<int32_t> rope_at_;        // (P) position in the text
-  std::vector<int64_t> start_;          // (N) position n, in the batch
-  std::vector<int64_t> last_;           // (N) last position of its text, in the batch
-  std::vector<T> h_;                    // (P, d)
-  std::vector<T> e_, trigram_;          // (P, d), (P, 3 d)
+  std::vector<int32_t> rope_at_;               // (P) position in the text
+  std::vector<int64_t> start_;                 // (N) position n, in the batch
+  std::vector<int64_t> last_;                  // (N) last position of its text, in the batch
+  std::vector<T> h_;                           // (P, d)
+  std::vector<T> e_, trigram_;                 // (P, d), (P, 3 d)
   int64_t at(int64_t start, int ahead) const;  // position n + ahead, at most the last one
 
   // Kept from forward for backward. (P, ...) first:
@@ -85,12 +85,12 @@ class DraftGradient {
   std::vector<T> own_key_cat_, own_key_in_, own_k_, own_value_cat_, own_value_in_, own_v_;
   std::vector<T> f_rms_, f_inverse_;  // of f_{j-1}, at j
   std::vector<int32_t> own_at_;       // (N) scratch: RoPE positions
-  std::vector<T> attended_, x2_, x2_rms_, x2_inverse_, y_, gate_up_, act_, x3_, x3_rms_, x3_inverse_,
-      f_;
+  std::vector<T> attended_, x2_, x2_rms_, x2_inverse_, y_, gate_up_, act_, x3_, x3_rms_,
+      x3_inverse_, f_;
   std::vector<T> head_cat_, head_low_, head_act_, u_;
   // Gradients.
-  std::vector<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_, dg_rms_,
-      dq_, dk_, dv_, own_dk_, own_dv_, wide_, narrow_;
+  std::vector<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_,
+      dg_rms_, dq_, dk_, dv_, own_dk_, own_dv_, wide_, narrow_;
   typename Ops<T>::Attention attention_ = {};
 };
 

@@ -1,8 +1,10 @@
-// Matrix products of the trainer in f32: C = A B, C += A B, with A and B read by rows or by columns.
+// Matrix products of the trainer in f32: C = A B, C += A B, with A and B read by rows or by
+// columns.
 //
 // The usual blocked form: A and B are copied into panels as tall (wide) as the tile that stays in
-// registers, k is cut into pieces that keep a panel of A in L1 and a block of B in L2. An element of
-// C is one sum over k in an order that depends on k alone: the same bits for any number of threads.
+// registers, k is cut into pieces that keep a panel of A in L1 and a block of B in L2. An element
+// of C is one sum over k in an order that depends on k alone: the same bits for any number of
+// threads.
 #pragma once
 
 #include <cstdint>

@@ -234,8 +234,8 @@ template <typename T>
 struct Ops<T>::Unit {
   const AttentionText* text;
   int kv_head;
-  int64_t scores_at;    // of the first query head: (n_queries, n_slots) each
-  int64_t weights_at;   // of the first query head: (n_starts, n_slots + kMaxSteps) each
+  int64_t scores_at;   // of the first query head: (n_queries, n_slots) each
+  int64_t weights_at;  // of the first query head: (n_starts, n_slots + kMaxSteps) each
 };
 
 namespace {
@@ -251,7 +251,8 @@ int64_t weights_width(const AttentionText& t) {
 }
 }  // namespace
 
-// f(unit, thread), each (text, KV head) once, whichever thread is free: they write to disjoint places.
+// f(unit, thread), each (text, KV head) once, whichever thread is free: they write to disjoint
+// places.
 template <typename T>
 template <typename F>
 void Ops<T>::attention_units(const Attention& a, const F& f) {
@@ -288,8 +289,8 @@ void Ops<T>::attention_begin(const Attention& a) {
     const AttentionText& t = *u.text;
     const T* k = a.k + t.first_position * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
-      const T* q = a.q + (t.first_position + t.first_start + 1) * q_size +
-                   (u.kv_head * group + g) * dim;
+      const T* q =
+          a.q + (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
       gemm(tile_, &scratch_[static_cast<size_t>(thread)], n_queries(t), t.n_slots(), dim,
            by_rows(q, q_size), transposed(k, kv),
            scores_.data() + u.scores_at + g * n_queries(t) * t.n_slots(), t.n_slots(), false);
@@ -329,8 +330,8 @@ void Ops<T>::attention_step(const Attention& a, int k, T* out) {
       }
       T* o = out + t.first_row * q_size + head * dim;
       gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_starts, dim, slots,
-           by_rows<T>(weights, width),
-           by_rows(a.v + t.first_position * kv + u.kv_head * dim, kv), o, q_size, false);
+           by_rows<T>(weights, width), by_rows(a.v + t.first_position * kv + u.kv_head * dim, kv),
+           o, q_size, false);
       for (int64_t s = 0; s < t.n_starts; ++s) {
         for (int j = 1; j <= k; ++j) {
           add_scaled(a.own_v[j] + (t.first_row + s) * kv + u.kv_head * dim,
@@ -392,8 +393,8 @@ void Ops<T>::attention_end_grad(const Attention& a) {
     const int64_t slots = t.n_slots(), at = t.first_position * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
       const T* dscores = dscores_.data() + u.scores_at + g * n_queries(t) * slots;
-      const int64_t q_at = (t.first_position + t.first_start + 1) * q_size +
-                           (u.kv_head * group + g) * dim;
+      const int64_t q_at =
+          (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
       gemm(tile_, scratch, n_queries(t), dim, slots, by_rows<T>(dscores, slots),
            by_rows(a.k + at, kv), a.dq + q_at, q_size, true);
       gemm(tile_, scratch, slots, dim, n_queries(t), transposed<T>(dscores, slots),

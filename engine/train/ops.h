@@ -31,10 +31,10 @@ struct StepScore {
   }
 };
 
-// One text's part of the rollout's attention: positions [first_position, ... + n_slots) of the batch
-// are its slots; its starts n = first_start + i, i < n_starts, are rows first_row + i of every step.
-// Step k of a start asks with position min(n + 1 + k, n_positions - 1) and sees slots 0..n and its
-// own k slots.
+// One text's part of the rollout's attention: positions [first_position, ... + n_slots) of the
+// batch are its slots; its starts n = first_start + i, i < n_starts, are rows first_row + i of
+// every step. Step k of a start asks with position min(n + 1 + k, n_positions - 1) and sees slots
+// 0..n and its own k slots.
 struct AttentionText {
   int64_t first_position, n_positions;
   int64_t first_start, n_starts;
@@ -125,11 +125,11 @@ class Ops {
 
   cpu::ThreadPool pool_;
   const TileKernel& tile_;
-  std::vector<GemmScratch> scratch_;      // by thread
-  std::vector<std::vector<T>> columns_;   // by thread: sums over rows
+  std::vector<GemmScratch> scratch_;     // by thread
+  std::vector<std::vector<T>> columns_;  // by thread: sums over rows
   std::vector<T> logits_;
-  // Attention, for each (text, head): scores (n_queries, n_slots), their gradient, and for each step
-  // probabilities (n_starts, n_slots + k).
+  // Attention, for each (text, head): scores (n_queries, n_slots), their gradient, and for each
+  // step probabilities (n_starts, n_slots + k).
   std::vector<T> scores_, dscores_, work_;
   std::vector<T> probabilities_[kMaxSteps];
 };

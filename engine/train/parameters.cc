@@ -97,7 +97,8 @@ DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& 
   random(layout.w1, 1);
   random(layout.w2, 1);
   random(layout.w3, 1);
-  for (const Parameter* p : {&layout.key_norm, &layout.value_norm, &layout.attn_norm, &layout.ffn_norm})
+  for (const Parameter* p :
+       {&layout.key_norm, &layout.value_norm, &layout.attn_norm, &layout.ffn_norm})
     fill(*p, 1);
   random(layout.wq, 1);
   random(layout.wk, 1);

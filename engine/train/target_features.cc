@@ -45,8 +45,7 @@ void soft_target(const float* logits, int64_t vocab, const std::vector<int32_t>&
   std::sort_heap(best, best + n);
   for (int j = 0; j < SoftTarget::kMost; ++j) {
     target->index[j] = j < n ? index_of[static_cast<size_t>(best[j].token)] : -1;
-    target->probability[j] =
-        j < n ? (*scratch)[static_cast<size_t>(best[j].token)] / sum : 0.0f;
+    target->probability[j] = j < n ? (*scratch)[static_cast<size_t>(best[j].token)] / sum : 0.0f;
   }
 }
 
@@ -88,8 +87,8 @@ TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int first_sta
     const int64_t first = at + rows - n_logits - first_start - 1;  // row of text.targets
     pool_.run([&](int thread) {
       for (int i = thread; i < n_logits; i += pool_.size()) {
-        soft_target(session_.logits() + int64_t{i} * config.vocab_size, config.vocab_size, index_of_,
-                    &probability_[static_cast<size_t>(thread)],
+        soft_target(session_.logits() + int64_t{i} * config.vocab_size, config.vocab_size,
+                    index_of_, &probability_[static_cast<size_t>(thread)],
                     &text.targets[static_cast<size_t>(first + i)]);
       }
     });

@@ -13,7 +13,8 @@ namespace chimera::training {
 class TargetFeatures {
  public:
   // vocabulary: the token ids that the draft chooses from. Texts up to `context` tokens.
-  TargetFeatures(const Llama& target, std::span<const int32_t> vocabulary, int context, int threads);
+  TargetFeatures(const Llama& target, std::span<const int32_t> vocabulary, int context,
+                 int threads);
 
   int context() const { return session_.options().context; }
   // Runs the text through the target, teacher-forced; first_start: the last position before the
