@@ -12,6 +12,11 @@
 
 #include "engine/error.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace chimera::cuda::emulator {
 
 constinit thread_local Thread current;
@@ -21,27 +26,35 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;  // only the pages touched exist
 
 // A stack that can be left and entered again. The first entry goes through ucontext; the others
-// through _setjmp and _longjmp, which, unlike swapcontext, make no system call. AddressSanitizer
-// wants swapcontext, which it knows.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSwapContext = true;
-#else
-constexpr bool kSwapContext = false;
-#endif
-
+// through _setjmp and _longjmp, which, unlike swapcontext, make no system call. AddressSanitizer must
+// be told of every switch, and wants swapcontext.
 struct Context {
   ucontext_t context;
   jmp_buf registers;
+  const void* bottom = nullptr;  // the stack; for AddressSanitizer
+  size_t bytes = 0;
+  void* fake_stack = nullptr;
 };
 
+#if defined(__SANITIZE_ADDRESS__)
+void switch_to(Context& from, Context& to, bool /*first_entry*/) {
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.bytes);
+  swapcontext(&from.context, &to.context);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+}
+// First thing on a new stack; `from`: where it was entered from.
+void entered(Context& from) { __sanitizer_finish_switch_fiber(nullptr, &from.bottom, &from.bytes); }
+void forget_frames(void* stack, size_t bytes) { __asan_unpoison_memory_region(stack, bytes); }
+#else
 void switch_to(Context& from, Context& to, bool first_entry) {
-  if constexpr (kSwapContext) {
-    swapcontext(&from.context, &to.context);
-  } else if (_setjmp(from.registers) == 0) {
+  if (_setjmp(from.registers) == 0) {
     if (first_entry) setcontext(&to.context);
     _longjmp(to.registers, 1);
   }
 }
+void entered(Context& /*from*/) {}
+void forget_frames(void* /*stack*/, size_t /*bytes*/) {}
+#endif
 
 struct Copy {
   void* shared;
@@ -174,6 +187,7 @@ class Emulator {
   }
 
   void fiber_main() {
+    entered(scheduler_);
     for (;;) {
       Fiber& f = *fibers_[current.index];
       try {
@@ -254,6 +268,9 @@ class Emulator {
     const bool first = !f.entered;
     if (first) {
       f.entered = true;
+      forget_frames(f.stack, kStackBytes);  // of a kernel that was abandoned on it
+      f.context.bottom = f.stack;
+      f.context.bytes = kStackBytes;
       getcontext(&f.context.context);
       f.context.context.uc_stack.ss_sp = f.stack;
       f.context.context.uc_stack.ss_size = kStackBytes;

@@ -212,6 +212,72 @@ TEST(CudaBackend, IntegerProductsAreExact) {
   }
 }
 
+// Every op in its odder forms, with F32 weights and cache, on the CPU and here: the same bits.
+TEST(CudaBackend, OpsAreTheCpus) {
+  constexpr int kRows = 13, kDim = 24, kHeads = 4, kKvHeads = 2, kWidth = (kHeads + 2 * kKvHeads) * kDim, kHidden = 40, kVocab = 33;
+  const auto run = [&](Backend& backend) {
+    std::mt19937 random(10);
+    const auto floats = [&](int64_t n) {
+      const std::vector<float> values = cuda::test::random_input(random, static_cast<size_t>(n), false);
+      auto memory = backend.allocate(static_cast<size_t>(n) * 4);
+      backend.upload(memory.get(), values.data(), static_cast<size_t>(n) * 4);
+      return memory;
+    };
+    const auto f = [](const std::shared_ptr<void>& p) { return static_cast<float*>(p.get()); };
+    const auto a = cuda::test::random_matrix(random, DType::kF32, kWidth - 10, kHidden, false);
+    const auto b = cuda::test::random_matrix(random, DType::kF32, 10, kHidden, false);
+    const auto head = cuda::test::random_matrix(random, DType::kF32, kVocab, kHidden, false);
+    const TensorView both[] = {a.view, b.view};
+    const auto qkv_weights = backend.prepare(both), head_weights = backend.prepare({&head.view, 1});
+    const KvShape shape{DType::kF32, 2, kKvHeads, kDim, 2, 40};
+    const auto kv_memory = backend.allocate(backend.kv_bytes(shape));
+    const KvCache kv = backend.bind_kv(shape, kv_memory.get());
+    const auto x = floats(kRows * kHidden), gate = floats(kRows * kHidden * 2), norm = floats(kHidden), cos = floats(40 * kDim / 2), sin = floats(40 * kDim / 2);
+    const auto qkv = floats(kRows * (kWidth + 3)), attended = floats(kRows * kHeads * kDim), y = floats(kRows * kHidden), logits = floats(kRows * kVocab);
+    const auto step_memory = backend.allocate(sizeof(Step));
+    Step& step = *static_cast<Step*>(step_memory.get());
+    const Heads heads{kHeads, kKvHeads, kDim, 1};
+    backend.reserve(kRows, 40, kWidth, heads, kVocab);
+    step.n_sequences = 2;
+    step.sequences[1].committed = 3;
+    step.clear();
+    step.begin_sequence(0);
+    for (int i = 0; i < 5; ++i) step.add_row(i, i - 1, i == 4);
+    step.begin_sequence(1);
+    const int root = step.add_row(7, -1, true);
+    for (int i = 1; i < 8; ++i) step.add_row(i, root + i / 2, true);
+    step.set_root(root);
+    const RopeTable rope{f(cos), f(sin), 1};
+    using Input = Linear::Input;
+    for (const int first_new : {0, 4}) {
+      step.first_new = first_new;
+      backend.linear(&step, {.weights = qkv_weights.get(), .x = f(x), .y = f(qkv), .y_stride = kWidth, .input = Input::kRmsNorm, .norm_weight = f(norm), .eps = 1e-5f});
+      backend.rope_append(&step, f(qkv), heads, rope, kv, 1);
+      backend.attention(&step, f(qkv), heads, kv, 1, f(attended));
+      backend.rms_norm(&step, f(x), f(norm), 1e-6f, kHidden, f(y));
+      backend.copy_rows(&step, f(y), kHidden, f(x));
+    }
+    backend.linear(&step, {.weights = head_weights.get(), .x = f(x), .y = f(logits), .input = Input::kSilu, .rows = Rows::kLogits});
+    backend.linear(&step, {.weights = head_weights.get(), .x = f(gate), .y = f(qkv), .y_stride = kVocab + 4, .input = Input::kSwiGlu, .accumulate = true});
+    backend.embed(&step, *head_weights, f(y));
+    backend.accept(&step, f(logits), kVocab);
+    backend.keep(&step, kv);
+    backend.keep_rows(&step, kHidden, f(y));
+    std::vector<float> all;
+    for (const auto& [memory, n] : {std::pair{x, kRows * kHidden}, {qkv, kRows * (kWidth + 3)}, {attended, kRows * kHeads * kDim}, {y, kRows * kHidden}, {logits, kRows * kVocab}})
+      all.insert(all.end(), f(memory), f(memory) + n);
+    for (int r = 0; r < kRows; ++r) all.push_back(static_cast<float>(step.kept_at[r]));
+    for (int i = 0; i < 2; ++i) all.insert(all.end(), {static_cast<float>(step.sequences[i].committed), static_cast<float>(step.sequences[i].next)});
+    return all;
+  };
+  const std::vector<float> expected = run(*backend_of("scalar", 1));
+  for (const std::string& device : devices()) {
+    const std::vector<float> got = run(*backend_on(device));
+    ASSERT_EQ(got.size(), expected.size());
+    EXPECT_TRUE(cuda::test::same_bits(got.data(), expected.data(), got.size())) << device;
+  }
+}
+
 TEST(CudaBackend, ReplacesARow) {
   SKIP_WITHOUT(tiny("f32"));
   for (const std::string& device : devices()) {

@@ -134,7 +134,8 @@ TEST(CudaEmulator, CopiesLandLate) {
 TEST(CudaEmulator, RecoversFromARefusal) {
   std::vector<float> out(1);
   for (int i = 0; i < 3; ++i) {
-    EXPECT_NE(refusal([](Params) { if (thread_index() == 0) sync_threads(); else sync_warp(); }, 64), "");
+    EXPECT_REFUSED(refusal([](Params) { if (thread_index() == 3) sync_warp(); else sync_threads(); }, 32), "all waiting");
+    EXPECT_REFUSED(refusal([](Params) { if (thread_index() < 40) sync_threads(); }, 64), "returns without it");
     EXPECT_EQ(refusal(sum_kernel, 64, 64, {out.data(), 0, nullptr}), "");
     EXPECT_EQ(out[0], 63.0f * 32);
   }

@@ -219,14 +219,16 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
       random_step(random, step.get(), c.committed, c.rows, c.chain);
       const int first_new = c.rows > 10 ? 4 : 0;
       step[0].first_new = first_new;
-      Cache cache(type, c.kv_heads, c.dim, c.committed + c.rows);
+      Cache cache(type, c.kv_heads, c.dim, c.committed + c.rows + 1);
       cache.fill(random, c.committed + c.rows);
       const int width = (c.heads + 2 * c.kv_heads) * c.dim, chunks = (c.committed + c.rows) / kChunk + 1;
       const Buffer<float> qkv(random_input(random, static_cast<size_t>(c.rows * width), false));
       Buffer<float> partials(static_cast<size_t>(c.rows * c.heads * chunks * (2 + cache.layer.padded_dim))), out(static_cast<size_t>(c.rows * c.heads * c.dim));
       std::fill(partials.begin(), partials.end(), NAN);
       std::fill(out.begin(), out.end(), NAN);
-      // What lies behind the live slots of the cache must not matter.
+      // What lies behind the live slots of the cache must not matter, nor what the step says of rows that
+      // it does not have.
+      for (int r = c.rows; r < Step::kMaxRows; ++r) step[0].slot[r] = c.committed + c.rows;
       const auto nan_tail = [&](void* base) {
         for (int h = 0; h < c.kv_heads; ++h)
           for (int s = c.committed + c.rows; s < cache.layer.padded_capacity; ++s)
@@ -236,7 +238,7 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
       nan_tail(cache.k.get());
       nan_tail(cache.v.get());
       emulator::set_order(c.rows % 2 ? emulator::Order::kDescending : emulator::Order::kAscending);
-      attention(nullptr, {step.get(), qkv.get(), {c.heads, c.kv_heads, c.dim}, cache.layer, chunks, partials.get(), out.get()}, c.rows + 1, chunks, 1);
+      attention(nullptr, {step.get(), qkv.get(), {c.heads, c.kv_heads, c.dim}, cache.layer, chunks, partials.get(), out.get()}, c.rows - first_new, chunks, 1);
       emulator::set_order(emulator::Order::kAscending);
       for (int row = first_new; row < c.rows; ++row)
         for (int head = 0; head < c.heads; ++head) {
@@ -301,6 +303,11 @@ TEST(CudaAccept, SamplesAsTheCpu) {
   }
   emulator::set_order(emulator::Order::kAscending);
   EXPECT_GT(greedy_differs, 30) << "the trials must leave the largest logit now and then";
+}
+
+TEST(CudaAccept, ZeroHasNoSign) {
+  EXPECT_EQ(sample_on_device({-1.0f, -0.0f, 0.0f}, {}, 3), 1);
+  EXPECT_EQ(sample_on_device({NAN, -INFINITY, NAN}, {}, 3), 0);
 }
 
 TEST(CudaAccept, WalksTheTree) {

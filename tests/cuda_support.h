@@ -74,7 +74,10 @@ inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows
         put16(b, scale());
         put16(b + 2, scale());
         break;
-      case DType::kQ6_K: put16(b + 208, scale()); break;
+      case DType::kQ6_K:
+        put16(b + 208, scale());
+        for (int i = 192; integers && i < 208; ++i) b[i] &= std::byte{15};  // exact in f16
+        break;
     }
   }
   m.view = {"random", type, rows, cols, m.bytes.data(), 0};

@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "engine/error.h"
 #include "engine/train/adamw.h"
 #include "engine/train/draft_gradient.h"
 #include "loader/draft_file.h"

@@ -292,12 +292,14 @@ struct Position {
   int64_t texts = 0, starts = 0, seconds = 0;
 };
 
-// What has to be the same for a resumed run to give the same bits.
+// What has to be the same for a resumed run to give the same bits. A run that ends by the clock or
+// follows shards that grow cannot promise that, and may be given more time and texts.
 std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
                          const std::string& target) {
+  if (o.follow || o.minutes > 0) n_texts = 0, total = 0;
   return nlohmann::ordered_json{
       {"target", target},     {"texts", n_texts},    {"positions", total},
-      {"minutes", o.minutes}, {"rate", o.rate},      {"batch", o.batch},
+      {"rate", o.rate},       {"batch", o.batch},
       {"steps", o.steps},     {"seed", o.seed},      {"hidden_size", c.hidden_size},
       {"ffn", c.ffn_size},    {"rank", c.head_rank}, {"ctx", o.context}}
       .dump();
