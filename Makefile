@@ -60,17 +60,20 @@ prepare:
 
 $(BUILD)/libchimera.a: $(call objects,$(LIBRARY))
 	@rm -f $@
-	ar rcs $@ $^
+	@ar rcs $@ $^
 
 $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
-	$(CXX) -o $@ $^ $(LDFLAGS)
+	@echo "  $@"
+	@$(CXX) -o $@ $^ $(LDFLAGS)
 
 $(BUILD)/chimera_tests: $(call objects,$(TESTS)) $(BUILD)/libchimera.a
-	$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
+	@echo "  $@"
+	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
 
 $(BUILD)/obj/%.o: %.cc
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(call isa,$<) -c -o $@ $<
+	@echo "  $<"
+	@$(CXX) $(CXXFLAGS) $(call isa,$<) -c -o $@ $<
 
 clean:
 	rm -rf build build-*

@@ -2,15 +2,15 @@
 // sample there, and so on (backend.h). A block has a sequence.
 //
 // # Sampling in parallel, one answer
-// sampler.h defines a token by sums over the vocabulary in the order of ids. To add in parallel and get
-// the same bits, the sums are made exact: e = exp(..) in [0, 1] is rounded down to a multiple of 2^-34,
-// so a sum of 2^19 of them fits the 53 bits of a double, or here a 64-bit integer, in any order. What is
-// a comparison of doubles on the CPU is the same comparison here, scaled by 2^34.
+// sampler.h defines a token by sums over the vocabulary in the order of ids. To add in parallel and
+// get the same bits, the sums are made exact: e = exp(..) in [0, 1] is rounded down to a multiple
+// of 2^-34, so a sum of 2^19 of them fits the 53 bits of a double, or here a 64-bit integer, in any
+// order. What is a comparison of doubles on the CPU is the same comparison here, scaled by 2^34.
 //
-// e is never stored: it is a few operations from the logit, cheaper than to keep 128 sequences x vocab.
-// What survives top-k and top-p is a threshold: e > limit, or e = limit and id <= last_id (ties go to
-// the lowest ids). Both cuts find it by radix selection: a histogram (of counts, or of e itself) of
-// eight bits at a time, from the top.
+// e is never stored: it is a few operations from the logit, cheaper than to keep 128 sequences x
+// vocab. What survives top-k and top-p is a threshold: e > limit, or e = limit and id <= last_id
+// (ties go to the lowest ids). Both cuts find it by radix selection: a histogram (of counts, or of
+// e itself) of eight bits at a time, from the top.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -85,8 +85,13 @@ struct Distribution {
     return x > limit || (x == limit && id <= last_id) ? x : 0;
   }
   // Ids of a thread when order matters: contiguous.
-  DEVICE int32_t begin() const { return static_cast<int32_t>(static_cast<int64_t>(vocab) * thread_index() / kAcceptThreads); }
-  DEVICE int32_t end() const { return static_cast<int32_t>(static_cast<int64_t>(vocab) * (thread_index() + 1) / kAcceptThreads); }
+  DEVICE int32_t begin() const {
+    return static_cast<int32_t>(static_cast<int64_t>(vocab) * thread_index() / kAcceptThreads);
+  }
+  DEVICE int32_t end() const {
+    return static_cast<int32_t>(static_cast<int64_t>(vocab) * (thread_index() + 1) /
+                                kAcceptThreads);
+  }
 };
 
 // Cuts to the shortest run of tokens, e descending, ids ascending among equals, whose weights' sum
@@ -100,7 +105,8 @@ DEVICE void cut(AcceptShared* s, Distribution* d, double wanted) {
     sync_threads();
     for (int32_t id = t; id < d->vocab; id += kAcceptThreads) {
       const uint64_t e = d->kept(id);
-      if (e != 0 && e >> (shift + 8) == prefix) atomic_add(&s->histogram[e >> shift & 255], kCount ? uint64_t{1} : e);
+      if (e != 0 && e >> (shift + 8) == prefix)
+        atomic_add(&s->histogram[e >> shift & 255], kCount ? uint64_t{1} : e);
     }
     sync_threads();
     if (t == 0) {
@@ -127,7 +133,9 @@ DEVICE void cut(AcceptShared* s, Distribution* d, double wanted) {
   const uint64_t weight = kCount ? 1 : prefix;
   if (t == 0) s->result[0] = static_cast<uint64_t>(d->vocab - 1);
   sync_threads();
-  const auto reached = [&](uint64_t n) { return static_cast<double>(above + n * weight) >= wanted; };
+  const auto reached = [&](uint64_t n) {
+    return static_cast<double>(above + n * weight) >= wanted;
+  };
   if (reached(through) && !reached(through - ties)) {
     uint64_t n = through - ties;
     for (int32_t id = d->begin(); id < d->end(); ++id)
@@ -142,15 +150,20 @@ DEVICE void cut(AcceptShared* s, Distribution* d, double wanted) {
   sync_threads();
 }
 
-DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab, const Sampling& sampling, int64_t position) {
+DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
+                          const Sampling& sampling, int64_t position) {
   const int t = thread_index();
-  // The largest logit, lowest id first: floats in an order-preserving integer, ids inverted. NaN: last.
+  // The largest logit, lowest id first: floats in an order-preserving integer, ids inverted. NaN:
+  // last.
   uint64_t best_key = 0xffffffffu;  // id 0
   for (int32_t id = t; id < vocab; id += kAcceptThreads) {
     const float x = logits[id] + 0.0f;  // -0 is 0
     const uint32_t u = bits_of(x);
-    const uint32_t order = is_nan(x) || x == -infinity() ? 0u : (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
-    best_key = most(best_key, static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
+    const uint32_t order = is_nan(x) || x == -infinity() ? 0u
+                           : (u & 0x80000000u) != 0      ? ~u
+                                                         : u | 0x80000000u;
+    best_key = most(best_key,
+                    static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
   }
   best_key = block_max(s, best_key);
   const auto best = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(best_key));
@@ -159,7 +172,8 @@ DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab, c
   Distribution d{logits, vocab, logits[best], sampling.temperature};
   d.limit = 0;
   d.last_id = -1;
-  if (sampling.top_k > 0 && sampling.top_k < vocab) cut<true>(s, &d, static_cast<double>(sampling.top_k));
+  if (sampling.top_k > 0 && sampling.top_k < vocab)
+    cut<true>(s, &d, static_cast<double>(sampling.top_k));
   if (sampling.top_p < 1.0f) {
     uint64_t own = 0, sum;
     for (int32_t id = t; id < vocab; id += kAcceptThreads) own += d.kept(id);
@@ -169,12 +183,16 @@ DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab, c
 
   const auto weight = [&](int32_t id) -> uint64_t {
     const uint64_t e = d.kept(id);
-    return static_cast<float>(e) * (1.0f / static_cast<float>(uint64_t{1} << kFixedBits)) < sampling.min_p ? 0 : e;
+    return static_cast<float>(e) * (1.0f / static_cast<float>(uint64_t{1} << kFixedBits)) <
+                   sampling.min_p
+               ? 0
+               : e;
   };
   uint64_t own = 0, sum;
   for (int32_t id = d.begin(); id < d.end(); ++id) own += weight(id);
   const uint64_t through = block_scan(s, own, &sum);
-  const double target = philox_uniform(sampling.seed, static_cast<uint64_t>(position)) * static_cast<double>(sum);
+  const double target =
+      philox_uniform(sampling.seed, static_cast<uint64_t>(position)) * static_cast<double>(sum);
   const auto passed = [target](uint64_t running) { return static_cast<double>(running) > target; };
   // Rounding may leave the sum itself at the target: then it is the last token that is left.
   uint64_t last = 0;  // id + 1
@@ -210,13 +228,15 @@ KERNEL(kAcceptThreads, 1) void accept_kernel(AcceptParams p) {
   int node = root, next = seq.next, n_kept = seq.n_rows;
   if (root >= 0) {
     if (thread_index() == 0)
-      for (int row = root; row >= 0; row = step->parent[row]) step->kept_at[row] = step->position[row];
+      for (int row = root; row >= 0; row = step->parent[row])
+        step->kept_at[row] = step->position[row];
     for (;;) {
-      next = sample_row(s, p.logits + static_cast<int64_t>(step->logits_index[node]) * p.vocab, p.vocab, sampling,
-                        step->position[node] + 1);
+      next = sample_row(s, p.logits + static_cast<int64_t>(step->logits_index[node]) * p.vocab,
+                        p.vocab, sampling, step->position[node] + 1);
       uint64_t child = 0;  // kMaxRows - row: the first of them wins
       for (int row = node + 1 + thread_index(); row < end; row += kAcceptThreads)
-        if (step->parent[row] == node && step->token[row] == next) child = most(child, static_cast<uint64_t>(Step::kMaxRows - row));
+        if (step->parent[row] == node && step->token[row] == next)
+          child = most(child, static_cast<uint64_t>(Step::kMaxRows - row));
       child = block_max(s, child);
       if (child == 0) break;
       node = Step::kMaxRows - static_cast<int>(child);

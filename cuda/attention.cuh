@@ -3,8 +3,8 @@
 // # The idea
 // As in the products, keys and values are the tensor core's wide operand (16 positions, or 16
 // coordinates) and queries its 8 columns: one query and 32 run the same instructions, and a column
-// depends on nothing but itself. A query is a (row, query head) pair; those that share a KV head share
-// its keys. A block has one chunk of 256 positions of one KV head and up to 32 queries:
+// depends on nothing but itself. A query is a (row, query head) pair; those that share a KV head
+// share its keys. A block has one chunk of 256 positions of one KV head and up to 32 queries:
 //
 //   1. S^T = K Q^T by tiles of 16 positions, a warp each; scores go to shared memory
 //   2. max, exp, sum for each query, a warp each                       (the CPU's definition)
@@ -13,25 +13,27 @@
 // and combine_kernel adds a query's chunks in ascending order.
 //
 // # Ancestors
-// A chunk is cut by *logical* position. Up to the sequence's committed length that is also the slot, for
-// every row alike, so whole tiles below it are read once for all queries. Behind it siblings stand side
-// by side; masking them would leave a row's ancestors at other places in the tile than they had alone,
-// in other lanes, other sums. So a tile that touches the path is *gathered* for each row: the lanes load
-// the row's own ancestors in logical order, the same mma runs, and only the row's own columns are kept.
-// With a tree of depth 8 that is one tile or two for each row.
+// A chunk is cut by *logical* position. Up to the sequence's committed length that is also the
+// slot, for every row alike, so whole tiles below it are read once for all queries. Behind it
+// siblings stand side by side; masking them would leave a row's ancestors at other places in the
+// tile than they had alone, in other lanes, other sums. So a tile that touches the path is
+// *gathered* for each row: the lanes load the row's own ancestors in logical order, the same mma
+// runs, and only the row's own columns are kept. With a tree of depth 8 that is one tile or two for
+// each row.
 //
 //   positions  0 ........ 15 16 ....... 31 | 32 33 34   committed = 32; row c has ancestors a, b
 //   tiles      [  shared   ] [  shared   ]   [a  b  c  0 ... 0]   gathered for c
 //                                            [a  d  0 ... 0]      gathered for d
 //
-// (A chain of prompt rows has its ancestors in the slots of their positions: `direct` says how far that
-// goes for each row, and its tiles are shared as well.)
+// (A chain of prompt rows has its ancestors in the slots of their positions: `direct` says how far
+// that goes for each row, and its tiles are shared as well.)
 //
-// Shared memory at head_dim 128: 65 KiB, three blocks on an H100. K and V go straight from global memory
-// to registers, 16 bytes a lane: the 16 loads of a warp's two tiles (8 KiB) do not depend on each
-// other, 64 KiB a block.
+// Shared memory at head_dim 128: 65 KiB; 114 registers of 256 threads: two blocks on an H100. K and
+// V go straight from global memory to registers, 16 bytes a lane: the 8 loads of a tile (4 KiB a
+// warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other.
 //
-// attention_f32_kernel is the plain form for an F32 cache: a block for each query and chunk, FMA chains.
+// attention_f32_kernel is the plain form for an F32 cache: a block for each query and chunk, FMA
+// chains.
 #pragma once
 
 #include "cuda/contract.cuh"
@@ -49,14 +51,16 @@ struct AttentionParams {
   Heads heads;
   KvLayer kv;
   int max_chunks;
-  float* partials;   // (rows, n_heads, max_chunks, 2 + padded_dim): max, sum, o
-  float* out;        // (rows, n_heads * head_dim)
+  float* partials;  // (rows, n_heads, max_chunks, 2 + padded_dim): max, sum, o
+  float* out;       // (rows, n_heads * head_dim)
 
   DEVICE const float* query(int row, int head) const {
-    return qkv + (static_cast<int64_t>(row) * (heads.n_heads + 2 * heads.n_kv_heads) + head) * heads.head_dim;
+    return qkv + (static_cast<int64_t>(row) * (heads.n_heads + 2 * heads.n_kv_heads) + head) *
+                     heads.head_dim;
   }
   DEVICE float* partial(int row, int head, int chunk) const {
-    return partials + ((static_cast<int64_t>(row) * heads.n_heads + head) * max_chunks + chunk) * (2 + kv.padded_dim);
+    return partials + ((static_cast<int64_t>(row) * heads.n_heads + head) * max_chunks + chunk) *
+                          (2 + kv.padded_dim);
   }
 };
 
@@ -84,7 +88,8 @@ DEVICE MaxSum softmax_chunk(float* s, int n) {
 inline constexpr int kPlainThreads = 128;
 KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
   const Step* step = p.step;
-  const int chunk = block_x(), head = block_y(), row = step->first_new + block_z(), begin = chunk * kChunk;
+  const int chunk = block_x(), head = block_y(), row = step->first_new + block_z(),
+            begin = chunk * kChunk;
   if (row >= step->n_rows || step->position[row] < begin) return;
   const int n = least(step->position[row] + 1 - begin, kChunk), dim = p.heads.head_dim;
   const int sequence = step->sequence[row];
@@ -101,7 +106,8 @@ KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
   const float* q = p.query(row, head);
   for (int i = thread_index(); i < n; i += block_threads()) {
     float score = 0;
-    for (int d = 0; d < dim; ++d) score = fma(q[d], load_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slots[i], d)), score);
+    for (int d = 0; d < dim; ++d)
+      score = fma(q[d], load_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slots[i], d)), score);
     e[i] = score;
   }
   sync_threads();
@@ -116,7 +122,8 @@ KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
   sync_threads();
   for (int d = thread_index(); d < dim; d += block_threads()) {
     float o = 0;
-    for (int i = 0; i < n; ++i) o = fma(e[i], load_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slots[i], d)), o);
+    for (int i = 0; i < n; ++i)
+      o = fma(e[i], load_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slots[i], d)), o);
     partial[2 + d] = o;
   }
 }
@@ -126,7 +133,8 @@ KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
 inline constexpr int kAttentionThreads = 256, kAttentionWarps = kAttentionThreads / kLanes;
 inline constexpr int kQueryTiles = 4, kQueries = 8 * kQueryTiles;  // of a block
 inline constexpr int kChunkTiles = kChunk / kKvTile;
-inline constexpr int kScoreStride = kChunk + 4;  // floats; + 4: the 32 lanes of a C fragment hit 32 banks
+inline constexpr int kScoreStride =
+    kChunk + 4;  // floats; + 4: the 32 lanes of a C fragment hit 32 banks
 
 // Queries [first, first + count) of a sequence's new (row, query head) pairs of one KV head.
 struct QueryTile {
@@ -135,7 +143,8 @@ struct QueryTile {
 DEVICE QueryTile query_tile(const Step* step, int group, int index) {
   for (int s = 0; s < step->n_sequences; ++s) {
     const Step::Sequence& q = step->sequences[s];
-    const int pairs = most(0, q.first_row + q.n_rows - most(q.first_row, step->first_new)) * group, n = ceil_div(pairs, kQueries);
+    const int pairs = most(0, q.first_row + q.n_rows - most(q.first_row, step->first_new)) * group,
+              n = ceil_div(pairs, kQueries);
     if (index < n) return {s, index * kQueries, least(kQueries, pairs - index * kQueries)};
     index -= n;
   }
@@ -143,16 +152,17 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
 }
 
 struct AttentionShared {
-  float* scores;      // (kQueries, kScoreStride); then e
-  uint32_t* e;        // B fragments: (position tile, query tile, lane, 2)
-  uint32_t* q;        // B fragments: (query tile, dim tile, lane, 2)
-  int* length;        // (rows of the tile) positions that a row sees
-  int* direct;        // (rows of the tile) positions below stand in the slot of the same number
-  uint8_t* path;      // (rows of the tile, kMaxRows): ancestor at depth i, as a row of the sequence
+  float* scores;  // (kQueries, kScoreStride); then e
+  uint32_t* e;    // B fragments: (position tile, query tile, lane, 2)
+  uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
+  int* length;    // (rows of the tile) positions that a row sees
+  int* direct;    // (rows of the tile) positions below stand in the slot of the same number
+  uint8_t* path;  // (rows of the tile, kMaxRows): ancestor at depth i, as a row of the sequence
 };
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
   return kQueries * kScoreStride * 4 + static_cast<size_t>(kChunkTiles * kQueryTiles * kLanes * 8) +
-         static_cast<size_t>(kQueryTiles * padded_dim / kKvTile * kLanes * 8) + kQueries * 8 + kQueries * Step::kMaxRows;
+         static_cast<size_t>(kQueryTiles * padded_dim / kKvTile * kLanes * 8) + kQueries * 8 +
+         kQueries * Step::kMaxRows;
 }
 DEVICE AttentionShared carve_attention(int padded_dim) {
   AttentionShared s;
@@ -174,7 +184,8 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const Step::Sequence& sequence = step->sequences[queries.sequence];
   const int committed = sequence.committed, dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
-  const int skipped = queries.first / group, n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
+  const int skipped = queries.first / group,
+            n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
   const int first_row = most(sequence.first_row, step->first_new) + skipped;
   const int query_tiles = ceil_div(queries.count, 8);
   const AttentionShared s = carve_attention(p.kv.padded_dim);
@@ -190,43 +201,47 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       path[step->position[node] - committed] = static_cast<uint8_t>(node - sequence.first_row);
     const int length = step->position[row] + 1;
     int direct = committed;
-    while (direct < length && step->slot[sequence.first_row + path[direct - committed]] == direct) ++direct;
+    while (direct < length && step->slot[sequence.first_row + path[direct - committed]] == direct)
+      ++direct;
     s.length[thread_index()] = length;
     s.direct[thread_index()] = direct;
   }
   // Queries, rounded, as B fragments: k = coordinate, column = query.
   for (int i = thread_index(); i < query_tiles * 8 * p.kv.padded_dim / 2; i += kAttentionThreads) {
     const int query = i / (p.kv.padded_dim / 2), d = i % (p.kv.padded_dim / 2) * 2;
-    const float* q = query < queries.count ? p.query(first_row + row_of(query), head_of(query)) : nullptr;
+    const float* q =
+        query < queries.count ? p.query(first_row + row_of(query), head_of(query)) : nullptr;
     const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
     const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
     const Place16 at = place_b(d % 16, query % 8);
     s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
   }
   sync_threads();
-  int longest = 0, least_direct = step->sequences[queries.sequence].committed + Step::kMaxRows, most_direct = 0;
+  int longest = 0, least_direct = step->sequences[queries.sequence].committed + Step::kMaxRows,
+      most_direct = 0;
   for (int r = 0; r < n_rows; ++r) {
     longest = most(longest, s.length[r]);
     least_direct = least(least_direct, s.direct[r]);
     most_direct = most(most_direct, s.direct[r]);
   }
   if (longest <= begin) return;
-  const int tiles = least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
+  const int tiles =
+      least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
 
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int64_t base = p.kv.head_offset(queries.sequence, kv_head);
   const auto* k_cache = static_cast<const uint16_t*>(p.kv.k) + base;
   const auto* v_cache = static_cast<const uint16_t*>(p.kv.v) + base;
   const auto slot_of = [&](int row, int position) {
-    return position < committed
-               ? position
-               : step->slot[sequence.first_row + s.path[row * Step::kMaxRows + position - committed]];
+    return position < committed ? position
+                                : step->slot[sequence.first_row +
+                                             s.path[row * Step::kMaxRows + position - committed]];
   };
   // Does the tile that ends at `end` stand in its own slots for a row? Else it is gathered.
   const auto is_direct = [&](int row, int end) { return end <= s.direct[row]; };
-  const auto load_tile = [&](const uint16_t* cache, int slot_tile, int dim_tile, uint32_t (&a)[4]) {
+  const auto load_tile = [&](const uint16_t* cache, int slot_tile, int dim_tile, uint32_t(&a)[4]) {
     const Words4 w = load_16(cache + p.kv.tile(slot_tile, dim_tile) + lane_index() * 8);
-    UNROLL for (int r = 0; r < 4; ++r) a[r] = w.word[r];
+    UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = w.word[r];
   };
   // Query of element i of a lane's C fragment.
   const auto query_of = [&](int query_tile, int i) { return query_tile * 8 + 2 * t + i % 2; };
@@ -234,30 +249,33 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   // 1. Scores.
   for (int tile = warp_index(); tile < tiles; tile += kAttentionWarps) {
     const int from = begin + tile * kKvTile, end = from + kKvTile;
-    const auto store = [&](const float (&c)[4], int query_tile, auto wanted) {
-      UNROLL for (int i = 0; i < 4; ++i) {
+    const auto store = [&](const float(&c)[4], int query_tile, auto wanted) {
+      UNROLLED_FOR (int i = 0; i < 4; ++i) {
         const int query = query_of(query_tile, i);
         if (query < queries.count && wanted(row_of(query)))
           s.scores[query * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
       }
     };
-    const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t (&b)[2]) {
-      const Words2 w = load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
+    const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t(&b)[2]) {
+      const Words2 w =
+          load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
       b[0] = w.word[0];
       b[1] = w.word[1];
     };
     if (end <= most_direct) {
       float c[kQueryTiles][4] = {};
-      UNROLL_BY(8) for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
+      UNROLL_BY(8)
+      for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
         uint32_t a[4], b[2];
         load_tile(k_cache, from / kKvTile, dim_tile, a);
-        UNROLL for (int j = 0; j < kQueryTiles; ++j) {
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
           if (j >= query_tiles) break;
           query_fragment(j, dim_tile, b);
           mma_f16(c[j], a, b);
         }
       }
-      UNROLL for (int j = 0; j < kQueryTiles; ++j) store(c[j], j, [&](int row) { return is_direct(row, end); });
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+        store(c[j], j, [&](int row) { return is_direct(row, end); });
     }
     if (end <= least_direct) continue;
     for (int row = 0; row < n_rows; ++row) {
@@ -265,7 +283,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
       int64_t at[2];
       bool seen[2];
-      UNROLL for (int i = 0; i < 2; ++i) {
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
         const int position = from + g + 8 * i;
         seen[i] = position < s.length[row];
         at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
@@ -276,8 +294,10 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
         for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
           uint32_t a[4], b[2];
           // Coordinates 2 t + 8: two registers, four elements, on.
-          UNROLL for (int r = 0; r < 4; ++r)
-            a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] + dim_tile * 256 + r / 2 * 4) : 0u;
+          UNROLLED_FOR (int r = 0; r < 4; ++r)
+            a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
+                                                                    dim_tile * 256 + r / 2 * 4)
+                               : 0u;
           query_fragment(j, dim_tile, b);
           mma_f16(c, a, b);
         }
@@ -297,7 +317,8 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     for (int i = 2 * lane_index(); i < tiles * kKvTile; i += 2 * kLanes) {
       const Place16 at = place_b(i % 16, query % 8);
       s.e[((i / 16 * kQueryTiles + query / 8) * kLanes + at.lane) * 2 + at.reg] =
-          pack(i < n ? float_to_f16(e[i]) : uint16_t{0}, i + 1 < n ? float_to_f16(e[i + 1]) : uint16_t{0});
+          pack(i < n ? float_to_f16(e[i]) : uint16_t{0},
+               i + 1 < n ? float_to_f16(e[i + 1]) : uint16_t{0});
     }
     if (lane_index() == 0) {
       float* partial = p.partial(first_row + row, head_of(query), chunk);
@@ -310,27 +331,31 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   // 3. Output.
   for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
     float o[kQueryTiles][4] = {};
-    const auto e_fragment = [&](int tile, int query_tile, uint32_t (&b)[2]) {
-      const Words2 w = load_8(s.e + ((tile * kQueryTiles + query_tile) * kLanes + lane_index()) * 2);
+    const auto e_fragment = [&](int tile, int query_tile, uint32_t(&b)[2]) {
+      const Words2 w =
+          load_8(s.e + ((tile * kQueryTiles + query_tile) * kLanes + lane_index()) * 2);
       b[0] = w.word[0];
       b[1] = w.word[1];
     };
     // o of the wanted rows' columns becomes mma(a, e, o); the others stay.
-    const auto add = [&](int tile, int query_tile, const uint32_t (&a)[4], float (&sum)[4], auto wanted) {
+    const auto add = [&](int tile, int query_tile, const uint32_t(&a)[4], float(&sum)[4],
+                         auto wanted) {
       uint32_t b[2];
       e_fragment(tile, query_tile, b);
       float c[4] = {sum[0], sum[1], sum[2], sum[3]};
       mma_f16(c, a, b);
-      UNROLL for (int i = 0; i < 4; ++i) {
+      UNROLLED_FOR (int i = 0; i < 4; ++i) {
         const int query = query_of(query_tile, i);
         if (query < queries.count && wanted(row_of(query))) sum[i] = c[i];
       }
     };
-    const int whole = most(0, least(tiles, (least_direct - begin) / kKvTile));  // tiles that all rows share
-    UNROLL_BY(4) for (int tile = 0; tile < whole; ++tile) {
+    const int whole =
+        most(0, least(tiles, (least_direct - begin) / kKvTile));  // tiles that all rows share
+    UNROLL_BY(4)
+    for (int tile = 0; tile < whole; ++tile) {
       uint32_t a[4], b[2];
       load_tile(v_cache, begin / kKvTile + tile, dim_tile, a);
-      UNROLL for (int j = 0; j < kQueryTiles; ++j) {
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
         if (j >= query_tiles) break;
         e_fragment(tile, j, b);
         mma_f16(o[j], a, b);
@@ -341,26 +366,30 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       if (end <= most_direct) {
         uint32_t a[4];
         load_tile(v_cache, from / kKvTile, dim_tile, a);
-        UNROLL for (int j = 0; j < kQueryTiles; ++j)
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
           if (j < query_tiles) add(tile, j, a, o[j], [&](int row) { return is_direct(row, end); });
       }
       for (int row = 0; row < n_rows; ++row) {
         if (is_direct(row, end) || s.length[row] <= from) continue;
         uint32_t a[4];
-        UNROLL for (int r = 0; r < 4; ++r) {  // rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8
+        UNROLLED_FOR (int r = 0; r < 4;
+                      ++r) {  // rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8
           const int position = from + 2 * t + 8 * (r / 2), d = dim_tile * kKvTile + g + 8 * (r % 2);
           const int n = s.length[row];
           a[r] = pack(position < n ? v_cache[p.kv.v_index(slot_of(row, position), d)] : uint16_t{0},
-                      position + 1 < n ? v_cache[p.kv.v_index(slot_of(row, position + 1), d)] : uint16_t{0});
+                      position + 1 < n ? v_cache[p.kv.v_index(slot_of(row, position + 1), d)]
+                                       : uint16_t{0});
         }
-        UNROLL for (int j = 0; j < kQueryTiles; ++j) {
-          if (j >= query_tiles || row_of(j * 8) > row || row_of(least(j * 8 + 7, queries.count - 1)) < row) continue;
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+          if (j >= query_tiles || row_of(j * 8) > row ||
+              row_of(least(j * 8 + 7, queries.count - 1)) < row)
+            continue;
           add(tile, j, a, o[j], [&](int r) { return r == row; });
         }
       }
     }
-    UNROLL for (int j = 0; j < kQueryTiles; ++j)
-      UNROLL for (int i = 0; i < 4; ++i) {
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+      UNROLLED_FOR (int i = 0; i < 4; ++i) {
         const int query = query_of(j, i), d = dim_tile * kKvTile + g + 8 * (i / 2);
         if (query >= queries.count || s.length[row_of(query)] <= begin) continue;
         p.partial(first_row + row_of(query), head_of(query), chunk)[2 + d] = o[j][i];
@@ -371,7 +400,8 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
 // ---- Chunks together ---------------------------------------------------------------------------
 
 // (M, L, O) = the first chunk's, and then, ascending,
-//   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o * b)
+//   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o *
+//   b)
 KERNEL(kPlainThreads, 1) void combine_kernel(AttentionParams p) {
   const int row = p.step->first_new + block_x(), head = block_y();
   if (row >= p.step->n_rows) return;
@@ -387,18 +417,23 @@ KERNEL(kPlainThreads, 1) void combine_kernel(AttentionParams p) {
       o = fma(o, a, c[2 + d] * b);
       m = larger;
     }
-    p.out[(static_cast<int64_t>(row) * p.heads.n_heads + head) * p.heads.head_dim + d] = divide(o, l);
+    p.out[(static_cast<int64_t>(row) * p.heads.n_heads + head) * p.heads.head_dim + d] =
+        divide(o, l);
   }
 }
 
 // n_chunks, n_sequences: at least those of the step.
-inline void attention(Stream stream, const AttentionParams& p, int max_rows, int n_chunks, int n_sequences) {
+inline void attention(Stream stream, const AttentionParams& p, int max_rows, int n_chunks,
+                      int n_sequences) {
   const int group = p.heads.n_heads / p.heads.n_kv_heads;
   if (p.kv.type == DType::kF16) {
-    const Grid grid{n_chunks, p.heads.n_kv_heads, ceil_div(max_rows * group, kQueries) + n_sequences};
-    launch("attention", attention_kernel, stream, grid, kAttentionThreads, attention_shared_bytes(p.kv.padded_dim), p);
+    const Grid grid{n_chunks, p.heads.n_kv_heads,
+                    ceil_div(max_rows * group, kQueries) + n_sequences};
+    launch("attention", attention_kernel, stream, grid, kAttentionThreads,
+           attention_shared_bytes(p.kv.padded_dim), p);
   } else {
-    launch("attention f32", attention_f32_kernel, stream, {n_chunks, p.heads.n_heads, max_rows}, kPlainThreads, kChunk * 8, p);
+    launch("attention f32", attention_f32_kernel, stream, {n_chunks, p.heads.n_heads, max_rows},
+           kPlainThreads, kChunk * 8, p);
   }
   launch("combine", combine_kernel, stream, {max_rows, p.heads.n_heads}, kPlainThreads, 0, p);
 }

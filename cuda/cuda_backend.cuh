@@ -1,17 +1,17 @@
-// The CUDA backend: the ops of backend.h as launches of the kernels beside this file. It is written over
-// runtime.cuh, so that the whole of it also runs under the emulator, and is compiled twice:
+// The CUDA backend: the ops of backend.h as launches of the kernels beside this file. It is written
+// over runtime.cuh, so that the whole of it also runs under the emulator, and is compiled twice:
 // cuda_backend.cu for the device, emulated_backend.cc for the tests.
 //
 // # The Step
-// The engine's Step is memory that the host writes. The kernels read a copy in device memory: the first
-// op of a submit() that names a Step sends it over, and what accept() changed comes back at the end.
-// Ops outside a submit() do both for themselves and wait (debugging, tests).
+// The engine's Step is memory that the host writes. The kernels read a copy in device memory: the
+// first op of a submit() that names a Step sends it over, and what accept() changed comes back at
+// the end. Ops outside a submit() do both for themselves and wait (debugging, tests).
 //
 // # Graphs
-// Key 0 runs the ops as they come, with grids as large as the step. For other keys the first call runs
-// them so (which loads every kernel), the second captures them, and all further calls replay the graph
-// without running `ops` at all: what varies must be in the Step. Grids then fit the step of the first
-// call, rounded up to 8, 32, 64 or kMaxRows rows; a larger step captures anew.
+// Key 0 runs the ops as they come, with grids as large as the step. For other keys the first call
+// runs them so (which loads every kernel), the second captures them, and all further calls replay
+// the graph without running `ops` at all: what varies must be in the Step. Grids then fit the step
+// of the first call, rounded up to 8, 32, 64 or kMaxRows rows; a larger step captures anew.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +81,8 @@ class CudaBackend final : public Backend {
     matrix->cols = stacked.front().cols;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
-        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns", std::to_string(w.cols));
+        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
+                    std::to_string(w.cols));
       const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
       std::vector<std::byte> tape(bytes);
       pack_tape(w, tape.data());
@@ -89,7 +90,9 @@ class CudaBackend final : public Backend {
       upload(s.tape.get(), tape.data(), bytes);
       matrix->bytes += bytes;
       matrix->rows += w.rows;
-      bool& needs = w.type == DType::kF32 ? matrix->needs_f32 : w.type == DType::kBF16 ? matrix->needs_bf16 : matrix->needs_f16;
+      bool& needs = w.type == DType::kF32    ? matrix->needs_f32
+                    : w.type == DType::kBF16 ? matrix->needs_bf16
+                                             : matrix->needs_f16;
       needs = true;
       partials_a_token_ = std::max(partials_a_token_, partial_floats(w.type, w.rows, w.cols, 1));
       counters_ = std::max(counters_, counter_words(w.rows, Step::kMaxRows));
@@ -98,9 +101,11 @@ class CudaBackend final : public Backend {
     return matrix;
   }
 
-  // Packs the row's own tile (or F32 panel) anew: what it holds besides the row is in the tensor too.
+  // Packs the row's own tile (or F32 panel) anew: what it holds besides the row is in the tensor
+  // too.
   void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
-    const int64_t height = tensor.type == DType::kF32 ? kF32PanelRows : kTileRows, first = row / height * height;
+    const int64_t height = tensor.type == DType::kF32 ? kF32PanelRows : kTileRows,
+                  first = row / height * height;
     TensorView rows = tensor;
     rows.rows = std::min(height, tensor.rows - first);
     std::vector<std::byte> file;
@@ -108,9 +113,11 @@ class CudaBackend final : public Backend {
       file.insert(file.end(), tensor.row(r), tensor.row(r) + row_bytes(tensor.type, tensor.cols));
     rows.data = file.data();
     rows.interleaved_head_dim = 0;
-    std::vector<std::byte> packed(static_cast<size_t>(tape_bytes(tensor.type, rows.rows, tensor.cols)));
+    std::vector<std::byte> packed(
+        static_cast<size_t>(tape_bytes(tensor.type, rows.rows, tensor.cols)));
     pack_tape(rows, packed.data());
-    auto* to = static_cast<std::byte*>(static_cast<CudaMatrix&>(matrix).segments.front().tape.get());
+    auto* to =
+        static_cast<std::byte*>(static_cast<CudaMatrix&>(matrix).segments.front().tape.get());
     upload(to + tape_bytes(tensor.type, first, tensor.cols), packed.data(), packed.size());
   }
 
@@ -119,11 +126,13 @@ class CudaBackend final : public Backend {
     return {s, memory, static_cast<std::byte*>(memory) + half_kv_bytes(s)};
   }
 
-  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads, int64_t /*vocab*/) override {
+  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
+               int64_t /*vocab*/) override {
     scratch_rows_ = std::max(scratch_rows_, max_rows);
     scratch_cols_ = std::max(scratch_cols_, max_cols);
     max_chunks_ = std::max(max_chunks_, capacity / kChunk + 1);
-    partial_heads_ = std::max<int64_t>(partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
+    partial_heads_ =
+        std::max<int64_t>(partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
     const auto rows = static_cast<size_t>(scratch_rows_);
     const std::array<size_t, 6> sizes = {
         static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // f16
@@ -157,7 +166,8 @@ class CudaBackend final : public Backend {
     if (key == 0) return run(ops);
     Recorded& r = recorded_[key];
     for (const Sight& s : r.steps)  // a step that its grids do not fit
-      if (s.host->n_rows - s.host->first_new > s.max_rows || s.host->n_logits > s.max_logits || s.host->n_sequences > s.n_sequences) {
+      if (s.host->n_rows - s.host->first_new > s.max_rows || s.host->n_logits > s.max_logits ||
+          s.host->n_sequences > s.n_sequences) {
         if (r.captured) free_graph(r.graph);
         r = {};
         break;
@@ -190,10 +200,12 @@ class CudaBackend final : public Backend {
   }
 
   void on_host(FunctionRef<void()> op) override {
-    if (capturing_) throw Error("an op on the host", "submit() with key 0", "one that is captured as a graph");
+    if (capturing_)
+      throw Error("an op on the host", "submit() with key 0", "one that is captured as a graph");
     if (submitted_) finish();
     // What it does with ops of its own runs as outside: each by itself.
-    const bool submitted = std::exchange(submitted_, false), bucketed = std::exchange(bucketed_, false);
+    const bool submitted = std::exchange(submitted_, false),
+               bucketed = std::exchange(bucketed_, false);
     op();
     submitted_ = submitted;
     bucketed_ = bucketed;
@@ -208,8 +220,11 @@ class CudaBackend final : public Backend {
     });
   }
 
-  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) override {
-    op(step, [&](const Sight& s) { cuda::rms_norm(stream_, {s.device, x, weight, eps, n, y}, s.max_rows); });
+  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n,
+                float* y) override {
+    op(step, [&](const Sight& s) {
+      cuda::rms_norm(stream_, {s.device, x, weight, eps, n, y}, s.max_rows);
+    });
   }
 
   void linear(const Step* step, const Linear& l) override {
@@ -219,32 +234,41 @@ class CudaBackend final : public Backend {
       if (tokens == 0) return;
       if (tokens > scratch_rows_ || w.cols > scratch_cols_)
         throw Error("product of " + std::to_string(tokens) + " x " + std::to_string(w.cols),
-                    "at most " + std::to_string(scratch_rows_) + " x " + std::to_string(scratch_cols_) + ", as reserved", "more");
+                    "at most " + std::to_string(scratch_rows_) + " x " +
+                        std::to_string(scratch_cols_) + ", as reserved",
+                    "more");
       prepare_input(stream_,
-                    {s.device, l.rows, l.input, l.x, l.norm_weight, l.eps, w.cols, w.needs_f32 ? f32_ : nullptr,
-                     w.needs_f16 ? f16_ : nullptr, w.needs_bf16 ? bf16_ : nullptr},
+                    {s.device, l.rows, l.input, l.x, l.norm_weight, l.eps, w.cols,
+                     w.needs_f32 ? f32_ : nullptr, w.needs_f16 ? f16_ : nullptr,
+                     w.needs_bf16 ? bf16_ : nullptr},
                     tokens);
       for (const CudaMatrix::Segment& m : w.segments) {
-        const std::byte* x = m.type == DType::kF32 ? reinterpret_cast<std::byte*>(f32_) : m.type == DType::kBF16 ? bf16_ : f16_;
+        const std::byte* x = m.type == DType::kF32    ? reinterpret_cast<std::byte*>(f32_)
+                             : m.type == DType::kBF16 ? bf16_
+                                                      : f16_;
         cuda::linear(stream_, m.type,
-                     {s.device, l.rows, tape(m), x, m.rows, w.cols, l.y + m.first_row, l.y_stride > 0 ? l.y_stride : w.rows, l.accumulate,
-                      product_partials_, scratch_rows_, product_counters_},
+                     {s.device, l.rows, tape(m), x, m.rows, w.cols, l.y + m.first_row,
+                      l.y_stride > 0 ? l.y_stride : w.rows, l.accumulate, product_partials_,
+                      scratch_rows_, product_counters_},
                      tokens);
       }
     });
   }
 
-  void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope, const KvCache& kv, int layer) override {
+  void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope,
+                   const KvCache& kv, int layer) override {
     op(step, [&](const Sight& s) {
       const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
       cuda::rope_append(stream_, {s.device, qkv, h, rope, scale, kv_layer(kv, layer)}, s.max_rows);
     });
   }
 
-  void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer, float* out) override {
+  void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
+                 float* out) override {
     op(step, [&](const Sight& s) {
       if (s.max_rows > scratch_rows_)
-        throw Error("attention of " + std::to_string(s.max_rows) + " rows", "at most " + std::to_string(scratch_rows_) + ", as reserved", "more");
+        throw Error("attention of " + std::to_string(s.max_rows) + " rows",
+                    "at most " + std::to_string(scratch_rows_) + ", as reserved", "more");
       int chunks = max_chunks_;
       if (!bucketed_) {
         chunks = 1;  // no row sees further than all its sequence's rows in a chain
@@ -252,13 +276,16 @@ class CudaBackend final : public Backend {
           if (const Step::Sequence& q = step->sequences[i]; q.n_rows > 0)
             chunks = std::max(chunks, (q.committed + q.n_rows - 1) / kChunk + 1);
       }
-      cuda::attention(stream_, {s.device, qkv, h, kv_layer(kv, layer), max_chunks_, attention_partials_, out}, s.max_rows, chunks,
-                      s.n_sequences);
+      cuda::attention(
+          stream_, {s.device, qkv, h, kv_layer(kv, layer), max_chunks_, attention_partials_, out},
+          s.max_rows, chunks, s.n_sequences);
     });
   }
 
   void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
-    op(step, [&](const Sight& s) { cuda::copy_rows(stream_, {s.device, x, width, y}, s.max_rows); });
+    op(step, [&](const Sight& s) {
+      cuda::copy_rows(stream_, {s.device, x, width, y}, s.max_rows);
+    });
   }
 
   void accept(Step* step, const float* logits, int32_t vocab) override {
@@ -270,11 +297,14 @@ class CudaBackend final : public Backend {
   void keep(const Step* step, const KvCache& kv) override {
     op(step, [&](const Sight& s) {
       const KvLayer first = kv_layer(kv, 0);
-      cuda::keep(stream_, {s.device, first, first.head_offset(kv.shape.n_sequences, 0)}, kv.shape.n_layers);
+      cuda::keep(stream_, {s.device, first, first.head_offset(kv.shape.n_sequences, 0)},
+                 kv.shape.n_layers);
     });
   }
   void keep_rows(const Step* step, int64_t width, float* x) override {
-    op(step, [&](const Sight& s) { cuda::keep_rows(stream_, {s.device, width, x}, s.n_sequences); });
+    op(step, [&](const Sight& s) {
+      cuda::keep_rows(stream_, {s.device, width, x}, s.n_sequences);
+    });
   }
 
  private:
@@ -292,10 +322,13 @@ class CudaBackend final : public Backend {
   };
 
   static const CudaMatrix& cast(const Matrix& m) { return static_cast<const CudaMatrix&>(m); }
-  static const std::byte* tape(const CudaMatrix::Segment& s) { return static_cast<const std::byte*>(s.tape.get()); }
+  static const std::byte* tape(const CudaMatrix::Segment& s) {
+    return static_cast<const std::byte*>(s.tape.get());
+  }
   static size_t half_kv_bytes(const KvShape& s) {
     const KvLayer l = kv_layer({s, nullptr, nullptr}, 0);
-    return static_cast<size_t>(l.head_offset(s.n_sequences, 0)) * static_cast<size_t>(s.n_layers) * (s.type == DType::kF16 ? 2 : 4);
+    return static_cast<size_t>(l.head_offset(s.n_sequences, 0)) * static_cast<size_t>(s.n_layers) *
+           (s.type == DType::kF16 ? 2 : 4);
   }
   int bucket(int n) const {
     if (!bucketed_ || n == 0) return n;
@@ -340,7 +373,8 @@ class CudaBackend final : public Backend {
     auto* device = static_cast<Step*>(memory.get());
     copy(stream_, device, step, sizeof(Step));
     // A graph's logits: as many as its rows, so that a later step may want more of them.
-    const int live = step->n_rows - step->first_new, rows = std::max(live, std::min(bucket(live), scratch_rows_));
+    const int live = step->n_rows - step->first_new,
+              rows = std::max(live, std::min(bucket(live), scratch_rows_));
     steps_.push_back({step, device, rows, bucketed_ ? rows : step->n_logits, step->n_sequences});
     return steps_.back();
   }

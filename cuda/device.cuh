@@ -1,17 +1,17 @@
-// The primitives that the kernels are written over, with two bodies: CUDA's, and one that runs on the
-// CPU (emulator.h). A kernel is written once and includes this; nvcc compiles it for the GPU, g++ for
-// the tests. Nothing else in a kernel may name CUDA.
+// The primitives that the kernels are written over, with two bodies: CUDA's, and one that runs on
+// the CPU (emulator.h). A kernel is written once and includes this; nvcc compiles it for the GPU,
+// g++ for the tests. Nothing else in a kernel may name CUDA.
 //
 //   KERNEL(threads, blocks) void foo_kernel(FooParams p) { ... }      private
 //   void foo(Stream stream, const FooParams& p) { launch(...); }      public
 //
 // A kernel takes one plain struct by value. All shared memory is dynamic, through shared_memory().
 //
-// The two builds live in one program where tests are linked with a CUDA build, so everything that is
-// compiled twice is in an inline namespace of its own.
+// The two builds live in one program where tests are linked with a CUDA build, so everything that
+// is compiled twice is in an inline namespace of its own.
 //
-// Not here: ldmatrix. Weights, keys and values stand in memory in the order in which the tensor cores
-// want them in registers (tape.cuh), so a lane's 16-byte load is its fragment.
+// Not here: ldmatrix. Weights, keys and values stand in memory in the order in which the tensor
+// cores want them in registers (tape.cuh), so a lane's 16-byte load is its fragment.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@
 #define DEVICE __device__ __forceinline__
 #define BOTH __host__ __device__ inline
 #define KERNEL(threads, blocks) static __global__ __launch_bounds__(threads, blocks)
-#define UNROLL _Pragma("unroll")
+#define UNROLLED_FOR _Pragma("unroll") for
 #define CHIMERA_PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) CHIMERA_PRAGMA(unroll n)
 #define CHIMERA_CUDA_BODY on_device
@@ -33,11 +33,12 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+
 #include "cuda/emulator.h"
 #define DEVICE inline
 #define BOTH inline
 #define KERNEL(threads, blocks) static inline
-#define UNROLL
+#define UNROLLED_FOR for
 #define UNROLL_BY(n)
 #define CHIMERA_CUDA_BODY emulated
 #endif
@@ -107,7 +108,9 @@ DEVICE uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfl
 // Two f16 in one register. subtract_f16x2, multiply_add_f16x2: each half rounded once.
 DEVICE __half2 half2_of(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
 DEVICE uint32_t bits_of(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
-DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) { return bits_of(__hsub2(half2_of(a), half2_of(b))); }
+DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
+  return bits_of(__hsub2(half2_of(a), half2_of(b)));
+}
 DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   return bits_of(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
 }
@@ -124,13 +127,15 @@ DEVICE void copy_async_wait() {
 
 DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -155,7 +160,9 @@ DEVICE int block_z() { return static_cast<int>(emulator::current.block.z); }
 DEVICE int grid_x() { return static_cast<int>(emulator::current.grid.x); }
 
 DEVICE std::byte* shared_memory() { return emulator::current.shared; }
-DEVICE void sync_threads(const emulator::Place& place = emulator::Place::current()) { emulator::sync_threads(place); }
+DEVICE void sync_threads(const emulator::Place& place = emulator::Place::current()) {
+  emulator::sync_threads(place);
+}
 DEVICE void sync_warp(const emulator::Place& place = emulator::Place::current()) {
   emulator::warp("__syncwarp", nullptr, nullptr, place);
 }
@@ -165,18 +172,23 @@ T shuffle_xor_emulated(T x, int mask, const emulator::Place& place) {
     T in, out;
     int mask;
   } operand{x, x, mask};
-  emulator::warp("shuffle", &operand, [](void* const* all) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      auto* mine = static_cast<Operand*>(all[lane]);
-      mine->out = static_cast<Operand*>(all[(lane ^ mine->mask) % kLanes])->in;
-    }
-  }, place);
+  emulator::warp(
+      "shuffle", &operand,
+      [](void* const* all) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          auto* mine = static_cast<Operand*>(all[lane]);
+          mine->out = static_cast<Operand*>(all[(lane ^ mine->mask) % kLanes])->in;
+        }
+      },
+      place);
   return operand.out;
 }
-DEVICE float shuffle_xor(float x, int mask, const emulator::Place& place = emulator::Place::current()) {
+DEVICE float shuffle_xor(float x, int mask,
+                         const emulator::Place& place = emulator::Place::current()) {
   return shuffle_xor_emulated(x, mask, place);
 }
-DEVICE uint32_t shuffle_xor(uint32_t x, int mask, const emulator::Place& place = emulator::Place::current()) {
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask,
+                            const emulator::Place& place = emulator::Place::current()) {
   return shuffle_xor_emulated(x, mask, place);
 }
 
@@ -191,8 +203,8 @@ DEVICE uint16_t float_to_f16(float x) { return f32_to_f16(x); }
 DEVICE float bf16_to_float(uint16_t h) { return bf16_to_f32(h); }
 DEVICE uint16_t float_to_bf16(float x) { return f32_to_bf16(x); }
 
-// a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second rounding
-// the only one that counts.
+// a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second
+// rounding the only one that counts.
 DEVICE uint16_t round_once_f16(double exact) {
   float f = static_cast<float>(exact);
   if (static_cast<double>(f) != exact && f == f) {
@@ -206,8 +218,11 @@ DEVICE uint16_t round_once_f16(double exact) {
 DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (int i = 0; i < 32; i += 16) {
-    const double x = f16_to_f32(static_cast<uint16_t>(a >> i)), y = f16_to_f32(static_cast<uint16_t>(b >> i));
-    result |= static_cast<uint32_t>(round_once_f16(x * y + static_cast<double>(f16_to_f32(static_cast<uint16_t>(c >> i))))) << i;
+    const double x = f16_to_f32(static_cast<uint16_t>(a >> i)),
+                 y = f16_to_f32(static_cast<uint16_t>(b >> i));
+    result |= static_cast<uint32_t>(round_once_f16(
+                  x * y + static_cast<double>(f16_to_f32(static_cast<uint16_t>(c >> i)))))
+              << i;
   }
   return result;
 }
@@ -215,7 +230,8 @@ DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
   return multiply_add_f16x2(b, 0xbc00bc00u, a);  // a + b * -1
 }
 
-DEVICE void copy_async_16(void* shared, const void* global, const emulator::Place& place = emulator::Place::current()) {
+DEVICE void copy_async_16(void* shared, const void* global,
+                          const emulator::Place& place = emulator::Place::current()) {
   emulator::copy_async(shared, global, place);
 }
 DEVICE void copy_async_commit() { emulator::copy_commit(); }
@@ -226,42 +242,50 @@ DEVICE void copy_async_wait() {
 
 // The emulator's mma, an element of it: c + sum over ascending k of a[k] * b[k], the sum in double,
 // rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
-// does not state; what it shares with this model is all that we use: an element depends on its own row
-// of A and column of B alone, and sums that are exact come out exact.)
+// does not state; what it shares with this model is all that we use: an element depends on its own
+// row of A and column of B alone, and sums that are exact come out exact.)
 DEVICE float mma_element(float c, const float* a, const float* b) {
   double sum = 0;
   for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
   return static_cast<float>(static_cast<double>(c) + sum);
 }
 template <float (*kToFloat)(uint16_t)>
-void mma_emulated(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const emulator::Place& place) {
+void mma_emulated(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  const emulator::Place& place) {
   struct Operand {
     float* d;
     const uint32_t *a, *b;
   } operand{d, a, b};
-  emulator::warp(name, &operand, [](void* const* all) {
-    // Lane 4 g + t holds A(g, 2t..), A(g + 8, 2t..), A(g, 2t + 8..), A(g + 8, 2t + 8..), two k a
-    // register; B(2t.., g), B(2t + 8.., g); and D(g, 2t), D(g, 2t + 1), D(g + 8, 2t), D(g + 8, 2t + 1).
-    double rows[16][16], columns[16][8], sum[16][8] = {};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto* o = static_cast<const Operand*>(all[lane]);
-      const int g = lane / 4, t = lane % 4;
-      for (int half = 0; half < 2; ++half) {
-        for (int r = 0; r < 4; ++r)
-          rows[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] = static_cast<double>(kToFloat(static_cast<uint16_t>(o->a[r] >> (16 * half))));
-        for (int r = 0; r < 2; ++r)
-          columns[2 * t + 8 * r + half][g] = static_cast<double>(kToFloat(static_cast<uint16_t>(o->b[r] >> (16 * half))));
-      }
-    }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 16; ++k)
-        for (int j = 0; j < 8; ++j) sum[i][j] += rows[i][k] * columns[k][j];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto* o = static_cast<const Operand*>(all[lane]);
-      for (int i = 0; i < 4; ++i)
-        o->d[i] = static_cast<float>(static_cast<double>(o->d[i]) + sum[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
-    }
-  }, place);
+  emulator::warp(
+      name, &operand,
+      [](void* const* all) {
+        // Lane 4 g + t holds A(g, 2t..), A(g + 8, 2t..), A(g, 2t + 8..), A(g + 8, 2t + 8..), two k
+        // a register; B(2t.., g), B(2t + 8.., g); and D(g, 2t), D(g, 2t + 1), D(g + 8, 2t), D(g +
+        // 8, 2t + 1).
+        double rows[16][16], columns[16][8], sum[16][8] = {};
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const auto* o = static_cast<const Operand*>(all[lane]);
+          const int g = lane / 4, t = lane % 4;
+          for (int half = 0; half < 2; ++half) {
+            for (int r = 0; r < 4; ++r)
+              rows[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] =
+                  static_cast<double>(kToFloat(static_cast<uint16_t>(o->a[r] >> (16 * half))));
+            for (int r = 0; r < 2; ++r)
+              columns[2 * t + 8 * r + half][g] =
+                  static_cast<double>(kToFloat(static_cast<uint16_t>(o->b[r] >> (16 * half))));
+          }
+        }
+        for (int i = 0; i < 16; ++i)
+          for (int k = 0; k < 16; ++k)
+            for (int j = 0; j < 8; ++j) sum[i][j] += rows[i][k] * columns[k][j];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const auto* o = static_cast<const Operand*>(all[lane]);
+          for (int i = 0; i < 4; ++i)
+            o->d[i] = static_cast<float>(static_cast<double>(o->d[i]) +
+                                         sum[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+        }
+      },
+      place);
 }
 DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                     const emulator::Place& place = emulator::Place::current()) {
@@ -291,7 +315,9 @@ DEVICE float load_fresh(const float* p) { return *p; }
 
 DEVICE int lane_index() { return thread_index() % kLanes; }
 DEVICE int warp_index() { return thread_index() / kLanes; }
-DEVICE uint32_t pack(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+DEVICE uint32_t pack(uint16_t low, uint16_t high) {
+  return low | static_cast<uint32_t>(high) << 16;
+}
 DEVICE float infinity() { return float_of(0x7f800000u); }
 DEVICE bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
@@ -302,11 +328,16 @@ DEVICE Words2 load_8(const void* p) { return *static_cast<const Words2*>(p); }
 #else
 template <typename T>
 T load_vector(const void* p, const emulator::Place& place) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulator::refuse("vector load", "an aligned address", "another", place);
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0)
+    emulator::refuse("vector load", "an aligned address", "another", place);
   return *static_cast<const T*>(p);
 }
-DEVICE Words4 load_16(const void* p, const emulator::Place& place = emulator::Place::current()) { return load_vector<Words4>(p, place); }
-DEVICE Words2 load_8(const void* p, const emulator::Place& place = emulator::Place::current()) { return load_vector<Words2>(p, place); }
+DEVICE Words4 load_16(const void* p, const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words4>(p, place);
+}
+DEVICE Words2 load_8(const void* p, const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words2>(p, place);
+}
 #endif
 
 }  // namespace CHIMERA_CUDA_BODY

@@ -1,5 +1,5 @@
-// The CUDA backend on the CPU, its kernels run by the emulator: what the tests prove it with on machines
-// without a GPU. Some ten thousand times slower than the GPU.
+// The CUDA backend on the CPU, its kernels run by the emulator: what the tests prove it with on
+// machines without a GPU. Some ten thousand times slower than the GPU.
 #pragma once
 
 #include <memory>

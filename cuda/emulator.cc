@@ -26,8 +26,8 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;  // only the pages touched exist
 
 // A stack that can be left and entered again. The first entry goes through ucontext; the others
-// through _setjmp and _longjmp, which, unlike swapcontext, make no system call. AddressSanitizer must
-// be told of every switch, and wants swapcontext.
+// through _setjmp and _longjmp, which, unlike swapcontext, make no system call. AddressSanitizer
+// must be told of every switch, and wants swapcontext.
 struct Context {
   ucontext_t context;
   jmp_buf registers;
@@ -66,11 +66,11 @@ struct Fiber {
   void* stack = nullptr;
   bool entered = false;
   enum State : uint8_t { kReady, kWaiting, kFinished } state = kReady;
-  const char* waits_at = "";       // the instruction it waits at, for messages
+  const char* waits_at = "";  // the instruction it waits at, for messages
   Place place;
   void* operand = nullptr;
-  std::vector<Copy> copies;        // not yet landed, oldest first
-  std::vector<size_t> groups;      // ends of committed groups in `copies`
+  std::vector<Copy> copies;    // not yet landed, oldest first
+  std::vector<size_t> groups;  // ends of committed groups in `copies`
 };
 
 struct Warp {
@@ -92,13 +92,16 @@ class Emulator {
 
   Order order = Order::kAscending;
 
-  void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, FunctionRef<void()> body) {
+  void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+           FunctionRef<void()> body) {
     kernel_ = kernel;
     const std::string where = std::string("kernel ") + kernel;
     const auto limit = [&](const char* what, uint64_t value, uint64_t least, uint64_t most) {
       if (value < least || value > most)
-        throw Error(where, std::string(what) + " from " + std::to_string(least) + " to " + std::to_string(most),
-                    std::to_string(value));
+        throw Error(
+            where,
+            std::string(what) + " from " + std::to_string(least) + " to " + std::to_string(most),
+            std::to_string(value));
     };
     limit("threads a block", threads, 1, kMaxThreads);
     limit("grid.x", grid.x, 1, kMaxGridX);
@@ -107,7 +110,8 @@ class Emulator {
     limit("bytes of shared memory", shared_bytes, 0, kMaxShared);
     while (fibers_.size() < threads) add_fiber();
     body_ = &body;
-    // A page of its own end: a write behind the block's memory lands in the guard, where it is seen.
+    // A page of its own end: a write behind the block's memory lands in the guard, where it is
+    // seen.
     shared_.resize(shared_bytes + 2 * kGuard);
     const auto address = reinterpret_cast<uintptr_t>(shared_.data());
     std::byte* shared = shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
@@ -127,9 +131,11 @@ class Emulator {
   }
 
   void sync_threads(const Place& place) {
-    if (finished_ > 0) refuse_here("__syncthreads", "all threads", "some that have returned", place);
+    if (finished_ > 0)
+      refuse_here("__syncthreads", "all threads", "some that have returned", place);
     if (arrived_ > 0 && place.line() != barrier_.line())
-      refuse_here("__syncthreads", "all threads at " + at(barrier_), "one at another barrier", place);
+      refuse_here("__syncthreads", "all threads at " + at(barrier_), "one at another barrier",
+                  place);
     barrier_ = place;
     if (++arrived_ == current.count) {
       arrived_ = 0;
@@ -142,10 +148,14 @@ class Emulator {
   void warp(const char* instruction, void* operand, WarpOperation operation, const Place& place) {
     const unsigned first = current.index / kWarp * kWarp;
     Warp& w = warps_[current.index / kWarp];
-    if (first + kWarp > current.count) refuse_here(instruction, "32 lanes", std::to_string(current.count - first), place);
+    if (first + kWarp > current.count)
+      refuse_here(instruction, "32 lanes", std::to_string(current.count - first), place);
     if (w.finished > 0) refuse_here(instruction, "32 lanes", "some that have returned", place);
-    if (w.arrived > 0 && (std::strcmp(w.instruction, instruction) != 0 || w.place.line() != place.line()))
-      refuse_here(instruction, std::string(w.instruction) + " at " + at(w.place) + ", where other lanes wait", "another instruction", place);
+    if (w.arrived > 0 &&
+        (std::strcmp(w.instruction, instruction) != 0 || w.place.line() != place.line()))
+      refuse_here(instruction,
+                  std::string(w.instruction) + " at " + at(w.place) + ", where other lanes wait",
+                  "another instruction", place);
     w.instruction = instruction;
     w.place = place;
     fibers_[current.index]->operand = operand;
@@ -164,8 +174,10 @@ class Emulator {
       refuse_here("cp.async", "addresses aligned to 16 bytes", "others", place);
     const auto offset = static_cast<std::byte*>(to) - current.shared;
     if (offset < 0 || static_cast<size_t>(offset) + 16 > shared_bytes_)
-      refuse_here("cp.async", "a target in the block's " + std::to_string(shared_bytes_) + " bytes of shared memory",
-                  "offset " + std::to_string(offset), place);
+      refuse_here(
+          "cp.async",
+          "a target in the block's " + std::to_string(shared_bytes_) + " bytes of shared memory",
+          "offset " + std::to_string(offset), place);
     fibers_[current.index]->copies.push_back({to, from});
   }
   void copy_commit() {
@@ -175,15 +187,19 @@ class Emulator {
   void copy_wait(int in_flight) {
     Fiber& f = *fibers_[current.index];
     if (f.groups.size() <= static_cast<size_t>(in_flight)) return;
-    const size_t landing = f.groups.size() - static_cast<size_t>(in_flight), end = f.groups[landing - 1];
+    const size_t landing = f.groups.size() - static_cast<size_t>(in_flight),
+                 end = f.groups[landing - 1];
     for (size_t i = 0; i < end; ++i) std::memcpy(f.copies[i].shared, f.copies[i].global, 16);
     f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<std::ptrdiff_t>(end));
     f.groups.erase(f.groups.begin(), f.groups.begin() + static_cast<std::ptrdiff_t>(landing));
     for (size_t& group : f.groups) group -= end;
   }
 
-  [[noreturn]] void refuse_here(const char* what, const std::string& expected, const std::string& found, const Place& place) {
-    throw Error(where_block() + ", thread " + std::to_string(current.index) + ", " + at(place) + ": " + what, expected, found);
+  [[noreturn]] void refuse_here(const char* what, const std::string& expected,
+                                const std::string& found, const Place& place) {
+    throw Error(where_block() + ", thread " + std::to_string(current.index) + ", " + at(place) +
+                    ": " + what,
+                expected, found);
   }
 
   void fiber_main() {
@@ -196,12 +212,14 @@ class Emulator {
         error_ = std::current_exception();
       }
       if (!error_ && arrived_ > 0)
-        error_ = std::make_exception_ptr(Error(where_block() + ", " + at(barrier_) + ": __syncthreads", "all threads",
-                                               "thread " + std::to_string(current.index) + " returns without it"));
+        error_ = std::make_exception_ptr(
+            Error(where_block() + ", " + at(barrier_) + ": __syncthreads", "all threads",
+                  "thread " + std::to_string(current.index) + " returns without it"));
       Warp& w = warps_[current.index / kWarp];
       if (!error_ && w.arrived > 0)
-        error_ = std::make_exception_ptr(Error(where_block() + ", " + at(w.place) + ": " + w.instruction, "32 lanes",
-                                               "thread " + std::to_string(current.index) + " returns without it"));
+        error_ = std::make_exception_ptr(
+            Error(where_block() + ", " + at(w.place) + ": " + w.instruction, "32 lanes",
+                  "thread " + std::to_string(current.index) + " returns without it"));
       f.state = Fiber::kFinished;
       ++w.finished;
       ++finished_;
@@ -221,8 +239,10 @@ class Emulator {
 
   void add_fiber() {
     auto f = std::make_unique<Fiber>();
-    f->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (f->stack == MAP_FAILED) throw Error("emulator", "a stack for each CUDA thread", "no memory");
+    f->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (f->stack == MAP_FAILED)
+      throw Error("emulator", "a stack for each CUDA thread", "no memory");
     f->copies.reserve(64);
     f->groups.reserve(16);
     fibers_.push_back(std::move(f));
@@ -247,7 +267,8 @@ class Emulator {
         progress = true;
         current.index = t;
         enter(f);
-        if (error_) {  // the other fibers stand in the middle of the kernel: they start afresh next time
+        if (error_) {  // the other fibers stand in the middle of the kernel: they start afresh next
+                       // time
           for (auto& fiber : fibers_) fiber->entered = false;
           std::rethrow_exception(error_);
         }
@@ -256,9 +277,10 @@ class Emulator {
         for (auto& fiber : fibers_) fiber->entered = false;
         std::string waiting;
         for (unsigned t = 0; t < threads && waiting.size() < 200; ++t)
-          if (fibers_[t]->state == Fiber::kWaiting && (t == 0 || fibers_[t]->place.line() != fibers_[t - 1]->place.line()))
-            waiting += (waiting.empty() ? "" : ", ") + std::string("thread ") + std::to_string(t) + " at " +
-                       fibers_[t]->waits_at + " " + at(fibers_[t]->place);
+          if (fibers_[t]->state == Fiber::kWaiting &&
+              (t == 0 || fibers_[t]->place.line() != fibers_[t - 1]->place.line()))
+            waiting += (waiting.empty() ? "" : ", ") + std::string("thread ") + std::to_string(t) +
+                       " at " + fibers_[t]->waits_at + " " + at(fibers_[t]->place);
         throw Error(where_block(), "threads that meet", "all waiting: " + waiting);
       }
     }
@@ -311,14 +333,17 @@ void Emulator::entry() { emulator().fiber_main(); }
 }  // namespace
 
 void set_order(Order order) { emulator().order = order; }
-void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, FunctionRef<void()> body) {
+void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+         FunctionRef<void()> body) {
   emulator().run(kernel, grid, threads, shared_bytes, body);
 }
 void sync_threads(const Place& place) { emulator().sync_threads(place); }
 void warp(const char* instruction, void* operand, WarpOperation operation, const Place& place) {
   emulator().warp(instruction, operand, operation, place);
 }
-void copy_async(void* shared, const void* global, const Place& place) { emulator().copy_async(shared, global, place); }
+void copy_async(void* shared, const void* global, const Place& place) {
+  emulator().copy_async(shared, global, place);
+}
 void copy_commit() { emulator().copy_commit(); }
 void copy_wait(int groups_in_flight) { emulator().copy_wait(groups_in_flight); }
 void refuse(const char* what, const char* expected, const char* found, const Place& place) {

@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU, so that every machine can test them and a reader can step through one
-// in gdb. Each CUDA thread of a block is a fiber (a stack of its own, switched by hand, no operating
-// system involved); blocks run one after the other. Barriers and warp instructions are places where
-// fibers wait for each other: the last one to arrive does the work for all.
+// Runs CUDA kernels on the CPU, so that every machine can test them and a reader can step through
+// one in gdb. Each CUDA thread of a block is a fiber (a stack of its own, switched by hand, no
+// operating system involved); blocks run one after the other. Barriers and warp instructions are
+// places where fibers wait for each other: the last one to arrive does the work for all.
 //
 // It is strict where the hardware would be silent, or slow, or hang. It throws Error, with the
 // kernel, block and thread, for
@@ -37,15 +37,16 @@ struct Thread {
 extern constinit thread_local Thread current;
 
 inline constexpr unsigned kWarp = 32;
-inline constexpr unsigned kMaxThreads = 1024;       // a block
+inline constexpr unsigned kMaxThreads = 1024;  // a block
 inline constexpr unsigned kMaxGridX = 0x7fffffffu, kMaxGridYZ = 65535;
-inline constexpr size_t kMaxShared = 99 * 1024;     // a block: sm_89, the least of our targets
+inline constexpr size_t kMaxShared = 99 * 1024;  // a block: sm_89, the least of our targets
 
 enum class Order : uint8_t { kAscending, kDescending };
 void set_order(Order order);
 
 // Runs every thread of every block. body: the kernel with its arguments.
-void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, FunctionRef<void()> body);
+void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+         FunctionRef<void()> body);
 
 // ---- For device.cuh: called by the running fiber -----------------------------------------------
 
@@ -62,6 +63,7 @@ void copy_async(void* shared, const void* global, const Place& place);
 void copy_commit();
 void copy_wait(int groups_in_flight);
 
-[[noreturn]] void refuse(const char* what, const char* expected, const char* found, const Place& place);
+[[noreturn]] void refuse(const char* what, const char* expected, const char* found,
+                         const Place& place);
 
 }  // namespace chimera::cuda::emulator

@@ -1,12 +1,13 @@
-// How keys and values stand in device memory: as fragments of the tensor core's A operand, like weights
-// (tape.cuh), in tiles of 16 positions x 16 coordinates, 256 elements each.
+// How keys and values stand in device memory: as fragments of the tensor core's A operand, like
+// weights (tape.cuh), in tiles of 16 positions x 16 coordinates, 256 elements each.
 //
 //   scores   S^T (positions, queries) = K Q^T      A = K:   row = position, k = coordinate
 //   output   O^T (coordinates, queries) = V^T E^T  A = V^T: row = coordinate, k = position
 //
-// So a lane's 16-byte load is its fragment of 16 positions, and a position's elements can be found one
-// by one where a tree's ancestors are gathered. A head has (capacity / 16, padded_dim / 16) tiles, of K
-// and of V alike; heads stand in the order (layer, sequence, kv_head). Padding is zero and stays so.
+// So a lane's 16-byte load is its fragment of 16 positions, and a position's elements can be found
+// one by one where a tree's ancestors are gathered. A head has (capacity / 16, padded_dim / 16)
+// tiles, of K and of V alike; heads stand in the order (layer, sequence, kv_head). Padding is zero
+// and stays so.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -36,13 +37,23 @@ struct KvLayer {
   BOTH int64_t element(int slot, int d, Place16 at) const {
     return tile(slot / kKvTile, d / kKvTile) + at.lane * 8 + at.reg * 2 + at.half;
   }
-  BOTH int64_t k_index(int slot, int d) const { return element(slot, d, place_a(slot % 16, d % 16)); }
-  BOTH int64_t v_index(int slot, int d) const { return element(slot, d, place_a(d % 16, slot % 16)); }
+  BOTH int64_t k_index(int slot, int d) const {
+    return element(slot, d, place_a(slot % 16, d % 16));
+  }
+  BOTH int64_t v_index(int slot, int d) const {
+    return element(slot, d, place_a(d % 16, slot % 16));
+  }
 };
 
 inline KvLayer kv_layer(const KvCache& kv, int layer) {
   const KvShape& s = kv.shape;
-  KvLayer l{s.type, kv.k, kv.v, s.n_kv_heads, s.head_dim, round_up(s.head_dim, kKvTile), round_up(s.capacity, kKvTile)};
+  KvLayer l{s.type,
+            kv.k,
+            kv.v,
+            s.n_kv_heads,
+            s.head_dim,
+            round_up(s.head_dim, kKvTile),
+            round_up(s.capacity, kKvTile)};
   const int64_t bytes = layer * l.head_offset(s.n_sequences, 0) * (s.type == DType::kF16 ? 2 : 4);
   l.k = static_cast<std::byte*>(kv.k) + bytes;
   l.v = static_cast<std::byte*>(kv.v) + bytes;
@@ -56,7 +67,8 @@ DEVICE void store_kv(DType type, void* base, int64_t i, float x) {
     static_cast<float*>(base)[i] = x;
 }
 DEVICE float load_kv(DType type, const void* base, int64_t i) {
-  return type == DType::kF16 ? f16_to_float(static_cast<const uint16_t*>(base)[i]) : static_cast<const float*>(base)[i];
+  return type == DType::kF16 ? f16_to_float(static_cast<const uint16_t*>(base)[i])
+                             : static_cast<const float*>(base)[i];
 }
 DEVICE void move_kv(DType type, void* base, int64_t from, int64_t to) {
   if (type == DType::kF16)

@@ -1,33 +1,36 @@
 // Products for 1 to 256 tokens: y (tokens, rows) = x (tokens, cols) W^T, W (rows, cols).
 //
 // # Why it looks like this
-// A pass over a few tokens reads every weight once and does little with it: the product is a matter of
-// streaming W at the speed of memory. And the bits of a token must not depend on how many others there
-// are. Both ask for the same thing: W is the tensor core's wide operand (16 rows), tokens are its 8
-// columns. A column's result is a function of that column alone, so one token and 64 run the same
-// instruction on the same weights in the same order; more tokens are more columns. (A usual GEMM has it
-// the other way round, and pads tokens to 16, 64 or 128 rows, with another kernel for one.)
+// A pass over a few tokens reads every weight once and does little with it: the product is a matter
+// of streaming W at the speed of memory. And the bits of a token must not depend on how many others
+// there are. Both ask for the same thing: W is the tensor core's wide operand (16 rows), tokens are
+// its 8 columns. A column's result is a function of that column alone, so one token and 64 run the
+// same instruction on the same weights in the same order; more tokens are more columns. (A usual
+// GEMM has it the other way round, and pads tokens to 16, 64 or 128 rows, with another kernel for
+// one.)
 //
 // # The stream
-// A block of 4 warps owns 128 rows; a warp 32 of them, two 16-row tiles, for all its columns, so that a
-// fragment of x that is read from shared memory serves two tiles. Weights (tape.cuh) and x come through
-// a ring of stages filled by cp.async: while a stage is multiplied, the next ones are in flight.
+// A block of 4 warps owns 128 rows; a warp 32 of them, two 16-row tiles, for all its columns, so
+// that a fragment of x that is read from shared memory serves two tiles. Weights (tape.cuh) and x
+// come through a ring of stages filled by cp.async: while a stage is multiplied, the next ones are
+// in flight.
 //
 //   wait until stage i has landed; barrier; start the copy of stage i + S - 1; multiply stage i
 //
 // One barrier a stage: after it, all have left stage i - 1, whose slot the new copy takes.
 //
-// Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live on an
-// H100's multiprocessor (227 KiB; 128 threads of at most 168 registers each) with 3 x 3 x 17 = 153 KiB in
-// flight; 132 of them 20 MB, where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 24 KiB
-// a stage, 96 KiB a block, two blocks, 144 KiB. On sm_89 (99 KiB): one block, 51 KiB.
+// Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live
+// on an H100's multiprocessor (227 KiB; 128 threads of 92 registers; up to 158 in other kernels,
+// none spilled) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB, where 3.35 TB/s x 0.8 us
+// latency asks for 2.7 MB. With 64 tokens: 24 KiB a stage, 96 KiB a block, two blocks, 144 KiB. On
+// sm_89 (99 KiB): one block, 51 KiB.
 //
 // x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2.
 //
 // # Few rows
-// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function of
-// (rows, cols) only (contract.cuh). Each run leaves its partial result; the last block of a tile to
-// arrive, found by an integer counter, adds them in the order of the runs, not in that of their
+// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
+// of (rows, cols) only (contract.cuh). Each run leaves its partial result; the last block of a tile
+// to arrive, found by an integer counter, adds them in the order of the runs, not in that of their
 // arrival.
 #pragma once
 
@@ -45,7 +48,9 @@ inline namespace CHIMERA_CUDA_BODY {
 DEVICE int n_tokens(const Step* step, Rows rows) {
   return rows == Rows::kAll ? step->n_rows - step->first_new : step->n_logits;
 }
-DEVICE int first_row(const Step* step, Rows rows) { return rows == Rows::kAll ? step->first_new : 0; }
+DEVICE int first_row(const Step* step, Rows rows) {
+  return rows == Rows::kAll ? step->first_new : 0;
+}
 
 // ---- Input: x as the product wants it ----------------------------------------------------------
 
@@ -69,15 +74,17 @@ struct InputParams {
   std::byte* bf16;
 };
 
-// The scale of an RMS norm: 1 / sqrt(mean of squares + eps). x: (n) in shared memory. Its sum is 16 FMA
-// chains, one a virtual lane: 256 dependent steps for 4096 numbers, some 0.6 us, for the CPU's bits.
+// The scale of an RMS norm: 1 / sqrt(mean of squares + eps). x: (n) in shared memory. Its sum is 16
+// FMA chains, one a virtual lane: 256 dependent steps for 4096 numbers, some 0.6 us, for the CPU's
+// bits.
 DEVICE float rms_scale(const float* x, int64_t n, float eps, float* result) {
   if (warp_index() == 0) {
     float lane = 0;
     if (lane_index() < 16)
       for (int64_t i = lane_index(); i < n; i += 16) lane = fma(x[i], x[i], lane);
     const float sum = fold_16(lane);
-    if (lane_index() == 0) *result = divide(1.0f, square_root(divide(sum, static_cast<float>(n)) + eps));
+    if (lane_index() == 0)
+      *result = divide(1.0f, square_root(divide(sum, static_cast<float>(n)) + eps));
   }
   sync_threads();
   return *result;
@@ -102,19 +109,26 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
   const auto value = [&](int64_t i) {
     if (i >= n) return 0.0f;
     switch (p.input) {
-      case Linear::Input::kRmsNorm: return (staged[i] * scale) * p.norm_weight[i];
-      case Linear::Input::kSwiGlu: return silu(x[i]) * x[n + i];
-      case Linear::Input::kSilu: return silu(x[i]);
-      default: return x[i];
+      case Linear::Input::kRmsNorm:
+        return (staged[i] * scale) * p.norm_weight[i];
+      case Linear::Input::kSwiGlu:
+        return silu(x[i]) * x[n + i];
+      case Linear::Input::kSilu:
+        return silu(x[i]);
+      default:
+        return x[i];
     }
   };
   // Two neighbours in k share a register of the fragment.
   for (int64_t k = 2 * thread_index(); k < fragment_k32(n) * 32; k += 2 * block_threads()) {
     const float a = value(k), b = value(k + 1);
     const Place16 at = place_b(static_cast<int>(k % 16), token % 8);
-    const int64_t offset = ((token / 8 * fragment_k32(n) + k / 32) * 32 + at.lane) * 16 + k % 32 / 16 * 8 + at.reg * 4;
-    if (p.f16 != nullptr) *reinterpret_cast<uint32_t*>(p.f16 + offset) = pack(saturate_f16(a), saturate_f16(b));
-    if (p.bf16 != nullptr) *reinterpret_cast<uint32_t*>(p.bf16 + offset) = pack(float_to_bf16(a), float_to_bf16(b));
+    const int64_t offset =
+        ((token / 8 * fragment_k32(n) + k / 32) * 32 + at.lane) * 16 + k % 32 / 16 * 8 + at.reg * 4;
+    if (p.f16 != nullptr)
+      *reinterpret_cast<uint32_t*>(p.f16 + offset) = pack(saturate_f16(a), saturate_f16(b));
+    if (p.bf16 != nullptr)
+      *reinterpret_cast<uint32_t*>(p.bf16 + offset) = pack(float_to_bf16(a), float_to_bf16(b));
     if (p.f32 != nullptr) {
       if (k < n) p.f32[token * n + k] = a;
       if (k + 1 < n) p.f32[token * n + k + 1] = b;
@@ -124,7 +138,8 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
 
 // max_rows: at least the op's tokens; the grid. The same of every launcher below.
 inline void prepare_input(Stream stream, const InputParams& p, int max_rows) {
-  const size_t shared = 16 + (p.input == Linear::Input::kRmsNorm ? static_cast<size_t>(p.cols) * 4 : 0);
+  const size_t shared =
+      16 + (p.input == Linear::Input::kRmsNorm ? static_cast<size_t>(p.cols) * 4 : 0);
   launch("input", input_kernel, stream, {max_rows}, kInputThreads, shared, p);
 }
 
@@ -133,15 +148,15 @@ inline void prepare_input(Stream stream, const InputParams& p, int max_rows) {
 struct LinearParams {
   const Step* step;
   Rows rows_of;
-  const std::byte* tape;    // tape.cuh; 16-byte aligned
-  const std::byte* x;       // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
-  int64_t rows, cols;       // of the matrix
-  float* y;                 // y[(first_row + token) * y_stride + row]
+  const std::byte* tape;  // tape.cuh; 16-byte aligned
+  const std::byte* x;  // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
+  int64_t rows, cols;  // of the matrix
+  float* y;            // y[(first_row + token) * y_stride + row]
   int64_t y_stride;
   bool accumulate;
-  float* partials;          // (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
-  int partial_tokens;       // at least the op's tokens
-  uint32_t* counters;       // (token groups, row blocks), zero; left zero
+  float* partials;     // (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
+  int partial_tokens;  // at least the op's tokens
+  uint32_t* counters;  // (token groups, row blocks), zero; left zero
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -170,7 +185,8 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
 BOTH constexpr int max_column_tiles(DType type) { return slab_layout(type).k == 256 ? 4 : 8; }
 
 template <DType kType, int kColumnTiles>
-KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
+KERNEL(kLinearThreads, 2)
+void linear_kernel(LinearParams p) {
   constexpr SlabLayout l = slab_layout(kType);
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
   static_assert(s.stages >= 2 && s.weight_bytes % 16 == 0);
@@ -185,21 +201,25 @@ KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
   const int n_stages = static_cast<int>(ceil_div<int64_t>(end_slab - first_slab, s.slabs));
   const int64_t row_tiles = ceil_div<int64_t>(p.rows, kTileRows);
   const int64_t first_tile = static_cast<int64_t>(block_x()) * kLinearWarps * kWarpTiles;
-  const int tiles = static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
+  const int tiles =
+      static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
   std::byte* ring = shared_memory();
 
   const auto fetch = [&](int i) {
     if (i < n_stages) {
       std::byte* to = ring + i % s.stages * s.bytes;
       const int64_t slab = first_slab + static_cast<int64_t>(i) * s.slabs;
-      const int n = static_cast<int>(least<int64_t>(s.slabs, end_slab - slab));  // slabs that there are
-      constexpr int kTileUnits = s.slabs * l.bytes / 16;                        // 16 bytes each, of a row tile
+      const int n =
+          static_cast<int>(least<int64_t>(s.slabs, end_slab - slab));  // slabs that there are
+      constexpr int kTileUnits = s.slabs * l.bytes / 16;  // 16 bytes each, of a row tile
       for (int u = thread_index(); u < tiles * kTileUnits; u += kLinearThreads) {
         const int tile = u / kTileUnits, unit = u % kTileUnits;
         if (unit < n * (l.bytes / 16))
-          copy_async_16(to + u * 16, p.tape + ((first_tile + tile) * slabs + slab) * l.bytes + unit * 16);
+          copy_async_16(to + u * 16,
+                        p.tape + ((first_tile + tile) * slabs + slab) * l.bytes + unit * 16);
       }
-      const std::byte* x = p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab * l.k / 32) * 512;
+      const std::byte* x =
+          p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab * l.k / 32) * 512;
       constexpr int kColumnUnits = s.k32 * 32;
       for (int u = thread_index(); u < columns * kColumnUnits; u += kLinearThreads) {
         const int column = u / kColumnUnits, unit = u % kColumnUnits;
@@ -218,16 +238,17 @@ KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
     for (int slab = 0; slab < n; ++slab) {
       for (int k32 = 0; k32 < l.k / 32; ++k32) {
         uint32_t a[kWarpTiles][2][4];
-        UNROLL for (int tile = 0; tile < kWarpTiles; ++tile) {
+        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
           const int t = warp_index() * kWarpTiles + tile;
           load_fragments<kType>(stage + (t * s.slabs + slab) * l.bytes, k32, a[tile]);
         }
-        UNROLL for (int j = 0; j < kColumnTiles; ++j) {
+        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j) {
           if (j >= columns) break;
-          const Words4 x = load_16(stage + s.weight_bytes + (j * s.k32 + slab * (l.k / 32) + k32) * 512 + lane_index() * 16);
+          const Words4 x = load_16(stage + s.weight_bytes +
+                                   (j * s.k32 + slab * (l.k / 32) + k32) * 512 + lane_index() * 16);
           const uint32_t b[2][2] = {{x.word[0], x.word[1]}, {x.word[2], x.word[3]}};
-          UNROLL for (int half = 0; half < 2; ++half)
-            UNROLL for (int tile = 0; tile < kWarpTiles; ++tile) {
+          UNROLLED_FOR (int half = 0; half < 2; ++half)
+            UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
               if constexpr (kType == DType::kBF16)
                 mma_bf16(sum[tile][j], a[tile][half], b[half]);
               else
@@ -238,7 +259,7 @@ KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
     }
   };
 
-  UNROLL for (int i = 0; i < s.stages - 1; ++i) fetch(i);
+  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch(i);
   for (int i = 0; i < n_stages; ++i) {
     copy_async_wait<s.stages - 2>();
     sync_threads();
@@ -249,15 +270,17 @@ KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
   const int64_t splits = ceil_div(slabs, run_slabs);
   float* out = p.y + first_row(p.step, p.rows_of) * p.y_stride;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  UNROLL for (int tile = 0; tile < kWarpTiles; ++tile)
-    UNROLL for (int j = 0; j < kColumnTiles; ++j)
-      UNROLL for (int i = 0; i < 4; ++i) {
-        const int64_t row = (first_tile + warp_index() * kWarpTiles + tile) * kTileRows + g + 8 * (i / 2);
+  UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+    UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+      UNROLLED_FOR (int i = 0; i < 4; ++i) {
+        const int64_t row =
+            (first_tile + warp_index() * kWarpTiles + tile) * kTileRows + g + 8 * (i / 2);
         const int token = first_token + j * 8 + 2 * t + i % 2;
         if (row >= p.rows || token >= tokens) continue;
         float* y = out + token * p.y_stride + row;
         if (splits > 1)
-          p.partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * p.rows + row] = sum[tile][j][i];
+          p.partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * p.rows + row] =
+              sum[tile][j][i];
         else
           *y = p.accumulate ? *y + sum[tile][j][i] : sum[tile][j][i];
       }
@@ -280,14 +303,16 @@ KERNEL(kLinearThreads, 2) void linear_kernel(LinearParams p) {
     if (row >= rows) continue;
     const float* partial = p.partials + token * p.rows + block_row + row;
     float total = load_fresh(partial);
-    for (int64_t rank = 1; rank < splits; ++rank) total = total + load_fresh(partial + rank * p.partial_tokens * p.rows);
+    for (int64_t rank = 1; rank < splits; ++rank)
+      total = total + load_fresh(partial + rank * p.partial_tokens * p.rows);
     float* y = out + token * p.y_stride + block_row + row;
     *y = p.accumulate ? *y + total : total;
   }
   if (thread_index() == 0) *counter = 0;
 }
 
-// F32 weights: one FMA chain for each output, lanes are rows, a warp has 32 rows and up to 8 tokens.
+// F32 weights: one FMA chain for each output, lanes are rows, a warp has 32 rows and up to 8
+// tokens.
 inline constexpr int kF32Tokens = 8;
 KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
@@ -295,15 +320,16 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
   const int64_t panel = static_cast<int64_t>(block_x()) * kLinearWarps + warp_index();
   const int64_t row = panel * kF32PanelRows + lane_index();
   if (n <= 0 || row >= p.rows) return;
-  const auto* w = reinterpret_cast<const float*>(p.tape) + panel * p.cols * kF32PanelRows + lane_index();
+  const auto* w =
+      reinterpret_cast<const float*>(p.tape) + panel * p.cols * kF32PanelRows + lane_index();
   const auto* x = reinterpret_cast<const float*>(p.x) + first_token * p.cols;
   float sum[kF32Tokens] = {};
   for (int64_t k = 0; k < p.cols; ++k) {
     const float weight = w[k * kF32PanelRows];
-    UNROLL for (int i = 0; i < kF32Tokens; ++i)
+    UNROLLED_FOR (int i = 0; i < kF32Tokens; ++i)
       if (i < n) sum[i] = fma(weight, x[i * p.cols + k], sum[i]);
   }
-  UNROLL for (int i = 0; i < kF32Tokens; ++i) {
+  UNROLLED_FOR (int i = 0; i < kF32Tokens; ++i) {
     if (i >= n) break;
     float* y = p.y + (first_row(p.step, p.rows_of) + first_token + i) * p.y_stride + row;
     *y = p.accumulate ? *y + sum[i] : sum[i];
@@ -313,7 +339,8 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
 template <DType kType, int kColumnTiles>
 void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
-  const Grid grid{ceil_div<int64_t>(p.rows, kBlockRows), n_splits(p.rows, p.cols), ceil_div(max_rows, kColumnTiles * 8)};
+  const Grid grid{ceil_div<int64_t>(p.rows, kBlockRows), n_splits(p.rows, p.cols),
+                  ceil_div(max_rows, kColumnTiles * 8)};
   launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,
          static_cast<size_t>(s.stages * s.bytes), p);
 }
@@ -329,7 +356,8 @@ void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
 
 // Floats of partials, and counters, that a product needs.
 inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
-  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0 : n_splits(rows, cols) * tokens * rows;
+  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
+                                                          : n_splits(rows, cols) * tokens * rows;
 }
 inline int64_t counter_words(int64_t rows, int tokens) {
   return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
@@ -342,16 +370,26 @@ inline void linear(Stream stream, DType type, const LinearParams& p, int max_row
       const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
       return launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, p);
     }
-    case DType::kF16: return launch_linear<DType::kF16>(stream, p, max_rows);
-    case DType::kBF16: return launch_linear<DType::kBF16>(stream, p, max_rows);
-    case DType::kQ8_0: return launch_linear<DType::kQ8_0>(stream, p, max_rows);
-    case DType::kQ4_0: return launch_linear<DType::kQ4_0>(stream, p, max_rows);
-    case DType::kQ4_1: return launch_linear<DType::kQ4_1>(stream, p, max_rows);
-    case DType::kQ5_0: return launch_linear<DType::kQ5_0>(stream, p, max_rows);
-    case DType::kQ5_1: return launch_linear<DType::kQ5_1>(stream, p, max_rows);
-    case DType::kQ4_K: return launch_linear<DType::kQ4_K>(stream, p, max_rows);
-    case DType::kQ5_K: return launch_linear<DType::kQ5_K>(stream, p, max_rows);
-    case DType::kQ6_K: return launch_linear<DType::kQ6_K>(stream, p, max_rows);
+    case DType::kF16:
+      return launch_linear<DType::kF16>(stream, p, max_rows);
+    case DType::kBF16:
+      return launch_linear<DType::kBF16>(stream, p, max_rows);
+    case DType::kQ8_0:
+      return launch_linear<DType::kQ8_0>(stream, p, max_rows);
+    case DType::kQ4_0:
+      return launch_linear<DType::kQ4_0>(stream, p, max_rows);
+    case DType::kQ4_1:
+      return launch_linear<DType::kQ4_1>(stream, p, max_rows);
+    case DType::kQ5_0:
+      return launch_linear<DType::kQ5_0>(stream, p, max_rows);
+    case DType::kQ5_1:
+      return launch_linear<DType::kQ5_1>(stream, p, max_rows);
+    case DType::kQ4_K:
+      return launch_linear<DType::kQ4_K>(stream, p, max_rows);
+    case DType::kQ5_K:
+      return launch_linear<DType::kQ5_K>(stream, p, max_rows);
+    case DType::kQ6_K:
+      return launch_linear<DType::kQ6_K>(stream, p, max_rows);
   }
 }
 

@@ -14,8 +14,9 @@ DEVICE float exp_contract(float x) {
   const float n = (x * cpu::kExpLog2e + cpu::kExpRound) - cpu::kExpRound;
   float r = fma(n, -cpu::kExpLn2High, x);
   r = fma(n, -cpu::kExpLn2Low, r);
-  constexpr float c0 = cpu::kExpTaylor[0], c1 = cpu::kExpTaylor[1], c2 = cpu::kExpTaylor[2], c3 = cpu::kExpTaylor[3],
-                  c4 = cpu::kExpTaylor[4], c5 = cpu::kExpTaylor[5], c6 = cpu::kExpTaylor[6], c7 = cpu::kExpTaylor[7];
+  constexpr float c0 = cpu::kExpTaylor[0], c1 = cpu::kExpTaylor[1], c2 = cpu::kExpTaylor[2],
+                  c3 = cpu::kExpTaylor[3], c4 = cpu::kExpTaylor[4], c5 = cpu::kExpTaylor[5],
+                  c6 = cpu::kExpTaylor[6], c7 = cpu::kExpTaylor[7];
   float p = fma(c7, r, c6);
   p = fma(p, r, c5);
   p = fma(p, r, c4);

@@ -1,5 +1,5 @@
-// The ops that work on rows one by one: embedding, norm, RoPE and append, copies, keep. All of them are
-// short; a block has a row (and a head), its threads stride over it.
+// The ops that work on rows one by one: embedding, norm, RoPE and append, copies, keep. All of them
+// are short; a block has a row (and a head), its threads stride over it.
 #pragma once
 
 #include "cuda/kv.cuh"
@@ -17,7 +17,7 @@ struct EmbedParams {
   DType type;
   const std::byte* tape;  // (vocab, cols)
   int64_t cols;
-  float* out;             // (rows, cols)
+  float* out;  // (rows, cols)
 };
 KERNEL(kRowThreads, 1) void embed_kernel(EmbedParams p) {
   const int row = p.step->first_new + block_x();
@@ -37,7 +37,7 @@ struct RmsNormParams {
   const float* weight;  // (n)
   float eps;
   int64_t n;
-  float* y;             // (rows, n)
+  float* y;  // (rows, n)
 };
 // Shared memory: 16 bytes, then (n) floats.
 KERNEL(kInputThreads, 1) void rms_norm_kernel(RmsNormParams p) {
@@ -48,32 +48,38 @@ KERNEL(kInputThreads, 1) void rms_norm_kernel(RmsNormParams p) {
   for (int64_t i = thread_index(); i < p.n; i += block_threads()) staged[i] = p.x[row * p.n + i];
   sync_threads();
   const float scale = rms_scale(staged, p.n, p.eps, result);
-  for (int64_t i = thread_index(); i < p.n; i += block_threads()) p.y[row * p.n + i] = (staged[i] * scale) * p.weight[i];
+  for (int64_t i = thread_index(); i < p.n; i += block_threads())
+    p.y[row * p.n + i] = (staged[i] * scale) * p.weight[i];
 }
 inline void rms_norm(Stream stream, const RmsNormParams& p, int max_rows) {
-  launch("rms_norm", rms_norm_kernel, stream, {max_rows}, kInputThreads, 16 + static_cast<size_t>(p.n) * 4, p);
+  launch("rms_norm", rms_norm_kernel, stream, {max_rows}, kInputThreads,
+         16 + static_cast<size_t>(p.n) * 4, p);
 }
 
 // ---- RoPE and append ---------------------------------------------------------------------------
 
 struct RopeAppendParams {
   const Step* step;
-  float* qkv;        // (rows, (n_heads + 2 n_kv_heads) * head_dim); q and k are rotated in place
+  float* qkv;  // (rows, (n_heads + 2 n_kv_heads) * head_dim); q and k are rotated in place
   Heads heads;
   RopeTable rope;
-  float q_scale;     // 1 / sqrt(head_dim)
+  float q_scale;  // 1 / sqrt(head_dim)
   KvLayer kv;
 };
 // Block (row, head): the query heads, then the KV heads.
 KERNEL(kRowThreads, 1) void rope_append_kernel(RopeAppendParams p) {
-  const int row = p.step->first_new + block_x(), head = block_y(), dim = p.heads.head_dim, half = dim / 2;
+  const int row = p.step->first_new + block_x(), head = block_y(), dim = p.heads.head_dim,
+            half = dim / 2;
   if (row >= p.step->n_rows) return;
-  float* x = p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
+  float* x =
+      p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
   const bool is_key = head >= p.heads.n_heads;
-  const int kv_head = is_key ? head - p.heads.n_heads : head / (p.heads.n_heads / p.heads.n_kv_heads);
+  const int kv_head =
+      is_key ? head - p.heads.n_heads : head / (p.heads.n_heads / p.heads.n_kv_heads);
   const bool turns = p.heads.rope_kv_heads < 0 || kv_head < p.heads.rope_kv_heads;
   const float scale = is_key ? 1.0f : p.q_scale;
-  const int64_t angle = static_cast<int64_t>(p.step->position[row] + (is_key ? 0 : p.rope.query_shift)) * half;
+  const int64_t angle =
+      static_cast<int64_t>(p.step->position[row] + (is_key ? 0 : p.rope.query_shift)) * half;
   const int slot = p.step->slot[row];
   const int64_t base = is_key ? p.kv.head_offset(p.step->sequence[row], kv_head) : 0;
   for (int i = thread_index(); i < half; i += block_threads()) {
@@ -95,11 +101,13 @@ KERNEL(kRowThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   }
   if (is_key) {
     const float* v = x + p.heads.n_kv_heads * dim;
-    for (int i = thread_index(); i < dim; i += block_threads()) store_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slot, i), v[i]);
+    for (int i = thread_index(); i < dim; i += block_threads())
+      store_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slot, i), v[i]);
   }
 }
 inline void rope_append(Stream stream, const RopeAppendParams& p, int max_rows) {
-  launch("rope_append", rope_append_kernel, stream, {max_rows, p.heads.n_heads + p.heads.n_kv_heads}, kRowThreads, 0, p);
+  launch("rope_append", rope_append_kernel, stream,
+         {max_rows, p.heads.n_heads + p.heads.n_kv_heads}, kRowThreads, 0, p);
 }
 
 // ---- Copies ------------------------------------------------------------------------------------
@@ -108,12 +116,13 @@ struct CopyRowsParams {
   const Step* step;
   const float* x;  // (rows, width)
   int64_t width;
-  float* y;        // (rows, width)
+  float* y;  // (rows, width)
 };
 KERNEL(kRowThreads, 1) void copy_rows_kernel(CopyRowsParams p) {
   const int row = p.step->first_new + block_x();
   if (row >= p.step->n_rows) return;
-  for (int64_t i = thread_index(); i < p.width; i += block_threads()) p.y[row * p.width + i] = p.x[row * p.width + i];
+  for (int64_t i = thread_index(); i < p.width; i += block_threads())
+    p.y[row * p.width + i] = p.x[row * p.width + i];
 }
 inline void copy_rows(Stream stream, const CopyRowsParams& p, int max_rows) {
   launch("copy_rows", copy_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
@@ -123,7 +132,7 @@ inline void copy_rows(Stream stream, const CopyRowsParams& p, int max_rows) {
 // and takes the rows in order, parents first, so that no row lands on one that is still to move.
 struct KeepParams {
   const Step* step;
-  KvLayer kv;       // of layer 0
+  KvLayer kv;            // of layer 0
   int64_t layer_stride;  // elements
 };
 KERNEL(kRowThreads, 1) void keep_kernel(KeepParams p) {
@@ -162,7 +171,8 @@ KERNEL(kRowThreads, 1) void keep_rows_kernel(KeepRowsParams p) {
   }
 }
 inline void keep_rows(Stream stream, const KeepRowsParams& p, int n_sequences) {
-  launch("keep_rows", keep_rows_kernel, stream, {ceil_div<int64_t>(p.width, kRowThreads), n_sequences}, kRowThreads, 0, p);
+  launch("keep_rows", keep_rows_kernel, stream,
+         {ceil_div<int64_t>(p.width, kRowThreads), n_sequences}, kRowThreads, 0, p);
 }
 
 }  // namespace CHIMERA_CUDA_BODY

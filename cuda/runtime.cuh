@@ -28,15 +28,19 @@ using Stream = cudaStream_t;
 using Graph = cudaGraphExec_t;
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
 }
 
 template <typename Params>
-void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads, size_t shared_bytes,
-            const Params& params) {
+void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,
+            size_t shared_bytes, const Params& params) {
   if (shared_bytes > 48 * 1024)  // a kernel must ask for more than this
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z));
   kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
   check(cudaGetLastError(), name);
 }
@@ -46,6 +50,7 @@ inline void* allocate_device(size_t bytes) {
   void* p = nullptr;
   check(cudaMalloc(&p, bytes), "allocation");
   check(cudaMemset(p, 0, bytes), "memset");
+  check(cudaDeviceSynchronize(), "memset");  // our stream does not wait for the one it runs in
   return p;
 }
 inline void free_device(void* p) { cudaFree(p); }
@@ -86,10 +91,13 @@ inline Graph end_capture(Stream stream) {
 }
 inline void abandon_capture(Stream stream) {
   cudaGraph_t graph;
-  if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
+  if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr)
+    cudaGraphDestroy(graph);
   cudaGetLastError();
 }
-inline void replay(Stream stream, const Graph& graph) { check(cudaGraphLaunch(graph, stream), "graph"); }
+inline void replay(Stream stream, const Graph& graph) {
+  check(cudaGraphLaunch(graph, stream), "graph");
+}
 inline void free_graph(const Graph& graph) { cudaGraphExecDestroy(graph); }
 
 #else
@@ -109,11 +117,13 @@ using Stream = StreamState*;
 using Graph = std::vector<std::function<void()>>;
 
 template <typename Params>
-void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads, size_t shared_bytes,
-            const Params& params) {
+void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,
+            size_t shared_bytes, const Params& params) {
   const auto work = [=] {
     const auto body = [&] { kernel(params); };
-    emulator::run(name, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+    emulator::run(name,
+                  {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                   static_cast<unsigned>(grid.z)},
                   static_cast<unsigned>(threads), shared_bytes, body);
   };
   if (stream == nullptr)

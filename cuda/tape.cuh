@@ -1,13 +1,13 @@
 // How weights stand in device memory: as a tape that the tensor cores read from beginning to end.
 //
-// mma.m16n8k16 wants a 16 x 16 tile of A spread over a warp's registers: lane 4 g + t holds the pairs
-// (k, k + 1) of row g and g + 8 at k = 2t and 2t + 8. So we store it that way:
+// mma.m16n8k16 wants a 16 x 16 tile of A spread over a warp's registers: lane 4 g + t holds the
+// pairs (k, k + 1) of row g and g + 8 at k = 2t and 2t + 8. So we store it that way:
 //
-//   element (row, k) of a tile:  lane = row % 8 * 4 + k % 8 / 2      register = row / 8 + 2 * (k / 8)
-//                                half of the register = k % 2
+//   element (row, k) of a tile:  lane      row % 8 * 4 + k % 8 / 2
+//                                register  row / 8 + 2 * (k / 8), its half k % 2
 //
-// A matrix is cut into row tiles of 16 rows, each stored whole; a row tile into slabs, k ascending; a
-// slab holds 16 rows x 32 k (x 256 k for K-quants: their block), everything that it takes to
+// A matrix is cut into row tiles of 16 rows, each stored whole; a row tile into slabs, k ascending;
+// a slab holds 16 rows x 32 k (x 256 k for K-quants: their block), everything that it takes to
 // multiply with it, in 16-byte units, so that cp.async moves it as it is:
 //
 //   F16, BF16    2 tiles (k 0..15, 16..31) of 32 lanes x 16 bytes
@@ -18,8 +18,8 @@
 //   Q5_K         8 times nibbles and fifth bits; then as Q4_K
 //   Q6_K         8 times nibbles and 32 lanes x two high bits; then 16 x (16 scales), 16 x d
 //
-// That is the file's own number of bits: nothing is expanded. Rows are padded to 16 and columns to a
-// slab with zero bytes, which every type reads as finite weights, met by zero activations.
+// That is the file's own number of bits: nothing is expanded. Rows are padded to 16 and columns to
+// a slab with zero bytes, which every type reads as finite weights, met by zero activations.
 //
 // F32 weights never meet a tensor core: panels of 32 rows, (cols, 32), so that lanes are rows.
 #pragma once
@@ -47,24 +47,39 @@ struct SlabLayout {
 BOTH constexpr SlabLayout slab_layout(DType type) {
   switch (type) {
     case DType::kF16:
-    case DType::kBF16: return {32, 1024, 0, 1024, 1024};
-    case DType::kQ8_0: return {32, 512, 0, 512, 512 + 32};
-    case DType::kQ4_0: return {32, 256, 0, 256, 256 + 32};
-    case DType::kQ4_1: return {32, 256, 0, 256, 256 + 64};
-    case DType::kQ5_0: return {32, 256, 64, 320, 320 + 32};
-    case DType::kQ5_1: return {32, 256, 64, 320, 320 + 64};
-    case DType::kQ4_K: return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
-    case DType::kQ5_K: return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
-    case DType::kQ6_K: return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
-    default: return {1, 0, 0, 0, 0};
+    case DType::kBF16:
+      return {32, 1024, 0, 1024, 1024};
+    case DType::kQ8_0:
+      return {32, 512, 0, 512, 512 + 32};
+    case DType::kQ4_0:
+      return {32, 256, 0, 256, 256 + 32};
+    case DType::kQ4_1:
+      return {32, 256, 0, 256, 256 + 64};
+    case DType::kQ5_0:
+      return {32, 256, 64, 320, 320 + 32};
+    case DType::kQ5_1:
+      return {32, 256, 64, 320, 320 + 64};
+    case DType::kQ4_K:
+      return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
+    case DType::kQ5_K:
+      return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
+    case DType::kQ6_K:
+      return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
+    default:
+      return {1, 0, 0, 0, 0};
   }
 }
 BOTH constexpr bool has_minimum(DType type) {
-  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ4_K || type == DType::kQ5_K;
+  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ4_K ||
+         type == DType::kQ5_K;
 }
 // What is taken from the stored number: weight = scale * (q - offset) + minimum.
 BOTH constexpr int quant_offset(DType type) {
-  return type == DType::kQ8_0 ? 128 : type == DType::kQ4_0 ? 8 : type == DType::kQ5_0 ? 16 : type == DType::kQ6_K ? 32 : 0;
+  return type == DType::kQ8_0   ? 128
+         : type == DType::kQ4_0 ? 8
+         : type == DType::kQ5_0 ? 16
+         : type == DType::kQ6_K ? 32
+                                : 0;
 }
 
 BOTH constexpr int64_t tape_slabs(DType type, int64_t cols) {
@@ -80,7 +95,9 @@ BOTH constexpr int64_t tape_bytes(DType type, int64_t rows, int64_t cols) {
 struct Place16 {
   int lane, reg, half;
 };
-BOTH constexpr Place16 place_a(int row, int k) { return {row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2}; }
+BOTH constexpr Place16 place_a(int row, int k) {
+  return {row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2};
+}
 // And (k, column) of a 16 x 8 tile of B.
 BOTH constexpr Place16 place_b(int k, int column) { return {column * 4 + k % 8 / 2, k / 8, k % 2}; }
 
@@ -139,16 +156,20 @@ DEVICE ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
               -(f16_to_float(load_u16(block + 2)) * static_cast<float>(minimum))};
     }
     case DType::kQ6_K:
-      return {f16_to_float(load_u16(s + 256 + row * 2)) * static_cast<float>(static_cast<int8_t>(s[row * 16 + k / 16])), 0.0f};
+      return {f16_to_float(load_u16(s + 256 + row * 2)) *
+                  static_cast<float>(static_cast<int8_t>(s[row * 16 + k / 16])),
+              0.0f};
     default:
-      return {f16_to_float(load_u16(s + row * 2)), has_minimum(type) ? f16_to_float(load_u16(s + 32 + row * 2)) : 0.0f};
+      return {f16_to_float(load_u16(s + row * 2)),
+              has_minimum(type) ? f16_to_float(load_u16(s + 32 + row * 2)) : 0.0f};
   }
 }
 
 // Weight (row, k) of a matrix of `cols` columns, as dequantize_row() gives it.
 DEVICE float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t row, int64_t k) {
   if (type == DType::kF32)
-    return reinterpret_cast<const float*>(tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows + row % kF32PanelRows];
+    return reinterpret_cast<const float*>(
+        tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows + row % kF32PanelRows];
   const SlabLayout l = slab_layout(type);
   const std::byte* slab = tape + (row / kTileRows * tape_slabs(type, cols) + k / l.k) * l.bytes;
   const int r = static_cast<int>(row % kTileRows), i = static_cast<int>(k % l.k);
@@ -158,7 +179,8 @@ DEVICE float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_
     return type == DType::kF16 ? f16_to_float(bits) : bf16_to_float(bits);
   }
   const ScaleMin s = tape_scale(type, slab, r, i);
-  const float product = s.scale * static_cast<float>(tape_quant(type, slab, r, i) - quant_offset(type));
+  const float product =
+      s.scale * static_cast<float>(tape_quant(type, slab, r, i) - quant_offset(type));
   return has_minimum(type) ? product + s.minimum : product;
 }
 
@@ -171,14 +193,18 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
     const int r = static_cast<int>(row % kTileRows);
     if (type == DType::kF32) {
       for (int64_t k = 0; k < view.cols; ++k)
-        std::memcpy(tape + ((row / kF32PanelRows * view.cols + k) * kF32PanelRows + row % kF32PanelRows) * 4, from + 4 * k, 4);
+        std::memcpy(
+            tape +
+                ((row / kF32PanelRows * view.cols + k) * kF32PanelRows + row % kF32PanelRows) * 4,
+            from + 4 * k, 4);
       continue;
     }
     std::byte* slabs = tape + row / kTileRows * tape_slabs(type, view.cols) * l.bytes;
     if (type == DType::kF16 || type == DType::kBF16) {
       for (int64_t k = 0; k < view.cols; ++k) {
         const Place16 at = place_a(r, static_cast<int>(k % 16));
-        std::memcpy(slabs + k / 16 * 512 + at.lane * 16 + at.reg * 4 + at.half * 2, from + 2 * k, 2);
+        std::memcpy(slabs + k / 16 * 512 + at.lane * 16 + at.reg * 4 + at.half * 2, from + 2 * k,
+                    2);
       }
       continue;
     }
@@ -192,7 +218,9 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
         const auto q = static_cast<unsigned>(block.q[k] + quant_offset(type));
         const int tile = k / 16;
         const Place16 at = place_a(r, k % 16);
-        const auto put = [part](int byte, unsigned bits) { part[byte] |= static_cast<std::byte>(bits); };
+        const auto put = [part](int byte, unsigned bits) {
+          part[byte] |= static_cast<std::byte>(bits);
+        };
         if (type == DType::kQ8_0) {
           put(at.lane * 16 + tile * 8 + at.reg * 2 + at.half, q);
           continue;
@@ -212,7 +240,9 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
       const std::byte* file = from + b * 32 / dtype_info(type).block_weights * block_bytes;
       switch (type) {
         case DType::kQ4_K:
-        case DType::kQ5_K: std::memcpy(scales + r * 16, file, 16); break;
+        case DType::kQ5_K:
+          std::memcpy(scales + r * 16, file, 16);
+          break;
         case DType::kQ6_K:
           std::memcpy(scales + r * 16, file + 192, 16);
           std::memcpy(scales + 256 + r * 2, file + 208, 2);
@@ -227,9 +257,9 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
 
 // ---- A warp's fragment: what the products read -------------------------------------------------
 
-// f16 of weights (in pairs): 0x6400 | q is the f16 number 1024 + q, for q < 1024; taking 1024 + offset
-// off is exact, and one f16x2 multiply-add makes the weight: f16(scale * (q - offset) + minimum),
-// rounded once, with f16 scale and minimum. K-quants: scale = f16(d * scale_j), minimum =
+// f16 of weights (in pairs): 0x6400 | q is the f16 number 1024 + q, for q < 1024; taking 1024 +
+// offset off is exact, and one f16x2 multiply-add makes the weight: f16(scale * (q - offset) +
+// minimum), rounded once, with f16 scale and minimum. K-quants: scale = f16(d * scale_j), minimum =
 // -f16(dmin * min_j).
 struct LaneScales {
   uint32_t scale[2], minimum[2];  // of rows g and g + 8, twice in a register
@@ -238,7 +268,7 @@ struct LaneScales {
 template <DType kType>
 DEVICE LaneScales lane_scales(const std::byte* slab, int k32, int k16) {
   LaneScales s;
-  UNROLL for (int i = 0; i < 2; ++i) {
+  UNROLLED_FOR (int i = 0; i < 2; ++i) {
     const int row = lane_index() / 4 + 8 * i;
     uint16_t scale, minimum = 0;
     if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K || kType == DType::kQ6_K) {
@@ -261,36 +291,42 @@ template <DType kType>
 DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) {
   const int lane = lane_index();
   if constexpr (kType == DType::kF16 || kType == DType::kBF16) {
-    UNROLL for (int tile = 0; tile < 2; ++tile) {
+    UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
       const Words4 w = load_16(slab + tile * 512 + lane * 16);
-      UNROLL for (int r = 0; r < 4; ++r) a[tile][r] = w.word[r];
+      UNROLLED_FOR (int r = 0; r < 4; ++r) a[tile][r] = w.word[r];
     }
   } else {
     constexpr SlabLayout l = slab_layout(kType);
-    constexpr uint32_t kBase = 0x64006400u + static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
+    constexpr uint32_t kBase =
+        0x64006400u + static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
     const std::byte* part = slab + k32 * (l.low_bytes + l.high_bytes);
     LaneScales s = lane_scales<kType>(slab, k32, 0);
     if constexpr (kType == DType::kQ8_0) {
       const Words4 w = load_16(part + lane * 16);
-      UNROLL for (int tile = 0; tile < 2; ++tile)
-        UNROLL for (int r = 0; r < 4; ++r) {
+      UNROLLED_FOR (int tile = 0; tile < 2; ++tile)
+        UNROLLED_FOR (int r = 0; r < 4; ++r) {
           const uint32_t two = w.word[2 * tile + r / 2] >> (16 * (r % 2));  // bytes 0 and 1 of it
           const uint32_t q = 0x64006400u | (two & 0xffu) | (two & 0xff00u) << 8;
-          a[tile][r] = multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
+          a[tile][r] =
+              multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
         }
     } else {
       const Words2 w = load_8(part + lane * 8);
       uint32_t high = 0;
       if constexpr (l.high_bytes == 64) high = load_u16(part + 256 + lane * 2);
-      if constexpr (l.high_bytes == 128) high = *reinterpret_cast<const uint32_t*>(part + 256 + lane * 4);
-      UNROLL for (int tile = 0; tile < 2; ++tile) {
-        if constexpr (kType == DType::kQ6_K) s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
-        UNROLL for (int r = 0; r < 4; ++r) {
+      if constexpr (l.high_bytes == 128)
+        high = *reinterpret_cast<const uint32_t*>(part + 256 + lane * 4);
+      UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
+        if constexpr (kType == DType::kQ6_K)
+          s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
+        UNROLLED_FOR (int r = 0; r < 4; ++r) {
           uint32_t q = 0x64006400u | (w.word[tile] >> (4 * r) & 0x000f000fu);
           const int i = 4 * tile + r;
-          if constexpr (l.high_bytes == 64) q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;
+          if constexpr (l.high_bytes == 64)
+            q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;
           if constexpr (l.high_bytes == 128) q |= (high >> (2 * i) & 0x00030003u) << 4;
-          a[tile][r] = multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
+          a[tile][r] =
+              multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
         }
       }
     }

@@ -20,6 +20,17 @@ void check(const Sampling& s) {
 
 namespace {
 
+constexpr int32_t kBlock = 256;
+
+double block_sum(const float* e, int32_t n) {
+  double lane[4] = {};
+  int32_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int32_t j = 0; j < 4; ++j) lane[j] += static_cast<double>(e[i + j]);
+  for (; i < n; ++i) lane[0] += static_cast<double>(e[i]);
+  return lane[0] + lane[1] + lane[2] + lane[3];
+}
+
 // Keeps the first k of `order` by descending e, ties to the lowest id; the rest is in any order.
 void select_largest(const float* e, int32_t* order, int32_t n, int32_t k) {
   const auto before = [e](int32_t a, int32_t b) { return e[a] != e[b] ? e[a] > e[b] : a < b; };
@@ -62,10 +73,6 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
     if (top_k && s.top_k < n) select_largest(e, order, n, kept = s.top_k);
     if (top_p) {
       double sum = 0;
-      if (kept < n) {  // ids ascending, as stated
-        std::sort(order, order + kept);
-        std::sort(order + kept, order + n);
-      }
       for (int32_t i = 0; i < kept; ++i) sum += static_cast<double>(e[order[i]]);
       const int32_t run = nucleus(e, order, kept, static_cast<double>(s.top_p) * sum);
       for (int32_t i = run; i < kept; ++i) e[order[i]] = 0;
@@ -73,21 +80,23 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
     for (int32_t i = kept; i < n; ++i) e[order[i]] = 0;
   }
 
-  double sum = 0;
-  for (int32_t i = 0; i < vocab; ++i) {
-    if (e[i] < s.min_p) e[i] = 0;
-    sum += static_cast<double>(e[i]);
-  }
-  const double target = philox_uniform(s.seed, static_cast<uint64_t>(position)) * sum;
+  if (s.min_p > 0)
+    for (int32_t i = 0; i < vocab; ++i) e[i] = e[i] < s.min_p ? 0 : e[i];
+  // Sums are exact, so they are taken block by block: first all, then up to the block that the draw
+  // falls into.
+  double total = 0;
+  for (int32_t i = 0; i < vocab; i += kBlock) total += block_sum(e + i, std::min(kBlock, vocab - i));
+  const double target = philox_uniform(s.seed, static_cast<uint64_t>(position)) * total;
   double running = 0;
-  int32_t last = best;
-  for (int32_t i = 0; i < vocab; ++i) {
-    if (e[i] == 0) continue;
-    running += static_cast<double>(e[i]);
-    last = i;
-    if (running > target) break;
+  for (int32_t i = 0; i < vocab; i += kBlock) {
+    const int32_t n = std::min(kBlock, vocab - i);
+    const double sum = block_sum(e + i, n);
+    if (running + sum > target)
+      for (int32_t j = i; j < i + n; ++j)
+        if ((running += static_cast<double>(e[j])) > target) return j;
+    running += sum;
   }
-  return last;
+  return best;  // unreachable but for NaN: target < total
 }
 
 }  // namespace chimera

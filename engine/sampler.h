@@ -3,14 +3,15 @@
 //
 // In this order:
 //   1. temperature below 0.001: the largest logit, ties to the lowest id. Done.
-//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)), in f32.
+//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down to a
+//      multiple of 2^-34: then every sum below is exact in double, and so the same in any order.
 //   3. top-k: keep the k largest e (0: all).
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches
 //      top_p * (sum of all that are left); 1 keeps all.
 //   5. min-p: keep e >= min_p * (largest e) = min_p; 0 keeps all.
 //   6. inverse CDF over the kept tokens, ids ascending: u = Philox(seed, position) in [0, 1); the
 //      first token at which the running sum exceeds u * (sum of kept).
-// Ties in 3 and 4 go to the lowest id. Sums are taken in double, ids ascending (4: descending e).
+// Ties in 3 and 4 go to the lowest id.
 // Tokens with a NaN logit are never chosen.
 #pragma once
 
@@ -34,7 +35,7 @@ void check(const Sampling& sampling);
 struct SamplingOps {
   // Index of the largest value, lowest index first; NaN never wins; 0 if there is none.
   int32_t (*argmax)(const float* x, int64_t n);
-  // out[i] = exp(x[i] / divisor - max / divisor), NaN -> 0.
+  // out[i] = exp(x[i] / divisor - max / divisor), rounded down to a multiple of 2^-34; NaN -> 0.
   void (*exp_scaled)(const float* x, int64_t n, float max, float divisor, float* out);
 };
 

@@ -56,8 +56,8 @@ class Session {
   int drafted(int sequence) const { return texts_[static_cast<size_t>(sequence)].drafted; }
   bool full(int sequence) const { return static_cast<int>(tokens(sequence).size()) >= options_.context; }
 
-  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine (some 0.3 s for SmolLM2);
-  // drafters then choose the size of their trees by it. To be called before the first start(). Without
+  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take longer
+  // than some 0.4 s; drafters then choose the size of their trees by it. To be called before the first start(). Without
   // it trees have max_nodes nodes if there are as many candidates, and a run can be repeated step by step.
   void measure_cost();
   const CostCurve& cost() const { return cost_; }

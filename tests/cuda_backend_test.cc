@@ -1,5 +1,5 @@
-// The whole CUDA backend: models run through its kernels, under the emulator on every machine, and on the
-// device where there is one.
+// The whole CUDA backend: models run through its kernels, under the emulator on every machine, and
+// on the device where there is one.
 #include <cmath>
 #include <cstring>
 
@@ -26,29 +26,39 @@ Loaded load_on(const std::string& device, const std::string& path) {
   return l;
 }
 
-// Runs a text in steps of at most `chunk` rows, accepts them all, and returns the last row's logits.
-std::vector<float> run_text(const Llama& model, const std::vector<int32_t>& text, int chunk, DType kv_type, std::vector<float>* states = nullptr) {
-  Session session(model, {.context = static_cast<int>(text.size()) + 1, .prefill_rows = chunk, .kv_type = kv_type});
+// Runs a text in steps of at most `chunk` rows, accepts them all, and returns the last row's
+// logits.
+std::vector<float> run_text(const Llama& model, const std::vector<int32_t>& text, int chunk,
+                            DType kv_type, std::vector<float>* states = nullptr) {
+  Session session(
+      model,
+      {.context = static_cast<int>(text.size()) + 1, .prefill_rows = chunk, .kv_type = kv_type});
   session.start(0, text, {});
   Step& step = session.edit_step();
   for (size_t at = 0; at < text.size();) {
     step.clear();
     step.begin_sequence(0);
     int row = -1;
-    for (int i = 0; i < chunk && at < text.size(); ++i, ++at) row = step.add_row(text[at], row, at + 1 == text.size());
+    for (int i = 0; i < chunk && at < text.size(); ++i, ++at)
+      row = step.add_row(text[at], row, at + 1 == text.size());
     session.forward();
     if (states != nullptr)
-      states->assign(session.states() + row * int64_t{model.config().hidden_size}, session.states() + (row + 1) * int64_t{model.config().hidden_size});
+      states->assign(session.states() + row * int64_t{model.config().hidden_size},
+                     session.states() + (row + 1) * int64_t{model.config().hidden_size});
     session.accept_and_keep();
   }
   return {session.logits(), session.logits() + model.config().vocab_size};
 }
 
 // Every node of a random tree, among all the others, against its text run in other steps.
-void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes, int every, int alone_chunk, DType kv_type) {
+void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes, int every,
+                int alone_chunk, DType kv_type) {
   const int vocab = model.config().vocab_size;
   const std::vector<int32_t> prefix = random_tokens(random, committed, vocab);
-  Session session(model, {.context = committed + nodes + 1, .max_nodes = nodes, .prefill_rows = 37, .kv_type = kv_type});
+  Session session(model, {.context = committed + nodes + 1,
+                          .max_nodes = nodes,
+                          .prefill_rows = 37,
+                          .kv_type = kv_type});
   session.start(0, std::vector<int32_t>{0}, {});
   Step& step = session.edit_step();
   for (size_t at = 0; at < prefix.size();) {
@@ -62,14 +72,19 @@ void check_tree(const Llama& model, std::mt19937& random, int committed, int nod
   step.clear();
   step.begin_sequence(0);
   for (int i = 0; i < nodes; ++i)
-    step.add_row(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)), i == 0 || random() % 8 == 0 ? -1 : static_cast<int>(random() % static_cast<unsigned>(i)), true);
+    step.add_row(
+        static_cast<int32_t>(random() % static_cast<unsigned>(vocab)),
+        i == 0 || random() % 8 == 0 ? -1 : static_cast<int>(random() % static_cast<unsigned>(i)),
+        true);
   session.forward();
   for (int i = static_cast<int>(random() % static_cast<unsigned>(every)); i < nodes; i += every) {
     std::vector<int32_t> text = prefix, path;
     for (int n = i; n >= 0; n = step.parent[n]) path.push_back(step.token[n]);
     text.insert(text.end(), path.rbegin(), path.rend());
     const std::vector<float> alone = run_text(model, text, alone_chunk, kv_type);
-    ASSERT_EQ(std::memcmp(session.logits() + i * int64_t{vocab}, alone.data(), static_cast<size_t>(vocab) * 4), 0)
+    ASSERT_EQ(std::memcmp(session.logits() + i * int64_t{vocab}, alone.data(),
+                          static_cast<size_t>(vocab) * 4),
+              0)
         << "node " << i << " of " << nodes << " after " << committed;
   }
 }
@@ -90,19 +105,23 @@ TEST(CudaBackend, F32IsTheCpuBitForBit) {
 TEST(CudaBackend, EveryTypeIsNearTheCpu) {
   SKIP_WITHOUT(tiny("f32"));
   for (const std::string& device : devices())
-  for (const std::string type : kQuantTypes) {
-    const Loaded cpu = load(tiny(type), isas().back(), 1), cuda = load_on(device, tiny(type));
-    std::mt19937 random(2);
-    const std::vector<int32_t> text = random_tokens(random, 9, 512);
-    const std::vector<float> a = run_text(*cpu.model, text, 9, DType::kF16), b = run_text(*cuda.model, text, 9, DType::kF16);
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < a.size(); ++i) {
-      difference += (a[i] - b[i]) * (a[i] - b[i]);
-      norm += a[i] * a[i];
+    for (const std::string type : kQuantTypes) {
+      const Loaded cpu = load(tiny(type), isas().back(), 1), cuda = load_on(device, tiny(type));
+      std::mt19937 random(2);
+      const std::vector<int32_t> text = random_tokens(random, 9, 512);
+      const std::vector<float> a = run_text(*cpu.model, text, 9, DType::kF16),
+                               b = run_text(*cuda.model, text, 9, DType::kF16);
+      double difference = 0, norm = 0;
+      for (size_t i = 0; i < a.size(); ++i) {
+        difference += (a[i] - b[i]) * (a[i] - b[i]);
+        norm += a[i] * a[i];
+      }
+      const double ratio = std::sqrt(difference / norm);
+      EXPECT_LT(ratio, type == "f32" || type == "f16" ? 0.001
+                       : type == "bf16"               ? 0.005
+                                                      : 0.02)
+          << device << " " << type;
     }
-    const double ratio = std::sqrt(difference / norm);
-    EXPECT_LT(ratio, type == "f32" || type == "f16" ? 0.001 : type == "bf16" ? 0.005 : 0.02) << device << " " << type;
-  }
 }
 
 TEST(CudaBackend, NodesOfTreesEveryType) {
@@ -110,76 +129,91 @@ TEST(CudaBackend, NodesOfTreesEveryType) {
   std::mt19937 random(3);
   int i = 0;
   for (const std::string& device : devices())
-  for (const std::string type : kQuantTypes) {
-    const Loaded l = load_on(device, tiny(type));
-    SCOPED_TRACE(device + " " + type);
-    struct Shape {
-      int committed, nodes;
-    };
-    const Shape shapes[] = {{0, 2}, {14, 9}, {33, 17}, {3, 40}};
-    const Shape& s = shapes[i++ % 4];
-    check_tree(*l.model, random, s.committed, s.nodes, std::max(2, s.nodes / 2), 7, i % 3 == 0 ? DType::kF32 : DType::kF16);
-    if (HasFatalFailure()) return;
-  }
+    for (const std::string type : kQuantTypes) {
+      const Loaded l = load_on(device, tiny(type));
+      SCOPED_TRACE(device + " " + type);
+      struct Shape {
+        int committed, nodes;
+      };
+      const Shape shapes[] = {{0, 2}, {14, 9}, {33, 17}, {3, 40}};
+      const Shape& s = shapes[i++ % 4];
+      check_tree(*l.model, random, s.committed, s.nodes, std::max(2, s.nodes / 2), 7,
+                 i % 3 == 0 ? DType::kF32 : DType::kF16);
+      if (HasFatalFailure()) return;
+    }
 }
 
 // Whole texts: with a tree of guesses and without one, at every temperature.
 TEST(CudaBackend, TextsAreTheSame) {
   SKIP_WITHOUT(shared("models/stories260K/stories260K.bin"));
   for (const std::string& device : devices()) {
-  const Loaded l = load_on(device, shared("models/stories260K/stories260K.bin"));
-  const std::vector<int32_t> prompt = {1, 403, 407, 261, 378};
-  double tokens_per_step = 0;
-  for (const float temperature : {0.0f, 0.7f, 1.0f}) {
-    const GenerateOptions options{24, {2}, {.temperature = temperature, .top_p = temperature == 1.0f ? 0.9f : 1.0f, .seed = 5}};
-    Session plain(*l.model, {.context = 64}), tree(*l.model, {.context = 64, .max_nodes = 7});
-    const auto ngram = make_ngram_drafter({.nodes = 7, .min_match = 1}, 1, 64);
-    const Generation expected = generate(plain, nullptr, prompt, options), g = generate(tree, ngram.get(), prompt, options);
-    EXPECT_EQ(g.ids, expected.ids) << "T " << temperature;
-    tokens_per_step = std::max(tokens_per_step, g.tokens_per_step());
-  }
-  EXPECT_GT(tokens_per_step, 1.05) << "something must be accepted for this to prove anything";
+    const Loaded l = load_on(device, shared("models/stories260K/stories260K.bin"));
+    const std::vector<int32_t> prompt = {1, 403, 407, 261, 378};
+    double tokens_per_step = 0;
+    for (const float temperature : {0.0f, 0.7f, 1.0f}) {
+      const GenerateOptions options{
+          24,
+          {2},
+          {.temperature = temperature, .top_p = temperature == 1.0f ? 0.9f : 1.0f, .seed = 5}};
+      Session plain(*l.model, {.context = 64}), tree(*l.model, {.context = 64, .max_nodes = 7});
+      const auto ngram = make_ngram_drafter({.nodes = 7, .min_match = 1}, 1, 64);
+      const Generation expected = generate(plain, nullptr, prompt, options),
+                       g = generate(tree, ngram.get(), prompt, options);
+      EXPECT_EQ(g.ids, expected.ids) << "T " << temperature;
+      tokens_per_step = std::max(tokens_per_step, g.tokens_per_step());
+    }
+    EXPECT_GT(tokens_per_step, 1.05) << "something must be accepted for this to prove anything";
   }
 }
 
-// Steps replayed from a graph, whose grids are larger than the step, and which is captured anew for a
-// step that it does not fit.
+// Steps replayed from a graph, whose grids are larger than the step, and which is captured anew for
+// a step that it does not fit.
 TEST(CudaBackend, GraphsGiveTheSameBits) {
   SKIP_WITHOUT(tiny("q4_0"));
   for (const std::string& device : devices()) {
-  const Loaded l = load_on(device, tiny("q4_0"));
-  std::mt19937 random(6);
-  const std::vector<int32_t> text = random_tokens(random, 40, 512);
-  Session eager(*l.model, {.context = 64, .max_nodes = 15}), graph(*l.model, {.context = 64, .max_nodes = 15});
-  const int sizes[] = {3, 1, 5, 2, 8, 11, 1, 4};
-  size_t at = 0;
-  for (const int size : sizes) {
-    std::vector<float> logits[2];
-    for (Session* s : {&eager, &graph}) {
-      Step& step = s->edit_step();
-      if (at == 0) s->start(0, text, {});
-      step.clear();
-      step.begin_sequence(0);
-      int row = -1;
-      for (int i = 0; i < size; ++i) row = step.add_row(text[at + static_cast<size_t>(i)], row, true);
-      const auto ops = [&] {
-        s->forward();
-        s->accept_and_keep();
-      };
-      l.backend->submit(s == &eager ? 0 : 1, ops);
-      ASSERT_EQ(step.sequences[0].committed, static_cast<int>(at) + size);
-      logits[s == &graph].assign(s->logits(), s->logits() + size * 512);
+    const Loaded l = load_on(device, tiny("q4_0"));
+    std::mt19937 random(6);
+    const std::vector<int32_t> text = random_tokens(random, 40, 512);
+    Session eager(*l.model, {.context = 64, .max_nodes = 15}),
+        graph(*l.model, {.context = 64, .max_nodes = 15});
+    const int sizes[] = {3, 1, 5, 2, 8, 11, 1, 4};
+    size_t at = 0;
+    for (const int size : sizes) {
+      std::vector<float> logits[2];
+      for (Session* s : {&eager, &graph}) {
+        Step& step = s->edit_step();
+        if (at == 0) s->start(0, text, {});
+        step.clear();
+        step.begin_sequence(0);
+        int row = -1;
+        for (int i = 0; i < size; ++i)
+          row = step.add_row(text[at + static_cast<size_t>(i)], row, true);
+        const auto ops = [&] {
+          s->forward();
+          s->accept_and_keep();
+        };
+        l.backend->submit(s == &eager ? 0 : 1, ops);
+        ASSERT_EQ(step.sequences[0].committed, static_cast<int>(at) + size);
+        logits[s == &graph].assign(s->logits(), s->logits() + size * 512);
+      }
+      ASSERT_EQ(std::memcmp(logits[0].data(), logits[1].data(), logits[0].size() * 4), 0)
+          << size << " rows at " << at;
+      at += static_cast<size_t>(size);
     }
-    ASSERT_EQ(std::memcmp(logits[0].data(), logits[1].data(), logits[0].size() * 4), 0) << size << " rows at " << at;
-    at += static_cast<size_t>(size);
-  }
-  EXPECT_THROW(l.backend->submit(2, [&] { l.backend->on_host([] {}); throw Error("stop"); }), Error);
-  l.backend->submit(3, [] {});
-  EXPECT_THROW(l.backend->submit(3, [&] { l.backend->on_host([] {}); }), Error) << "no host inside a graph";
+    EXPECT_THROW(l.backend->submit(2,
+                                   [&] {
+                                     l.backend->on_host([] {});
+                                     throw Error("stop");
+                                   }),
+                 Error);
+    l.backend->submit(3, [] {});
+    EXPECT_THROW(l.backend->submit(3, [&] { l.backend->on_host([] {}); }), Error)
+        << "no host inside a graph";
   }
 }
 
-// Small integers, whose sums are exact in any order: on the device too the product is the plain loop's.
+// Small integers, whose sums are exact in any order: on the device too the product is the plain
+// loop's.
 TEST(CudaBackend, IntegerProductsAreExact) {
   std::mt19937 random(9);
   for (const std::string& device : devices()) {
@@ -196,7 +230,8 @@ TEST(CudaBackend, IntegerProductsAreExact) {
       float* y = input + x.size();
       backend->upload(input, x.data(), x.size() * 4);
       std::vector<float> weights(kRows * kCols);
-      for (int64_t r = 0; r < kRows; ++r) dequantize_row(type, m.view.row(r), kCols, weights.data() + r * kCols);
+      for (int64_t r = 0; r < kRows; ++r)
+        dequantize_row(type, m.view.row(r), kCols, weights.data() + r * kCols);
       for (const int tokens : {1, 8, 40}) {
         step->n_rows = tokens;
         backend->linear(step, {.weights = matrix.get(), .x = input, .y = y});
@@ -204,8 +239,10 @@ TEST(CudaBackend, IntegerProductsAreExact) {
           for (int64_t r = 0; r < kRows; ++r) {
             double sum = 0;
             for (int64_t k = 0; k < kCols; ++k)
-              sum += static_cast<double>(weights[static_cast<size_t>(r * kCols + k)]) * static_cast<double>(x[static_cast<size_t>(t * kCols + k)]);
-            ASSERT_EQ(static_cast<double>(y[t * kRows + r]), sum) << device << " " << dtype_info(type).name << " row " << r << " of token " << t;
+              sum += static_cast<double>(weights[static_cast<size_t>(r * kCols + k)]) *
+                     static_cast<double>(x[static_cast<size_t>(t * kCols + k)]);
+            ASSERT_EQ(static_cast<double>(y[t * kRows + r]), sum)
+                << device << " " << dtype_info(type).name << " row " << r << " of token " << t;
           }
       }
     }
@@ -214,11 +251,13 @@ TEST(CudaBackend, IntegerProductsAreExact) {
 
 // Every op in its odder forms, with F32 weights and cache, on the CPU and here: the same bits.
 TEST(CudaBackend, OpsAreTheCpus) {
-  constexpr int kRows = 13, kDim = 24, kHeads = 4, kKvHeads = 2, kWidth = (kHeads + 2 * kKvHeads) * kDim, kHidden = 40, kVocab = 33;
+  constexpr int kRows = 13, kDim = 24, kHeads = 4, kKvHeads = 2,
+                kWidth = (kHeads + 2 * kKvHeads) * kDim, kHidden = 40, kVocab = 33;
   const auto run = [&](Backend& backend) {
     std::mt19937 random(10);
     const auto floats = [&](int64_t n) {
-      const std::vector<float> values = cuda::test::random_input(random, static_cast<size_t>(n), false);
+      const std::vector<float> values =
+          cuda::test::random_input(random, static_cast<size_t>(n), false);
       auto memory = backend.allocate(static_cast<size_t>(n) * 4);
       backend.upload(memory.get(), values.data(), static_cast<size_t>(n) * 4);
       return memory;
@@ -232,8 +271,10 @@ TEST(CudaBackend, OpsAreTheCpus) {
     const KvShape shape{DType::kF32, 2, kKvHeads, kDim, 2, 40};
     const auto kv_memory = backend.allocate(backend.kv_bytes(shape));
     const KvCache kv = backend.bind_kv(shape, kv_memory.get());
-    const auto x = floats(kRows * kHidden), gate = floats(kRows * kHidden * 2), norm = floats(kHidden), cos = floats(40 * kDim / 2), sin = floats(40 * kDim / 2);
-    const auto qkv = floats(kRows * (kWidth + 3)), attended = floats(kRows * kHeads * kDim), y = floats(kRows * kHidden), logits = floats(kRows * kVocab);
+    const auto x = floats(kRows * kHidden), gate = floats(kRows * kHidden * 2),
+               norm = floats(kHidden), cos = floats(40 * kDim / 2), sin = floats(40 * kDim / 2);
+    const auto qkv = floats(kRows * (kWidth + 3)), attended = floats(kRows * kHeads * kDim),
+               y = floats(kRows * kHidden), logits = floats(kRows * kVocab);
     const auto step_memory = backend.allocate(sizeof(Step));
     Step& step = *static_cast<Step*>(step_memory.get());
     const Heads heads{kHeads, kKvHeads, kDim, 1};
@@ -251,23 +292,44 @@ TEST(CudaBackend, OpsAreTheCpus) {
     using Input = Linear::Input;
     for (const int first_new : {0, 4}) {
       step.first_new = first_new;
-      backend.linear(&step, {.weights = qkv_weights.get(), .x = f(x), .y = f(qkv), .y_stride = kWidth, .input = Input::kRmsNorm, .norm_weight = f(norm), .eps = 1e-5f});
+      backend.linear(&step, {.weights = qkv_weights.get(),
+                             .x = f(x),
+                             .y = f(qkv),
+                             .y_stride = kWidth,
+                             .input = Input::kRmsNorm,
+                             .norm_weight = f(norm),
+                             .eps = 1e-5f});
       backend.rope_append(&step, f(qkv), heads, rope, kv, 1);
       backend.attention(&step, f(qkv), heads, kv, 1, f(attended));
       backend.rms_norm(&step, f(x), f(norm), 1e-6f, kHidden, f(y));
       backend.copy_rows(&step, f(y), kHidden, f(x));
     }
-    backend.linear(&step, {.weights = head_weights.get(), .x = f(x), .y = f(logits), .input = Input::kSilu, .rows = Rows::kLogits});
-    backend.linear(&step, {.weights = head_weights.get(), .x = f(gate), .y = f(qkv), .y_stride = kVocab + 4, .input = Input::kSwiGlu, .accumulate = true});
+    backend.linear(&step, {.weights = head_weights.get(),
+                           .x = f(x),
+                           .y = f(logits),
+                           .input = Input::kSilu,
+                           .rows = Rows::kLogits});
+    backend.linear(&step, {.weights = head_weights.get(),
+                           .x = f(gate),
+                           .y = f(qkv),
+                           .y_stride = kVocab + 4,
+                           .input = Input::kSwiGlu,
+                           .accumulate = true});
     backend.embed(&step, *head_weights, f(y));
     backend.accept(&step, f(logits), kVocab);
     backend.keep(&step, kv);
     backend.keep_rows(&step, kHidden, f(y));
     std::vector<float> all;
-    for (const auto& [memory, n] : {std::pair{x, kRows * kHidden}, {qkv, kRows * (kWidth + 3)}, {attended, kRows * kHeads * kDim}, {y, kRows * kHidden}, {logits, kRows * kVocab}})
+    for (const auto& [memory, n] : {std::pair{x, kRows * kHidden},
+                                    {qkv, kRows * (kWidth + 3)},
+                                    {attended, kRows * kHeads * kDim},
+                                    {y, kRows * kHidden},
+                                    {logits, kRows * kVocab}})
       all.insert(all.end(), f(memory), f(memory) + n);
     for (int r = 0; r < kRows; ++r) all.push_back(static_cast<float>(step.kept_at[r]));
-    for (int i = 0; i < 2; ++i) all.insert(all.end(), {static_cast<float>(step.sequences[i].committed), static_cast<float>(step.sequences[i].next)});
+    for (int i = 0; i < 2; ++i)
+      all.insert(all.end(), {static_cast<float>(step.sequences[i].committed),
+                             static_cast<float>(step.sequences[i].next)});
     return all;
   };
   const std::vector<float> expected = run(*backend_of("scalar", 1));
@@ -281,35 +343,35 @@ TEST(CudaBackend, OpsAreTheCpus) {
 TEST(CudaBackend, ReplacesARow) {
   SKIP_WITHOUT(tiny("f32"));
   for (const std::string& device : devices()) {
-  const auto backend = backend_on(device);
-  std::mt19937 random(8);
-  std::vector<float> values(40 * 64);
-  for (float& v : values) v = static_cast<float>(random() % 100);
-  for (const DType type : {DType::kF32, DType::kF16}) {
-    std::vector<std::byte> file(values.size() * (type == DType::kF32 ? 4 : 2));
-    const auto put = [&](size_t i) {
-      const uint16_t h = f32_to_f16(values[i]);
-      if (type == DType::kF32)
-        std::memcpy(file.data() + 4 * i, &values[i], 4);
-      else
-        std::memcpy(file.data() + 2 * i, &h, 2);
-    };
-    for (size_t i = 0; i < values.size(); ++i) put(i);
-    const TensorView view{"rows", type, 40, 64, file.data(), 0};
-    const auto matrix = backend->prepare({&view, 1});
-    for (size_t i = 37 * 64; i < 38 * 64; ++i) {
-      values[i] += 1;
-      put(i);
+    const auto backend = backend_on(device);
+    std::mt19937 random(8);
+    std::vector<float> values(40 * 64);
+    for (float& v : values) v = static_cast<float>(random() % 100);
+    for (const DType type : {DType::kF32, DType::kF16}) {
+      std::vector<std::byte> file(values.size() * (type == DType::kF32 ? 4 : 2));
+      const auto put = [&](size_t i) {
+        const uint16_t h = f32_to_f16(values[i]);
+        if (type == DType::kF32)
+          std::memcpy(file.data() + 4 * i, &values[i], 4);
+        else
+          std::memcpy(file.data() + 2 * i, &h, 2);
+      };
+      for (size_t i = 0; i < values.size(); ++i) put(i);
+      const TensorView view{"rows", type, 40, 64, file.data(), 0};
+      const auto matrix = backend->prepare({&view, 1});
+      for (size_t i = 37 * 64; i < 38 * 64; ++i) {
+        values[i] += 1;
+        put(i);
+      }
+      backend->replace_row(*matrix, view, 37);
+      const auto memory = backend->allocate(sizeof(Step) + 40 * 64 * 4);
+      auto* step = static_cast<Step*>(memory.get());
+      auto* out = reinterpret_cast<float*>(step + 1);
+      step->n_rows = 40;
+      for (int i = 0; i < 40; ++i) step->token[i] = i;
+      backend->embed(step, *matrix, out);
+      EXPECT_EQ(std::vector<float>(out, out + 40 * 64), values);
     }
-    backend->replace_row(*matrix, view, 37);
-    const auto memory = backend->allocate(sizeof(Step) + 40 * 64 * 4);
-    auto* step = static_cast<Step*>(memory.get());
-    auto* out = reinterpret_cast<float*>(step + 1);
-    step->n_rows = 40;
-    for (int i = 0; i < 40; ++i) step->token[i] = i;
-    backend->embed(step, *matrix, out);
-    EXPECT_EQ(std::vector<float>(out, out + 40 * 64), values);
-  }
   }
 }
 

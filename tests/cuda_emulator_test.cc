@@ -15,7 +15,8 @@ struct Params {
 };
 
 // Runs a kernel and returns the message it dies with, or "".
-std::string refusal(void (*kernel)(Params), unsigned threads, size_t shared = 0, const Params& p = {}, Grid grid = {}) {
+std::string refusal(void (*kernel)(Params), unsigned threads, size_t shared = 0,
+                    const Params& p = {}, Grid grid = {}) {
   try {
     launch("test", kernel, nullptr, grid, static_cast<int>(threads), shared, p);
   } catch (const Error& e) {
@@ -23,7 +24,8 @@ std::string refusal(void (*kernel)(Params), unsigned threads, size_t shared = 0,
   }
   return "";
 }
-#define EXPECT_REFUSED(message, ...) EXPECT_NE((message).find(__VA_ARGS__), std::string::npos) << "'" << (message) << "'"
+#define EXPECT_REFUSED(message, ...) \
+  EXPECT_NE((message).find(__VA_ARGS__), std::string::npos) << "'" << (message) << "'"
 
 // A block's sum: shuffles in the warps, then shared memory.
 void sum_kernel(Params p) {
@@ -43,7 +45,8 @@ TEST(CudaEmulator, RunsBlocksInAnyOrderOfThreads) {
     emulator::set_order(order);
     std::vector<float> out(3);
     EXPECT_EQ(refusal(sum_kernel, 128, 64, {out.data(), 0, nullptr}, {3}), "");
-    for (int b = 0; b < 3; ++b) EXPECT_EQ(out[static_cast<size_t>(b)], 127.0f * 64 + 128.0f * static_cast<float>(b));
+    for (int b = 0; b < 3; ++b)
+      EXPECT_EQ(out[static_cast<size_t>(b)], 127.0f * 64 + 128.0f * static_cast<float>(b));
   }
   emulator::set_order(emulator::Order::kAscending);
 }
@@ -59,8 +62,18 @@ TEST(CudaEmulator, RefusesLaunchesOverTheLimits) {
 
 TEST(CudaEmulator, RefusesDivergentBarriers) {
   // Some threads return before the barrier: first those that would come later, then earlier ones.
-  EXPECT_REFUSED(refusal([](Params) { if (thread_index() < 40) sync_threads(); }, 64), "returns without it");
-  EXPECT_REFUSED(refusal([](Params) { if (thread_index() >= 40) sync_threads(); }, 64), "some that have returned");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       if (thread_index() < 40) sync_threads();
+                     },
+                     64),
+                 "returns without it");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       if (thread_index() >= 40) sync_threads();
+                     },
+                     64),
+                 "some that have returned");
   const auto two_places = [](Params) {  // not in a macro, where all is one line
     if (thread_index() < 32)
       sync_threads();
@@ -69,41 +82,68 @@ TEST(CudaEmulator, RefusesDivergentBarriers) {
   };
   EXPECT_REFUSED(refusal(two_places, 64), "one at another barrier");
   // One warp waits for its own, the other for the block: nobody can go on.
-  EXPECT_REFUSED(refusal([](Params) {
-                   if (thread_index() == 3)
-                     sync_warp();
-                   else
-                     sync_threads();
-                 }, 32), "all waiting");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       if (thread_index() == 3)
+                         sync_warp();
+                       else
+                         sync_threads();
+                     },
+                     32),
+                 "all waiting");
 }
 
 TEST(CudaEmulator, RefusesAbsentLanes) {
   EXPECT_REFUSED(refusal([](Params) { shuffle_xor(1.0f, 1); }, 40), "expected 32 lanes, found 8");
-  EXPECT_REFUSED(refusal([](Params) { if (lane_index() != 5) shuffle_xor(1.0f, 1); }, 32), "returns without it");
-  EXPECT_REFUSED(refusal([](Params) {
-                   float d[4] = {};
-                   const uint32_t a[4] = {}, b[2] = {};
-                   if (lane_index() > 0) mma_f16(d, a, b);
-                 }, 32), "some that have returned");
-  EXPECT_REFUSED(refusal([](Params) {
-                   float d[4] = {};
-                   const uint32_t a[4] = {}, b[2] = {};
-                   if (lane_index() > 7)
-                     mma_f16(d, a, b);
-                   else
-                     mma_bf16(d, a, b);
-                 }, 32), "where other lanes wait");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       if (lane_index() != 5) shuffle_xor(1.0f, 1);
+                     },
+                     32),
+                 "returns without it");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       float d[4] = {};
+                       const uint32_t a[4] = {}, b[2] = {};
+                       if (lane_index() > 0) mma_f16(d, a, b);
+                     },
+                     32),
+                 "some that have returned");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       float d[4] = {};
+                       const uint32_t a[4] = {}, b[2] = {};
+                       if (lane_index() > 7)
+                         mma_f16(d, a, b);
+                       else
+                         mma_bf16(d, a, b);
+                     },
+                     32),
+                 "where other lanes wait");
 }
 
 TEST(CudaEmulator, RefusesBadCopies) {
   const Buffer<std::byte> source(64);
-  EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory() + 8, p.source); }, 1, 64, {nullptr, 0, source.get()}), "aligned to 16");
-  EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory(), static_cast<const std::byte*>(p.source) + 4); }, 1, 64, {nullptr, 0, source.get()}), "aligned to 16");
-  EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory() + 64, p.source); }, 1, 64, {nullptr, 0, source.get()}), "shared memory");
-  EXPECT_REFUSED(refusal([](Params) { shared_memory()[64] = std::byte{1}; }, 1, 64), "a write at byte 64");
+  EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory() + 8, p.source); }, 1, 64,
+                         {nullptr, 0, source.get()}),
+                 "aligned to 16");
+  EXPECT_REFUSED(refusal(
+                     [](Params p) {
+                       copy_async_16(shared_memory(), static_cast<const std::byte*>(p.source) + 4);
+                     },
+                     1, 64, {nullptr, 0, source.get()}),
+                 "aligned to 16");
+  EXPECT_REFUSED(refusal([](Params p) { copy_async_16(shared_memory() + 64, p.source); }, 1, 64,
+                         {nullptr, 0, source.get()}),
+                 "shared memory");
+  EXPECT_REFUSED(refusal([](Params) { shared_memory()[64] = std::byte{1}; }, 1, 64),
+                 "a write at byte 64");
   EXPECT_REFUSED(refusal([](Params) { load_16(shared_memory() + 8); }, 1, 64), "aligned");
-  const std::string where = refusal([](Params p) { if (thread_index() == 2 && block_x() == 1) copy_async_16(shared_memory() + 8, p.source); },
-                                    3, 64, {nullptr, 0, source.get()}, {2});
+  const std::string where = refusal(
+      [](Params p) {
+        if (thread_index() == 2 && block_x() == 1) copy_async_16(shared_memory() + 8, p.source);
+      },
+      3, 64, {nullptr, 0, source.get()}, {2});
   EXPECT_REFUSED(where, "kernel test, block (1, 0, 0), thread 2, cuda_emulator_test.cc:");
 }
 
@@ -134,8 +174,21 @@ TEST(CudaEmulator, CopiesLandLate) {
 TEST(CudaEmulator, RecoversFromARefusal) {
   std::vector<float> out(1);
   for (int i = 0; i < 3; ++i) {
-    EXPECT_REFUSED(refusal([](Params) { if (thread_index() == 3) sync_warp(); else sync_threads(); }, 32), "all waiting");
-    EXPECT_REFUSED(refusal([](Params) { if (thread_index() < 40) sync_threads(); }, 64), "returns without it");
+    EXPECT_REFUSED(refusal(
+                       [](Params) {
+                         if (thread_index() == 3)
+                           sync_warp();
+                         else
+                           sync_threads();
+                       },
+                       32),
+                   "all waiting");
+    EXPECT_REFUSED(refusal(
+                       [](Params) {
+                         if (thread_index() < 40) sync_threads();
+                       },
+                       64),
+                   "returns without it");
     EXPECT_EQ(refusal(sum_kernel, 64, 64, {out.data(), 0, nullptr}), "");
     EXPECT_EQ(out[0], 63.0f * 32);
   }
@@ -144,15 +197,19 @@ TEST(CudaEmulator, RecoversFromARefusal) {
 TEST(CudaEmulator, MmaIsAProductOfMatrices) {
   std::mt19937 random(1);
   static float a[16][16], b[16][8], c[16][8];
-  for (auto& row : a) for (float& v : row) v = static_cast<float>(static_cast<int>(random() % 9) - 4);
-  for (auto& row : b) for (float& v : row) v = static_cast<float>(static_cast<int>(random() % 9) - 4);
+  for (auto& row : a)
+    for (float& v : row) v = static_cast<float>(static_cast<int>(random() % 9) - 4);
+  for (auto& row : b)
+    for (float& v : row) v = static_cast<float>(static_cast<int>(random() % 9) - 4);
   const auto kernel = [](Params) {
     // PTX ISA, "Matrix fragments for mma.m16n8k16", spelled out apart from tape.cuh.
     const int g = lane_index() >> 2, t = lane_index() & 3;
     const auto two = [](float x, float y) { return pack(float_to_f16(x), float_to_f16(y)); };
-    const uint32_t fa[4] = {two(a[g][t * 2], a[g][t * 2 + 1]), two(a[g + 8][t * 2], a[g + 8][t * 2 + 1]),
-                            two(a[g][t * 2 + 8], a[g][t * 2 + 9]), two(a[g + 8][t * 2 + 8], a[g + 8][t * 2 + 9])};
-    const uint32_t fb[2] = {two(b[t * 2][g], b[t * 2 + 1][g]), two(b[t * 2 + 8][g], b[t * 2 + 9][g])};
+    const uint32_t fa[4] = {
+        two(a[g][t * 2], a[g][t * 2 + 1]), two(a[g + 8][t * 2], a[g + 8][t * 2 + 1]),
+        two(a[g][t * 2 + 8], a[g][t * 2 + 9]), two(a[g + 8][t * 2 + 8], a[g + 8][t * 2 + 9])};
+    const uint32_t fb[2] = {two(b[t * 2][g], b[t * 2 + 1][g]),
+                            two(b[t * 2 + 8][g], b[t * 2 + 9][g])};
     float d[4] = {1, 1, 1, 1};
     mma_f16(d, fa, fb);
     c[g][t * 2] = d[0], c[g][t * 2 + 1] = d[1], c[g + 8][t * 2] = d[2], c[g + 8][t * 2 + 1] = d[3];
@@ -169,8 +226,10 @@ TEST(CudaEmulator, MmaIsAProductOfMatrices) {
 TEST(CudaEmulator, F16ArithmeticRoundsOnce) {
   std::mt19937 random(2);
   for (int i = 0; i < 20000; ++i) {
-    const auto a = static_cast<uint16_t>(random()), b = static_cast<uint16_t>(random()), c = static_cast<uint16_t>(random());
-    const long double exact = static_cast<long double>(f16_to_f32(a)) * f16_to_f32(b) + f16_to_f32(c);
+    const auto a = static_cast<uint16_t>(random()), b = static_cast<uint16_t>(random()),
+               c = static_cast<uint16_t>(random());
+    const long double exact =
+        static_cast<long double>(f16_to_f32(a)) * f16_to_f32(b) + f16_to_f32(c);
     if (!std::isfinite(static_cast<double>(exact)) || std::fabs(exact) > 65000) continue;
     const float got = f16_to_f32(static_cast<uint16_t>(multiply_add_f16x2(a, b, c)));
     // No f16 is nearer.

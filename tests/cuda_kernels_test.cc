@@ -1,5 +1,5 @@
-// The CUDA kernels besides the products, under the emulator: rows, attention, sampling and acceptance,
-// against the CPU's scalar reference and the contract as plain loops.
+// The CUDA kernels besides the products, under the emulator: rows, attention, sampling and
+// acceptance, against the CPU's scalar reference and the contract as plain loops.
 #include "cuda/accept.cuh"
 #include "cuda/attention.cuh"
 #include "cuda/rows.cuh"
@@ -9,15 +9,19 @@
 namespace chimera::cuda::test {
 namespace {
 
-// A step of one sequence: `committed` positions, and rows with random parents (chain: each the last's
-// child). Prompt rows before first_new were computed earlier.
+// A step of one sequence: `committed` positions, and rows with random parents (chain: each the
+// last's child). Prompt rows before first_new were computed earlier.
 void random_step(std::mt19937& random, Step* step, int committed, int rows, bool chain) {
   step->n_sequences = 1;
   step->sequences[0].committed = committed;
   step->clear();
   step->begin_sequence(0);
   for (int i = 0; i < rows; ++i)
-    step->add_row(static_cast<int32_t>(random() % 7), i == 0 ? -1 : chain ? i - 1 : static_cast<int>(random() % static_cast<unsigned>(i + 1)) - 1, true);
+    step->add_row(static_cast<int32_t>(random() % 7),
+                  i == 0  ? -1
+                  : chain ? i - 1
+                          : static_cast<int>(random() % static_cast<unsigned>(i + 1)) - 1,
+                  true);
 }
 
 TEST(CudaRows, NormEmbedCopy) {
@@ -26,7 +30,8 @@ TEST(CudaRows, NormEmbedCopy) {
     Buffer<Step> step(1);
     random_step(random, step.get(), 3, 5, true);
     step[0].first_new = 2;
-    const Buffer<float> x(random_input(random, static_cast<size_t>(5 * n), false)), w(random_input(random, static_cast<size_t>(n), false));
+    const Buffer<float> x(random_input(random, static_cast<size_t>(5 * n), false)),
+        w(random_input(random, static_cast<size_t>(n), false));
     Buffer<float> y(static_cast<size_t>(5 * n)), copied(static_cast<size_t>(5 * n));
     rms_norm(nullptr, {step.get(), x.get(), w.get(), 1e-5f, n, y.get()}, 7);
     copy_rows(nullptr, {step.get(), x.get(), n, copied.get()}, 7);
@@ -34,7 +39,8 @@ TEST(CudaRows, NormEmbedCopy) {
     for (int64_t r = 0; r < 5; ++r) {
       cpu::kScalarKernels.rms_norm(x.get() + r * n, w.get(), 1e-5f, n, expected.data());
       if (r < 2) std::fill(expected.begin(), expected.end(), 0.0f);
-      EXPECT_TRUE(same_bits(y.get() + r * n, expected.data(), expected.size())) << n << " row " << r;
+      EXPECT_TRUE(same_bits(y.get() + r * n, expected.data(), expected.size()))
+          << n << " row " << r;
       EXPECT_EQ(copied[static_cast<size_t>(r * n)], r < 2 ? 0.0f : x[static_cast<size_t>(r * n)]);
     }
   }
@@ -73,21 +79,33 @@ struct Cache {
   KvLayer layer;
   Buffer<std::byte> k, v;
   Cache(DType type, int kv_heads, int dim, int capacity)
-      : layer{type, nullptr, nullptr, kv_heads, dim, round_up(dim, kKvTile), round_up(capacity, kKvTile)},
+      : layer{type,
+              nullptr,
+              nullptr,
+              kv_heads,
+              dim,
+              round_up(dim, kKvTile),
+              round_up(capacity, kKvTile)},
         k(static_cast<size_t>(layer.head_offset(1, 0)) * 4),
         v(static_cast<size_t>(layer.head_offset(1, 0)) * 4) {
     layer.k = k.get();
     layer.v = v.get();
   }
-  float key(int head, int slot, int d) const { return load_kv(layer.type, k.get(), layer.head_offset(0, head) + layer.k_index(slot, d)); }
-  float value(int head, int slot, int d) const { return load_kv(layer.type, v.get(), layer.head_offset(0, head) + layer.v_index(slot, d)); }
+  float key(int head, int slot, int d) const {
+    return load_kv(layer.type, k.get(), layer.head_offset(0, head) + layer.k_index(slot, d));
+  }
+  float value(int head, int slot, int d) const {
+    return load_kv(layer.type, v.get(), layer.head_offset(0, head) + layer.v_index(slot, d));
+  }
   void fill(std::mt19937& random, int slots) {
     std::normal_distribution<float> normal;
     for (int head = 0; head < layer.n_kv_heads; ++head)
       for (int slot = 0; slot < slots; ++slot)
         for (int d = 0; d < layer.head_dim; ++d) {
-          store_kv(layer.type, k.get(), layer.head_offset(0, head) + layer.k_index(slot, d), normal(random));
-          store_kv(layer.type, v.get(), layer.head_offset(0, head) + layer.v_index(slot, d), normal(random));
+          store_kv(layer.type, k.get(), layer.head_offset(0, head) + layer.k_index(slot, d),
+                   normal(random));
+          store_kv(layer.type, v.get(), layer.head_offset(0, head) + layer.v_index(slot, d),
+                   normal(random));
         }
   }
 };
@@ -100,11 +118,14 @@ TEST(CudaRows, RopeAppendKeep) {
       const int half = dim / 2, width = 12 * dim, shift = dim == 24 ? 2 : 0;
       Buffer<Step> step(1);
       random_step(random, step.get(), 17, 9, false);
-      const Buffer<float> cos(random_input(random, static_cast<size_t>(40 * half), false)), sin(random_input(random, static_cast<size_t>(40 * half), false));
+      const Buffer<float> cos(random_input(random, static_cast<size_t>(40 * half), false)),
+          sin(random_input(random, static_cast<size_t>(40 * half), false));
       Buffer<float> qkv(random_input(random, static_cast<size_t>(9 * width), false));
       std::vector<float> expected(qkv.begin(), qkv.end());
       Cache cache(type, 3, dim, 40);
-      rope_append(nullptr, {step.get(), qkv.get(), heads, {cos.get(), sin.get(), shift}, 0.25f, cache.layer}, 9);
+      rope_append(nullptr,
+                  {step.get(), qkv.get(), heads, {cos.get(), sin.get(), shift}, 0.25f, cache.layer},
+                  9);
       for (int r = 0; r < 9; ++r)
         for (int h = 0; h < 9; ++h) {
           float* x = expected.data() + r * width + h * dim;
@@ -116,15 +137,22 @@ TEST(CudaRows, RopeAppendKeep) {
             for (int d = 0; d < dim; ++d) x[d] *= key ? 1.0f : 0.25f;
         }
       EXPECT_TRUE(same_bits(qkv.get(), expected.data(), expected.size())) << dim;
-      const auto rounded = [type](float f) { return type == DType::kF16 ? f16_to_f32(f32_to_f16(f)) : f; };
+      const auto rounded = [type](float f) {
+        return type == DType::kF16 ? f16_to_f32(f32_to_f16(f)) : f;
+      };
       for (int r = 0; r < 9; ++r)
         for (int h = 0; h < 3; ++h)
           for (int d = 0; d < dim; ++d) {
-            ASSERT_EQ(cache.key(h, step[0].slot[r], d), rounded(expected[static_cast<size_t>(r * width + (6 + h) * dim + d)]));
-            ASSERT_EQ(cache.value(h, step[0].slot[r], d), rounded(expected[static_cast<size_t>(r * width + (9 + h) * dim + d)]));
+            ASSERT_EQ(cache.key(h, step[0].slot[r], d),
+                      rounded(expected[static_cast<size_t>(r * width + (6 + h) * dim + d)]));
+            ASSERT_EQ(cache.value(h, step[0].slot[r], d),
+                      rounded(expected[static_cast<size_t>(r * width + (9 + h) * dim + d)]));
           }
       // Keep a path of the tree.
-      const auto before = [&](int r, int h, int d) { return std::pair{rounded(expected[static_cast<size_t>(r * width + (6 + h) * dim + d)]), rounded(expected[static_cast<size_t>(r * width + (9 + h) * dim + d)])}; };
+      const auto before = [&](int r, int h, int d) {
+        return std::pair{rounded(expected[static_cast<size_t>(r * width + (6 + h) * dim + d)]),
+                         rounded(expected[static_cast<size_t>(r * width + (9 + h) * dim + d)])};
+      };
       Buffer<float> states(random_input(random, 9 * 5, false));
       const std::vector<float> states_before(states.begin(), states.end());
       for (int r = 0; r < 9; ++r) step[0].kept_at[r] = -1;
@@ -147,12 +175,15 @@ TEST(CudaRows, RopeAppendKeep) {
 }
 
 // One query by the contract: its keys and values in logical order.
-std::vector<float> attention_oracle(const Cache& c, const Step& step, int row, int kv_head, const float* q) {
+std::vector<float> attention_oracle(const Cache& c, const Step& step, int row, int kv_head,
+                                    const float* q) {
   const bool f16 = c.layer.type == DType::kF16;
-  const int dim = c.layer.head_dim, length = step.position[row] + 1, committed = step.sequences[0].committed;
+  const int dim = c.layer.head_dim, length = step.position[row] + 1,
+            committed = step.sequences[0].committed;
   std::vector<int> slot(static_cast<size_t>(length));
   for (int i = 0; i < committed; ++i) slot[static_cast<size_t>(i)] = i;
-  for (int node = row; node >= 0; node = step.parent[node]) slot[static_cast<size_t>(step.position[node])] = step.slot[node];
+  for (int node = row; node >= 0; node = step.parent[node])
+    slot[static_cast<size_t>(step.position[node])] = step.slot[node];
   const int stride = cpu::partial_size(dim);
   std::vector<float> partials, out(static_cast<size_t>(dim));
   for (int begin = 0; begin < length; begin += kChunk) {
@@ -188,7 +219,8 @@ std::vector<float> attention_oracle(const Cache& c, const Step& step, int row, i
       float o = 0;
       for (int i = 0; i < n; i += f16 ? 16 : 1) {
         if (!f16) {
-          o = std::fma(e[static_cast<size_t>(i)], c.value(kv_head, slot[static_cast<size_t>(begin + i)], d), o);
+          o = std::fma(e[static_cast<size_t>(i)],
+                       c.value(kv_head, slot[static_cast<size_t>(begin + i)], d), o);
           continue;
         }
         float a[16] = {}, b[16] = {};
@@ -201,7 +233,8 @@ std::vector<float> attention_oracle(const Cache& c, const Step& step, int row, i
       partials.push_back(o);
     }
   }
-  cpu::kScalarKernels.combine(partials.data(), static_cast<int>(partials.size()) / stride, stride, dim, dim, out.data());
+  cpu::kScalarKernels.combine(partials.data(), static_cast<int>(partials.size()) / stride, stride,
+                              dim, dim, out.data());
   return out;
 }
 
@@ -212,8 +245,14 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
     bool chain;
   };
   for (const DType type : {DType::kF16, DType::kF32})
-    for (const Case& c : {Case{1, 1, 8, 0, 1, true}, {3, 1, 16, 5, 3, false}, {4, 4, 32, 40, 37, false}, {6, 2, 24, 250, 11, false},
-                          {2, 1, 64, 255, 20, false}, {9, 3, 64, 256, 1, true}, {4, 2, 16, 9, 70, true}, {2, 2, 48, 497, 18, false},
+    for (const Case& c : {Case{1, 1, 8, 0, 1, true},
+                          {3, 1, 16, 5, 3, false},
+                          {4, 4, 32, 40, 37, false},
+                          {6, 2, 24, 250, 11, false},
+                          {2, 1, 64, 255, 20, false},
+                          {9, 3, 64, 256, 1, true},
+                          {4, 2, 16, 9, 70, true},
+                          {2, 2, 48, 497, 18, false},
                           {40, 1, 16, 30, 3, false}}) {
       Buffer<Step> step(1);
       random_step(random, step.get(), c.committed, c.rows, c.chain);
@@ -221,31 +260,49 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
       step[0].first_new = first_new;
       Cache cache(type, c.kv_heads, c.dim, c.committed + c.rows + 1);
       cache.fill(random, c.committed + c.rows);
-      const int width = (c.heads + 2 * c.kv_heads) * c.dim, chunks = (c.committed + c.rows) / kChunk + 1;
+      const int width = (c.heads + 2 * c.kv_heads) * c.dim,
+                chunks = (c.committed + c.rows) / kChunk + 1;
       const Buffer<float> qkv(random_input(random, static_cast<size_t>(c.rows * width), false));
-      Buffer<float> partials(static_cast<size_t>(c.rows * c.heads * chunks * (2 + cache.layer.padded_dim))), out(static_cast<size_t>(c.rows * c.heads * c.dim));
+      Buffer<float> partials(
+          static_cast<size_t>(c.rows * c.heads * chunks * (2 + cache.layer.padded_dim))),
+          out(static_cast<size_t>(c.rows * c.heads * c.dim));
       std::fill(partials.begin(), partials.end(), NAN);
       std::fill(out.begin(), out.end(), NAN);
-      // What lies behind the live slots of the cache must not matter, nor what the step says of rows that
-      // it does not have.
+      // What lies behind the live slots of the cache must not matter, nor what the step says of
+      // rows that it does not have.
       for (int r = c.rows; r < Step::kMaxRows; ++r) step[0].slot[r] = c.committed + c.rows;
       const auto nan_tail = [&](void* base) {
         for (int h = 0; h < c.kv_heads; ++h)
           for (int s = c.committed + c.rows; s < cache.layer.padded_capacity; ++s)
             for (int d = 0; d < c.dim; ++d)
-              store_kv(type, base, cache.layer.head_offset(0, h) + (base == cache.k.get() ? cache.layer.k_index(s, d) : cache.layer.v_index(s, d)), NAN);
+              store_kv(type, base,
+                       cache.layer.head_offset(0, h) + (base == cache.k.get()
+                                                            ? cache.layer.k_index(s, d)
+                                                            : cache.layer.v_index(s, d)),
+                       NAN);
       };
       nan_tail(cache.k.get());
       nan_tail(cache.v.get());
       emulator::set_order(c.rows % 2 ? emulator::Order::kDescending : emulator::Order::kAscending);
-      attention(nullptr, {step.get(), qkv.get(), {c.heads, c.kv_heads, c.dim}, cache.layer, chunks, partials.get(), out.get()}, c.rows - first_new, chunks, 1);
+      attention(nullptr,
+                {step.get(),
+                 qkv.get(),
+                 {c.heads, c.kv_heads, c.dim},
+                 cache.layer,
+                 chunks,
+                 partials.get(),
+                 out.get()},
+                c.rows - first_new, chunks, 1);
       emulator::set_order(emulator::Order::kAscending);
       for (int row = first_new; row < c.rows; ++row)
         for (int head = 0; head < c.heads; ++head) {
-          const auto expected = attention_oracle(cache, step[0], row, head / (c.heads / c.kv_heads), qkv.get() + row * width + head * c.dim);
-          ASSERT_TRUE(same_bits(out.get() + (row * c.heads + head) * c.dim, expected.data(), expected.size()))
-              << dtype_info(type).name << " " << c.heads << "/" << c.kv_heads << " x " << c.dim << " after " << c.committed << ", row " << row << " of "
-              << c.rows << ", head " << head;
+          const auto expected = attention_oracle(cache, step[0], row, head / (c.heads / c.kv_heads),
+                                                 qkv.get() + row * width + head * c.dim);
+          ASSERT_TRUE(same_bits(out.get() + (row * c.heads + head) * c.dim, expected.data(),
+                                expected.size()))
+              << dtype_info(type).name << " " << c.heads << "/" << c.kv_heads << " x " << c.dim
+              << " after " << c.committed << ", row " << row << " of " << c.rows << ", head "
+              << head;
         }
     }
 }
@@ -295,11 +352,13 @@ TEST(CudaAccept, SamplesAsTheCpu) {
     const int position = 1 + static_cast<int>(random() % 1000);
     std::vector<float> e(vocab);
     std::vector<int32_t> order(vocab);
-    const int32_t expected = sample(ops, logits.data(), static_cast<int32_t>(vocab), s, position, {e.data(), order.data()});
+    const int32_t expected = sample(ops, logits.data(), static_cast<int32_t>(vocab), s, position,
+                                    {e.data(), order.data()});
     greedy_differs += expected != ops.argmax(logits.data(), static_cast<int64_t>(vocab));
     emulator::set_order(trial % 2 ? emulator::Order::kDescending : emulator::Order::kAscending);
     ASSERT_EQ(sample_on_device(logits, s, position), expected)
-        << "trial " << trial << ": vocab " << vocab << ", T " << s.temperature << ", k " << s.top_k << ", p " << s.top_p << ", min-p " << s.min_p;
+        << "trial " << trial << ": vocab " << vocab << ", T " << s.temperature << ", k " << s.top_k
+        << ", p " << s.top_p << ", min-p " << s.min_p;
   }
   emulator::set_order(emulator::Order::kAscending);
   EXPECT_GT(greedy_differs, 30) << "the trials must leave the largest logit now and then";
@@ -311,7 +370,8 @@ TEST(CudaAccept, ZeroHasNoSign) {
 }
 
 TEST(CudaAccept, WalksTheTree) {
-  // The tree of step.h; greedy, logits that say "dog" after row 0, "ran" after row 2, then anything.
+  // The tree of step.h; greedy, logits that say "dog" after row 0, "ran" after row 2, then
+  // anything.
   Buffer<Step> step(1);
   Step& s = step[0];
   s.n_sequences = 3;
@@ -322,7 +382,8 @@ TEST(CudaAccept, WalksTheTree) {
   s.add_row(1, -1, false);
   s.add_row(2, 0, false);
   s.begin_sequence(0);
-  const int the = s.add_row(0, -1, true), cat = s.add_row(1, the, true), dog = s.add_row(2, the, true);
+  const int the = s.add_row(0, -1, true), cat = s.add_row(1, the, true),
+            dog = s.add_row(2, the, true);
   s.add_row(3, cat, true);
   s.add_row(4, cat, true);
   const int ran = s.add_row(4, dog, true);
@@ -332,7 +393,8 @@ TEST(CudaAccept, WalksTheTree) {
   logits[static_cast<size_t>(s.logits_index[dog] * 8 + 4)] = 1;
   logits[static_cast<size_t>(s.logits_index[ran] * 8 + 6)] = 1;
   accept(nullptr, {step.get(), logits.get(), 8}, 3);
-  EXPECT_EQ(std::vector<int>(s.kept_at, s.kept_at + 8), (std::vector<int>{4, 5, 7, -1, 8, -1, -1, 9}));
+  EXPECT_EQ(std::vector<int>(s.kept_at, s.kept_at + 8),
+            (std::vector<int>{4, 5, 7, -1, 8, -1, -1, 9}));
   EXPECT_EQ(s.sequences[0].next, 6);
   EXPECT_EQ(s.sequences[0].n_kept, 3);
   EXPECT_EQ(s.sequences[0].committed, 10);

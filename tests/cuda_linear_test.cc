@@ -10,8 +10,10 @@ struct Case {
 };
 
 // Runs one op as the backend does: input, then product.
-std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tokens, Linear::Input input = Linear::Input::kPlain,
-                       const std::vector<float>& norm = {}, const std::vector<float>* residual = nullptr,
+std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tokens,
+                       Linear::Input input = Linear::Input::kPlain,
+                       const std::vector<float>& norm = {},
+                       const std::vector<float>* residual = nullptr,
                        const std::vector<int>& logits_rows = {}) {
   Buffer<std::byte> tape(static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols)));
   pack_tape(w, tape.get());
@@ -26,17 +28,19 @@ std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tok
   Buffer<float> plain(static_cast<size_t>(live * w.cols));
   std::fill(fragments.begin(), fragments.end(), std::byte{0xff});  // NaN where nothing is written
   const bool f32 = w.type == DType::kF32, bf16 = w.type == DType::kBF16;
-  prepare_input(nullptr,
-                {step.get(), rows, input, in.get(), weight.get(), 1e-5f, w.cols, f32 ? plain.get() : nullptr,
-                 f32 || bf16 ? nullptr : fragments.get(), bf16 ? fragments.get() : nullptr},
-                live + 1);
+  prepare_input(
+      nullptr,
+      {step.get(), rows, input, in.get(), weight.get(), 1e-5f, w.cols, f32 ? plain.get() : nullptr,
+       f32 || bf16 ? nullptr : fragments.get(), bf16 ? fragments.get() : nullptr},
+      live + 1);
   Buffer<float> y(static_cast<size_t>(live * w.rows));
   std::fill(y.begin(), y.end(), std::nanf(""));
   if (residual != nullptr) std::copy(residual->begin(), residual->end(), y.begin());
   Buffer<float> partials(static_cast<size_t>(partial_floats(w.type, w.rows, w.cols, live)));
   Buffer<uint32_t> counters(static_cast<size_t>(counter_words(w.rows, live + 1)));
   linear(nullptr, w.type,
-         {step.get(), rows, tape.get(), f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(), w.rows, w.cols,
+         {step.get(), rows, tape.get(),
+          f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(), w.rows, w.cols,
           y.get(), w.rows, residual != nullptr, partials.get(), live, counters.get()},
          live + 1);
   for (const uint32_t c : counters) EXPECT_EQ(c, 0u);
@@ -69,12 +73,21 @@ TEST(CudaLinear, EveryTypeAtOddSizes) {
   std::mt19937 random(2);
   for (const bool integers : {true, false})
     for (const DType type : kAllTypes)
-      for (const Case& c : {Case{1, 32, 1}, {16, 64, 3}, {33, 288, 8}, {130, 544, 9}, {200, 96, 33}, {257, 800, 2}}) {
-        const RandomMatrix m = random_matrix(random, type, c.rows, whole_blocks(type, c.cols), integers);
-        const std::vector<float> x = random_input(random, static_cast<size_t>(c.tokens * m.view.cols), integers);
-        const std::vector<float> y = run(m.view, x, c.tokens), expected = product_oracle(m.view, x, c.tokens);
+      for (const Case& c : {Case{1, 32, 1},
+                            {16, 64, 3},
+                            {33, 288, 8},
+                            {130, 544, 9},
+                            {200, 96, 33},
+                            {257, 800, 2}}) {
+        const RandomMatrix m =
+            random_matrix(random, type, c.rows, whole_blocks(type, c.cols), integers);
+        const std::vector<float> x =
+            random_input(random, static_cast<size_t>(c.tokens * m.view.cols), integers);
+        const std::vector<float> y = run(m.view, x, c.tokens),
+                                 expected = product_oracle(m.view, x, c.tokens);
         ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size()))
-            << dtype_info(type).name << " " << c.rows << " x " << m.view.cols << ", " << c.tokens << " tokens";
+            << dtype_info(type).name << " " << c.rows << " x " << m.view.cols << ", " << c.tokens
+            << " tokens";
       }
 }
 
@@ -85,7 +98,8 @@ TEST(CudaLinear, AnyNumberOfColumns) {
       const RandomMatrix m = random_matrix(random, type, 19, cols, false);
       const std::vector<float> x = random_input(random, static_cast<size_t>(5 * cols), false);
       const std::vector<float> y = run(m.view, x, 5), expected = product_oracle(m.view, x, 5);
-      ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << dtype_info(type).name << " " << cols;
+      ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size()))
+          << dtype_info(type).name << " " << cols;
     }
 }
 
@@ -102,8 +116,10 @@ TEST(CudaLinear, WidthIndependent) {
     emulator::set_order(emulator::Order::kAscending);
     ASSERT_TRUE(same_bits(other_way.data(), all.data(), all.size())) << dtype_info(type).name;
     for (const auto& [first, count] : {std::pair{0, 1}, {63, 1}, {17, 2}, {9, 8}, {3, 31}}) {
-      const std::vector<float> some = run(m.view, {x.begin() + first * 1280, x.begin() + (first + count) * 1280}, count);
-      ASSERT_TRUE(same_bits(some.data(), all.data() + first * 70, some.size())) << dtype_info(type).name << " " << first;
+      const std::vector<float> some =
+          run(m.view, {x.begin() + first * 1280, x.begin() + (first + count) * 1280}, count);
+      ASSERT_TRUE(same_bits(some.data(), all.data() + first * 70, some.size()))
+          << dtype_info(type).name << " " << first;
     }
   }
 }
@@ -113,14 +129,17 @@ TEST(CudaLinear, InputsAndEpilogue) {
   constexpr int64_t kRows = 40, kCols = 352;
   for (const DType type : {DType::kF32, DType::kBF16, DType::kQ5_1}) {
     const RandomMatrix m = random_matrix(random, type, kRows, kCols, false);
-    const std::vector<float> x = random_input(random, 7 * 2 * kCols, false), norm = random_input(random, kCols, false);
+    const std::vector<float> x = random_input(random, 7 * 2 * kCols, false),
+                             norm = random_input(random, kCols, false);
     const std::vector<float> residual = random_input(random, 7 * kRows, false);
     std::vector<float> normed(7 * kCols), gated(7 * kCols);
     for (size_t t = 0; t < 7; ++t) {
-      cpu::kScalarKernels.rms_norm(x.data() + t * kCols, norm.data(), 1e-5f, kCols, normed.data() + t * kCols);
+      cpu::kScalarKernels.rms_norm(x.data() + t * kCols, norm.data(), 1e-5f, kCols,
+                                   normed.data() + t * kCols);
       cpu::kScalarKernels.swiglu(x.data() + t * 2 * kCols, kCols, gated.data() + t * kCols);
     }
-    auto y = run(m.view, x, 7, Linear::Input::kRmsNorm, norm), expected = product_oracle(m.view, normed, 7);
+    auto y = run(m.view, x, 7, Linear::Input::kRmsNorm, norm),
+         expected = product_oracle(m.view, normed, 7);
     ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "norm";
     y = run(m.view, x, 7, Linear::Input::kSwiGlu);
     expected = product_oracle(m.view, gated, 7);

@@ -17,14 +17,16 @@
 
 namespace chimera::cuda::test {
 
-inline const DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1,
-                                  DType::kQ5_0, DType::kQ5_1, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+inline const DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0,
+                                  DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
+                                  DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 // 256-aligned, like the device's memory.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(size_t n) : n_(n), p_(static_cast<T*>(allocate_device(std::max<size_t>(n, 1) * sizeof(T)))) {}
+  explicit Buffer(size_t n)
+      : n_(n), p_(static_cast<T*>(allocate_device(std::max<size_t>(n, 1) * sizeof(T)))) {}
   explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { std::copy(v.begin(), v.end(), p_); }
   ~Buffer() { free_device(p_); }
   Buffer(const Buffer&) = delete;
@@ -45,14 +47,17 @@ struct RandomMatrix {
   std::vector<std::byte> bytes;
   TensorView view;
 };
-inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows, int64_t cols, bool integers) {
+inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows, int64_t cols,
+                                  bool integers) {
   const DTypeInfo& info = dtype_info(type);
   RandomMatrix m;
   m.bytes.resize(static_cast<size_t>(rows) * row_bytes(type, cols));
   std::normal_distribution<float> normal;
   const auto put16 = [](std::byte* p, uint16_t h) { std::memcpy(p, &h, 2); };
   const auto small = [&] { return static_cast<float>(static_cast<int>(random() % 9) - 4); };
-  const auto scale = [&] { return f32_to_f16(integers ? 1.0f : 0.01f * (1.0f + std::fabs(normal(random)))); };
+  const auto scale = [&] {
+    return f32_to_f16(integers ? 1.0f : 0.01f * (1.0f + std::fabs(normal(random))));
+  };
   for (size_t at = 0; at < m.bytes.size(); at += static_cast<size_t>(info.block_bytes)) {
     std::byte* b = m.bytes.data() + at;
     for (int i = 0; i < info.block_bytes; ++i) b[i] = static_cast<std::byte>(random());
@@ -62,13 +67,21 @@ inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows
         std::memcpy(b, &f, 4);
         break;
       }
-      case DType::kF16: put16(b, f32_to_f16(integers ? small() : normal(random))); break;
-      case DType::kBF16: put16(b, f32_to_bf16(integers ? small() : normal(random))); break;
+      case DType::kF16:
+        put16(b, f32_to_f16(integers ? small() : normal(random)));
+        break;
+      case DType::kBF16:
+        put16(b, f32_to_bf16(integers ? small() : normal(random)));
+        break;
       case DType::kQ4_1:
-      case DType::kQ5_1: put16(b + 2, f32_to_f16(integers ? small() : normal(random))); [[fallthrough]];
+      case DType::kQ5_1:
+        put16(b + 2, f32_to_f16(integers ? small() : normal(random)));
+        [[fallthrough]];
       case DType::kQ8_0:
       case DType::kQ4_0:
-      case DType::kQ5_0: put16(b, scale()); break;
+      case DType::kQ5_0:
+        put16(b, scale());
+        break;
       case DType::kQ4_K:
       case DType::kQ5_K:
         put16(b, scale());
@@ -84,10 +97,12 @@ inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows
   return m;
 }
 
-inline std::vector<float> random_input(std::mt19937& random, size_t n, bool integers, float scale = 1.0f) {
+inline std::vector<float> random_input(std::mt19937& random, size_t n, bool integers,
+                                       float scale = 1.0f) {
   std::normal_distribution<float> normal(0, scale);
   std::vector<float> x(n);
-  for (float& v : x) v = integers ? static_cast<float>(static_cast<int>(random() % 5) - 2) : normal(random);
+  for (float& v : x)
+    v = integers ? static_cast<float>(static_cast<int>(random() % 5) - 2) : normal(random);
   return x;
 }
 
@@ -118,7 +133,8 @@ inline std::vector<float> product_weights(const TensorView& w) {
 }
 
 // One product, by the contract. x: (tokens, cols) as it comes in.
-inline std::vector<float> product_oracle(const TensorView& w, const std::vector<float>& x, int64_t tokens) {
+inline std::vector<float> product_oracle(const TensorView& w, const std::vector<float>& x,
+                                         int64_t tokens) {
   const std::vector<float> weights = product_weights(w);
   const int64_t n = w.rows, k = w.cols;
   std::vector<float> y(static_cast<size_t>(tokens * n));
@@ -157,7 +173,8 @@ inline std::vector<float> product_oracle(const TensorView& w, const std::vector<
 inline ::testing::AssertionResult same_bits(const float* a, const float* b, size_t n) {
   for (size_t i = 0; i < n; ++i)
     if (std::memcmp(a + i, b + i, 4) != 0)
-      return ::testing::AssertionFailure() << "at " << i << " of " << n << ": " << a[i] << " and " << b[i];
+      return ::testing::AssertionFailure()
+             << "at " << i << " of " << n << ": " << a[i] << " and " << b[i];
   return ::testing::AssertionSuccess();
 }
 

@@ -157,7 +157,7 @@ int bench(const std::vector<std::string>& args) {
 
   const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
   const Llama llama = prepare_weights(*backend, &model);
-  Session session(llama, {.context = context, .max_nodes = o.drafting.nodes});
+  Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
   ReadBandwidth read_bandwidth(llama.weight_bytes(), threads);
   GenerateOptions options;
   options.max_tokens = o.n;
@@ -174,6 +174,7 @@ int bench(const std::vector<std::string>& args) {
 
   Progress progress;
   progress.show("warming up");
+  if (!o.drafting.nodes) session.measure_cost();
   for (const auto& drafter : drafters) generate(session, drafter.get(), prompts.front(), options);
 
   Series bandwidth, share;
@@ -225,7 +226,7 @@ int bench(const std::vector<std::string>& args) {
                 {"prompts", prompts.size()},
                 {"tokens", o.n},
                 {"rounds", o.rounds},
-                {"nodes", o.drafting.nodes},
+                {"nodes", o.drafting.most_nodes()},
                 {"temperature", o.sampling.temperature},
                 {"weight_bytes", llama.weight_bytes()},
                 {"peak_memory_bytes", peak_memory_bytes()},

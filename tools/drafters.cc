@@ -7,7 +7,10 @@ namespace chimera {
 
 std::vector<Flag> DrafterFlags::flags() {
   return {{0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
-          {0, "nodes", "N", "guesses that a pass checks, at most", integer(&nodes, 1, 255)},
+          {0, "nodes", "N", 
+           "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
+           "measured at the start)",
+           integer(&nodes, 1, 255)},
           {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
           {0, "width", "N", "guesses that the draft model goes on from at each depth",
            integer(&width, 1, 32)}};
@@ -27,11 +30,11 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
                                       const std::optional<DraftTensors>& draft, const Llama& target,
                                       int context) {
   if (name == "none") return nullptr;
-  if (name == "ngram") return make_ngram_drafter({.nodes = flags.nodes}, 1, context);
+  if (name == "ngram") return make_ngram_drafter({.nodes = flags.most_nodes()}, 1, context);
   if (!draft)
     throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
   return make_chimera_drafter(target, *draft,
-                              {.nodes = flags.nodes,
+                              {.nodes = flags.most_nodes(),
                                .depth = flags.depth,
                                .width = flags.width,
                                .ngrams = name == "hybrid"},

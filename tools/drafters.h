@@ -15,7 +15,11 @@ namespace chimera {
 
 struct DrafterFlags {
   std::optional<std::string> draft;  // path of a draft model
-  int nodes = 8, depth = 6, width = 4;
+  std::optional<int> nodes;          // not given: what this machine makes the most of
+  int depth = 6, width = 4;
+
+  int most_nodes() const { return nodes.value_or(kMostNodes); }
+  static constexpr int kMostNodes = 31;
 
   // The flags that set them.
   std::vector<Flag> flags();

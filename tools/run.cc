@@ -180,9 +180,10 @@ int run(const std::vector<std::string>& args) {
   const Llama llama = prepare_weights(*backend, &model);
   const bool plain = o.drafter == "none";
   Session session(llama, {.context = context,
-                          .max_nodes = plain ? 0 : o.drafting.nodes,
+                          .max_nodes = plain ? 0 : o.drafting.most_nodes(),
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
+  if (!plain && !o.drafting.nodes) session.measure_cost();
   load_seconds += seconds_since(start);
   if (!o.json) {
     note(model.name() + " on " + backend->description() + ", loaded in " +
@@ -216,7 +217,7 @@ int run(const std::vector<std::string>& args) {
                 {"chat_format", chat ? name(model.chat_format) : "none"},
                 {"context", context},
                 {"drafter", o.drafter},
-                {"nodes", plain ? 0 : o.drafting.nodes},
+                {"nodes", plain ? 0 : o.drafting.most_nodes()},
                 {"device", backend->name()},
                 {"isa", backend->isa()},
                 {"contract_version", backend->contract_version()},

@@ -65,7 +65,7 @@ Command command(Options* o) {
        {0, "follow", "",
         "look for new texts in the shards when all have been read,\nbefore reading them again",
         on(&o->follow)},
-       {0, "rate", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
+       {0, "lr", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
        {0, "batch", "N", "positions a step, at least: whole texts are taken",
         integer(&o->batch, 1, 100'000)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
@@ -564,7 +564,7 @@ int train_fit(const std::vector<std::string>& args) {
         throw Error(
             "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
             "NaN or infinity",
-            "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --rate");
+            "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --lr");
       }
       at.texts += static_cast<int64_t>(batch.size());
       at.starts += starts;

@@ -72,6 +72,7 @@ inline Lanes power_of_two(Lanes n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.lo), bias), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.hi), bias), 23))};
 }
+inline Lanes floor(Lanes a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 // The contract's fold of 16 lanes: j and j+8, j and j+4, j and j+2, j and j+1.
 inline float fold(Lanes a) {
   const __m256 s8 = _mm256_add_ps(a.lo, a.hi);

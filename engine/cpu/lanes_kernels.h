@@ -331,7 +331,8 @@ int32_t argmax(const float* x, int64_t n) {
 
 void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {
   const Lanes t = broadcast(divisor), shift = broadcast(largest / divisor);
-  const auto one = [t, shift](Lanes v) { return where_nan(v, broadcast(0.0f), exp(v / t - shift)); };
+  const Lanes up = broadcast(0x1p34f), down = broadcast(0x1p-34f);
+  const auto one = [&](Lanes v) { return where_nan(v, broadcast(0.0f), floor(exp(v / t - shift) * up) * down); };
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(out + i, one(load(x + i)));
   if (i < n) store_first(out + i, one(load_first(x + i, n - i)), n - i);

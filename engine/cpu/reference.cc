@@ -156,7 +156,7 @@ int32_t argmax(const float* x, int64_t n) {
 
 void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {
   for (int64_t i = 0; i < n; ++i) {
-    const float e = exp(x[i] / divisor - largest / divisor);
+    const float e = std::floor(exp(x[i] / divisor - largest / divisor) * 0x1p34f) * 0x1p-34f;
     out[i] = std::isnan(x[i]) ? 0.0f : e;
   }
 }
