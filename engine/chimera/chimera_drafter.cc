@@ -111,7 +111,7 @@ class ChimeraDrafter final : public Drafter {
     for (int r = seq.first_row; r < seq.first_row + seq.n_rows; ++r) {
       if (k.step->kept_at[r] < 0 || k.step->logits_index[r] < 0) continue;
       const float* logits = k.logits + int64_t{k.step->logits_index[r]} * k.vocab;
-      int32_t best[kTargetsBest];
+      int32_t best[kTargetsBest] = {};
       const int n = top(logits, k.vocab, kTargetsBest, best);
       for (int i = 0; i < n; ++i) learn(best[i]);
     }
@@ -152,7 +152,7 @@ class ChimeraDrafter final : public Drafter {
   // Adds the candidates below a node that was expanded, from its row of the logits.
   void propose(int parent, const float* logits) {
     const int width = model_.logits_width();
-    int32_t best[kBranch];
+    int32_t best[kBranch] = {};
     const int n = top(logits, width, kBranch, best);
     const float largest = logits[best[0]];
     float sum = 0;
