@@ -35,6 +35,7 @@ isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 all: $(BUILD)/chimera
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+DRAFT := $(addprefix --draft ,$(wildcard models/smollm2-135m-instruct.chimera.safetensors))
 ifeq (,$(filter -j%,$(MAKEFLAGS)))
 MAKEFLAGS += -j$(shell nproc)
 endif
@@ -42,7 +43,7 @@ endif
 # Each of these first installs and fetches what is missing, then builds: in that order, since the
 # sources need the headers.
 run: prepare
-	@$(BUILD)/chimera run -m $(MODEL) -p "$(PROMPT)" $(ARGS)
+	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$(PROMPT)" $(ARGS)
 
 test: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
@@ -51,7 +52,7 @@ test-full: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1
 
 bench: prepare
-	@$(BUILD)/chimera bench -m $(MODEL) $(ARGS)
+	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(ARGS)
 
 prepare:
 	@tools/install_deps.sh

@@ -73,7 +73,7 @@ class NgramIndex {
   std::vector<int32_t> previous_;  // (lengths, context)
 };
 
-// Proposes what followed the newest occurrences of the text's longest repeated ending.
+// Proposes what followed the newest occurrences of the text's last tokens, longest match first.
 inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int32_t> tokens, int min_match, int max_match,
                            CandidateTree* tree) {
   // How often the token that followed the newest match of n tokens follows again, if no longer match
@@ -82,16 +82,18 @@ inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int3
   constexpr int kLongest = 6, kDepth = 12, kContinuations = 3;
   index.update(text, tokens);
   int continuations = 0;
-  for (int n = max_match; n >= min_match && continuations == 0; --n)
+  for (int n = max_match; n >= min_match && continuations < kContinuations; --n)
     index.matches(tokens, n, [&](size_t position) {
+      const int before = tree->size();
       int node = CandidateTree::kRoot;
-      // An older occurrence is believed if the newer one is wrong.
+      // An older occurrence, or a shorter match, is believed only as far as the ones before it fail.
       float p = continuations == 0 ? 1.0f : 0.4f / static_cast<float>(continuations);
       for (size_t i = 1; i <= kDepth && position + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
         p *= kProbability[std::min(n + static_cast<int>(i) - 1, kLongest)];  // each token that agrees makes the match longer
         node = tree->add(node, tokens[position + i], p);
       }
-      return ++continuations < kContinuations;
+      continuations += tree->size() > before;  // a longer match comes up again as a shorter one
+      return continuations < kContinuations;
     });
 }
 

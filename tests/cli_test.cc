@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <thread>
@@ -115,7 +116,7 @@ TEST_F(CliTest, Help) {
       EXPECT_EQ(o.err, "");
     }
   }
-  EXPECT_NE(chimera({"run", "-h"}).out.find("checks, at most (default: 8)\n"), std::string::npos);
+  EXPECT_NE(chimera({"run", "-h"}).out.find("--width N      "), std::string::npos);
 }
 
 TEST_F(CliTest, Version) {
@@ -136,7 +137,7 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"run", "-m"}, 2, "-m: expected MODEL, found nothing");
   expect_error({"run", "-m", "-p", "x"}, 2, "-m: expected MODEL, found the flag -p");
   expect_error({"run", "--json=yes"}, 2, "--json: expected no value, found 'yes'");
-  expect_error({"run", "--drafter", "guess"}, 2, "expected none or ngram, found 'guess'");
+  expect_error({"run", "--drafter", "guess"}, 2, "expected none, ngram, chimera, hybrid or best, found 'guess'");
   expect_error({"run", "--device=gpu"}, 2, "expected cpu, cuda or auto, found 'gpu'");
   expect_error({"run", "-m", "x", "-p", "a", "-f", "b"}, 2, "expected -p or -f, found both");
   expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
@@ -374,6 +375,41 @@ TEST_F(CliTest, Bench) {
   EXPECT_EQ(table.code, 0);
   EXPECT_EQ(table.err, "");
   EXPECT_NE(table.out.find("All texts were the same"), std::string::npos) << table.out;
+}
+
+// What a draft learns from: answers that depend on the prompt alone, not on who else is in the batch.
+TEST_F(CliTest, TrainData) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts = write("prompts.txt", "Once upon a time\nLily saw a big dog\nThe sun\nOne day, Tim\n");
+  const auto data = [&](const std::string& output, const Args& more) {
+    Args args = {"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / output, "-n", "24", "--max-prompt", "40", "--threads", "1"};
+    args.insert(args.end(), more.begin(), more.end());
+    const Output o = chimera(args);
+    EXPECT_EQ(o.code, 0) << o.err;
+    std::map<int, std::vector<int>> answers;
+    std::istringstream lines(read(output));
+    std::string line;
+    std::getline(lines, line);
+    EXPECT_EQ(json::parse(line)["chimera_data"], 1);
+    while (std::getline(lines, line)) {
+      const json record = json::parse(line);
+      EXPECT_TRUE(answers.emplace(record["prompt"], record["ids"].get<std::vector<int>>()).second) << "answered twice";
+    }
+    return answers;
+  };
+  const auto whole = data("whole", {"--sequences", "3"});
+  EXPECT_EQ(whole.size(), 4u);
+  EXPECT_EQ(data("one", {"--sequences", "1"}), whole);
+  auto parts = data("even", {"--shard", "0/2"});
+  parts.merge(data("odd", {"--shard", "1/2"}));
+  EXPECT_EQ(parts, whole);
+  // A run that was cut in the middle of a line goes on.
+  const std::string text = read("whole");
+  write("whole", text.substr(0, text.size() - 30));
+  EXPECT_EQ(data("whole", {"--sequences", "2"}), whole);
+  expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"}, 1, "made with the same model and settings");
+  expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x", "--shard", "2/2"}, 2, "0 <= i < n");
+  expect_error({"train", "dance"}, 2, "expected data or fit");
 }
 
 }  // namespace
