@@ -2,10 +2,10 @@
 // sample there, and so on (backend.h). A block has a sequence.
 //
 // # Sampling in parallel, one answer
-// sampler.h defines a token by sums over the vocabulary in the order of ids. To add in parallel and
-// get the same bits, the sums are made exact: e = exp(..) in [0, 1] is rounded down to a multiple
-// of 2^-34, so a sum of 2^19 of them fits the 53 bits of a double, or here a 64-bit integer, in any
-// order. What is a comparison of doubles on the CPU is the same comparison here, scaled by 2^34.
+// sampler.h defines a token by sums over the vocabulary, and makes them exact: e = exp(..) in [0,
+// 1] is rounded down to a multiple of 2^-34, so a sum of 2^19 of them fits the 53 bits of a double,
+// or here a 64-bit integer, in any order. So they may be taken in parallel; what is a comparison of
+// doubles on the CPU is the same comparison here, scaled by 2^34.
 //
 // e is never stored: it is a few operations from the logit, cheaper than to keep 128 sequences x
 // vocab. What survives top-k and top-p is a threshold: e > limit, or e = limit and id <= last_id
@@ -194,24 +194,20 @@ DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
   const double target =
       philox_uniform(sampling.seed, static_cast<uint64_t>(position)) * static_cast<double>(sum);
   const auto passed = [target](uint64_t running) { return static_cast<double>(running) > target; };
-  // Rounding may leave the sum itself at the target: then it is the last token that is left.
-  uint64_t last = 0;  // id + 1
+  uint64_t chosen = 0;  // id + 1, in the one thread whose ids hold it
   if (passed(through) && !passed(through - own)) {
     uint64_t running = through - own;
     for (int32_t id = d.begin(); id < d.end(); ++id) {
       const uint64_t e = weight(id);
       running += e;
       if (e != 0 && passed(running)) {
-        last = static_cast<uint64_t>(id) + 1;
+        chosen = static_cast<uint64_t>(id) + 1;
         break;
       }
     }
-  } else if (!passed(sum)) {
-    for (int32_t id = d.begin(); id < d.end(); ++id)
-      if (weight(id) != 0) last = static_cast<uint64_t>(id) + 1;
   }
-  last = block_max(s, last);
-  return last == 0 ? best : static_cast<int32_t>(last - 1);
+  chosen = block_max(s, chosen);
+  return chosen == 0 ? best : static_cast<int32_t>(chosen - 1);  // 0: NaN only; target < sum
 }
 
 KERNEL(kAcceptThreads, 1) void accept_kernel(AcceptParams p) {

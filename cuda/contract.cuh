@@ -33,8 +33,7 @@
 //              tiles of 16. score = mma over ascending 16 d, from 0; max, e and sum as the CPU;
 //              o = mma over the chunk's tiles ascending of (v, f16(e)), from 0, positions past the
 //              row's own with e = 0 and v = 0, tiles past it left out.
-// **Sampling** as engine/sampler.h, with e rounded down to a multiple of 2^-34, which makes every
-// sum exact in any order (up to 2^19 tokens). The CPU's is the same function once it rounds so too.
+// **Sampling** as the CPU (engine/sampler.h).
 //
 // So with F32 weights and an F32 cache the logits are the CPU's, bit for bit.
 #pragma once

@@ -7,11 +7,11 @@
 //   accept   sample along the tree as far as it agrees; says which rows are kept
 //   keep     move the kept keys, values and states to their final places
 //
-// All that varies between steps is in the Step, which lives in the backend's memory; the list of ops
-// and every pointer in them is the same each time. submit() brackets the list: the CPU runs it as it
-// comes; CUDA captures it on the first call for a key and replays the graph afterwards, without
-// coming back to the host in between. (Acceptance is an op for that reason.) Ops that only the host
-// can do go through on_host(), which is where such a graph would have to be cut.
+// All that varies between steps is in the Step, which lives in the backend's memory; the list of
+// ops and every pointer in them is the same each time. submit() brackets the list: the CPU runs it
+// as it comes; CUDA captures it on the first call for a key and replays the graph afterwards,
+// without coming back to the host in between. (Acceptance is an op for that reason.) Ops that only
+// the host can do go through on_host(), which is where such a graph would have to be cut.
 //
 // # What comes later, and where it goes
 //   CUDA graphs     one per (depth, node bucket): the key of submit(). Grids are sized for the
@@ -25,8 +25,9 @@
 // A row's results are the same bits whatever else is in the step: see "The arithmetic contract" in
 // cpu/kernels.h. Fused ops are defined by their unfused parts; there is one forward.
 //
-// Buffers are row-major f32, `rows` meaning a capacity of Step::kMaxRows at most; only the live rows
-// are touched. Pointers are the backend's memory (allocate()); on the CPU the host may read it.
+// Buffers are row-major f32, `rows` meaning a capacity of Step::kMaxRows at most; only the live
+// rows are touched. Pointers are the backend's memory (allocate()); on the CPU the host may read
+// it.
 #pragma once
 
 #include <cstddef>
@@ -50,12 +51,13 @@ class Matrix {
   size_t bytes = 0;
 };
 
-// The keys and values of every layer and sequence. Made by allocate_kv(); the layout is the backend's.
+// The keys and values of every layer and sequence. Made by allocate_kv(); the layout is the
+// backend's.
 struct KvShape {
   DType type = DType::kF16;  // or kF32: what K and V are rounded to, once, on append
   int n_layers = 0, n_kv_heads = 0, head_dim = 0;
   int n_sequences = 1;
-  int capacity = 0;          // slots a sequence: context + rows of one step
+  int capacity = 0;  // slots a sequence: context + rows of one step
 };
 struct KvCache {
   KvShape shape;
@@ -89,12 +91,13 @@ struct Linear {
 struct RopeTable {
   const float* cos = nullptr;  // (positions, head_dim / 2)
   const float* sin = nullptr;
-  int query_shift = 0;         // queries turn as if they stood this many positions later than their keys
+  int query_shift = 0;  // queries turn as if they stood this many positions later than their keys
 };
 
 struct Heads {
   int n_heads = 0, n_kv_heads = 0, head_dim = 0;
-  int rope_kv_heads = -1;  // KV heads, and their query heads, that turn; the rest keep still. -1: all
+  int rope_kv_heads =
+      -1;  // KV heads, and their query heads, that turn; the rest keep still. -1: all
 };
 
 class Backend {
@@ -115,10 +118,12 @@ class Backend {
   // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
   virtual void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) = 0;
   virtual size_t kv_bytes(const KvShape& shape) const = 0;
-  virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;  // memory: kv_bytes, zeroed
-  // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and products
-  // as wide as max_cols. Throws away what an earlier call reserved if that was less.
-  virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads, int64_t vocab) = 0;
+  virtual KvCache bind_kv(const KvShape& shape,
+                          void* memory) const = 0;  // memory: kv_bytes, zeroed
+  // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and
+  // products as wide as max_cols. Throws away what an earlier call reserved if that was less.
+  virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
+                       int64_t vocab) = 0;
   virtual size_t reserved_bytes() const = 0;
 
   // ---- running ----
@@ -128,16 +133,17 @@ class Backend {
   // ---- ops ----
   // out[r] = row token[r] of the table, dequantised.
   virtual void embed(const Step* step, const Matrix& table, float* out) = 0;
-  virtual void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) = 0;
+  virtual void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n,
+                        float* y) = 0;
   virtual void linear(const Step* step, const Linear& op) = 0;
   // qkv: (rows, (n_heads + 2 n_kv_heads) * head_dim). Rotates q in place and scales it by
   // 1 / sqrt(head_dim); rotates k; rounds k and v into the slots of their rows.
-  virtual void rope_append(const Step* step, float* qkv, const Heads& heads, const RopeTable& rope, const KvCache& kv,
-                           int layer) = 0;
+  virtual void rope_append(const Step* step, float* qkv, const Heads& heads, const RopeTable& rope,
+                           const KvCache& kv, int layer) = 0;
   // out: (rows, n_heads * head_dim). Each row sees its sequence's committed positions and its
   // ancestors, itself included.
-  virtual void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv, int layer,
-                         float* out) = 0;
+  virtual void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv,
+                         int layer, float* out) = 0;
   // Copies the live rows; width floats each.
   virtual void copy_rows(const Step* step, const float* x, int64_t width, float* y) = 0;
   // For every sequence with a root: t = sample(logits of the root); while the current node has a
@@ -153,8 +159,8 @@ class Backend {
 struct BackendOptions {
   int threads = 0;  // CPU: 0 = one for each physical core
 };
-// name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others, and
-// for "cuda" where this build or this machine has none.
+// name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others,
+// and for "cuda" where this build or this machine has none.
 std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOptions& options);
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);   // engine/cpu

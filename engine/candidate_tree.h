@@ -1,8 +1,8 @@
 // The candidates for one tree, and the choice of which to verify.
 //
-// Drafters put in guesses with the probability that the text takes the path to them; paths that begin
-// alike share nodes. The most probable ones go into the step. How many: a fixed number, or, where the
-// cost of a pass is known, the number n that makes the most of it,
+// Drafters put in guesses with the probability that the text takes the path to them; paths that
+// begin alike share nodes. The most probable ones go into the step. How many: a fixed number, or,
+// where the cost of a pass is known, the number n that makes the most of it,
 //   max over n of (1 + p_1 + .. + p_n) / (drafting + seconds(1 + n)),   p_1 >= p_2 >= ..,
 // the tokens that the pass is expected to give for each second.
 #pragma once
@@ -35,11 +35,15 @@ class CandidateTree {
   void clear() { nodes_.clear(); }
   int size() const { return static_cast<int>(nodes_.size()); }
   Node& operator[](int i) { return nodes_[static_cast<size_t>(i)]; }
-  float probability_of(int node) const { return node == kRoot ? 1.0f : nodes_[static_cast<size_t>(node)].probability; }
-  int depth_of(int node) const { return node == kRoot ? 0 : nodes_[static_cast<size_t>(node)].depth; }
+  float probability_of(int node) const {
+    return node == kRoot ? 1.0f : nodes_[static_cast<size_t>(node)].probability;
+  }
+  int depth_of(int node) const {
+    return node == kRoot ? 0 : nodes_[static_cast<size_t>(node)].depth;
+  }
 
-  // The child of `parent` with this token. If two drafters propose it, the higher probability counts.
-  // Returns kRoot - 1 if there are too many nodes already.
+  // The child of `parent` with this token. If two drafters propose it, the higher probability
+  // counts. Returns kRoot - 1 if there are too many nodes already.
   int add(int parent, int32_t token, float probability) {
     for (int i = parent + 1; i < size(); ++i) {
       Node& node = (*this)[i];
@@ -54,7 +58,8 @@ class CandidateTree {
 
   // Writes the chosen candidates into the step, as rows below `root`, and returns how many.
   // cost: nullptr for as many as fit into max_nodes. drafting: seconds spent on these candidates.
-  int write(Step* step, int root, int max_nodes, int max_depth, const CostCurve* cost, double drafting) {
+  int write(Step* step, int root, int max_nodes, int max_depth, const CostCurve* cost,
+            double drafting) {
     order_.clear();
     for (int i = 0; i < size(); ++i)
       if ((*this)[i].depth <= max_depth) order_.push_back(i);

@@ -1,7 +1,8 @@
 // What a pass of the target costs by its number of rows, on this machine: the price of a node.
 //
 // Where memory binds, rows beyond the first are nearly free; where arithmetic binds, each costs the
-// same again. A tree that ignores this is slower than no tree on one machine and too small on another.
+// same again. A tree that ignores this is slower than no tree on one machine and too small on
+// another.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +23,16 @@ class CostCurve {
     int last = 0;
     for (int m = 1; m <= kMaxRows; ++m) {
       if (measured_[static_cast<size_t>(m)] <= 0) continue;
-      const double to = std::max(measured_[static_cast<size_t>(m)], last > 0 ? seconds_[static_cast<size_t>(last)] : 0.0);
+      const double to = std::max(measured_[static_cast<size_t>(m)],
+                                 last > 0 ? seconds_[static_cast<size_t>(last)] : 0.0);
       const double from = last > 0 ? seconds_[static_cast<size_t>(last)] : to;
-      for (int i = last + 1; i <= m; ++i) seconds_[static_cast<size_t>(i)] = from + (to - from) * (i - last) / (m - last);
+      for (int i = last + 1; i <= m; ++i)
+        seconds_[static_cast<size_t>(i)] = from + (to - from) * (i - last) / (m - last);
       last = m;
     }
     for (int i = last + 1; i <= kMaxRows; ++i)  // beyond the last: in proportion
-      seconds_[static_cast<size_t>(i)] = seconds_[static_cast<size_t>(last)] * i / std::max(1, last);
+      seconds_[static_cast<size_t>(i)] =
+          seconds_[static_cast<size_t>(last)] * i / std::max(1, last);
   }
 
   // Of a pass over `rows` rows, 1 or more.

@@ -28,12 +28,13 @@ struct DraftContext {
 struct KeptRows {
   Backend& backend;
   int sequence;
-  int64_t text;                     // as above
-  std::span<const int32_t> tokens;  // the text, up to and including the token after the last kept row
+  int64_t text;  // as above
+  std::span<const int32_t>
+      tokens;  // the text, up to and including the token after the last kept row
   int n_kept;
-  int committed;         // positions kept in all; the kept rows are the last n_kept of them
-  const float* states;   // (n_kept, hidden) after the target's final norm
-  const Step* step;      // for logits_index of the rows
+  int committed;        // positions kept in all; the kept rows are the last n_kept of them
+  const float* states;  // (n_kept, hidden) after the target's final norm
+  const Step* step;     // for logits_index of the rows
   const float* logits;
   int32_t vocab;
 };
@@ -42,8 +43,8 @@ class Drafter {
  public:
   virtual ~Drafter() = default;
   virtual std::string name() const = 0;
-  // Appends ops that write candidates below the root into the step: rows of the same sequence, parents
-  // before children, siblings with different tokens, all wanting logits.
+  // Appends ops that write candidates below the root into the step: rows of the same sequence,
+  // parents before children, siblings with different tokens, all wanting logits.
   virtual void draft(const DraftContext& context, Step* step) = 0;
   // Called after every step, prompt's included, for each sequence that kept rows.
   virtual void observe(const KeptRows& /*kept*/) {}
@@ -52,10 +53,11 @@ class Drafter {
 // Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
 // context: positions of a sequence at most. Allocates here and never again.
 struct NgramOptions {
-  int nodes = 8;       // candidates a step
-  int min_match = 2;   // tokens that must agree
+  int nodes = 8;      // candidates a step
+  int min_match = 2;  // tokens that must agree
   int max_match = 6;
 };
-std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences, int context);
+std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
+                                            int context);
 
 }  // namespace chimera

@@ -9,8 +9,9 @@ namespace chimera {
 namespace {
 
 constexpr DTypeInfo kInfo[kDTypeCount] = {
-    {"F32", 1, 4},   {"F16", 1, 2},   {"BF16", 1, 2},   {"Q8_0", 32, 34},   {"Q4_0", 32, 18}, {"Q4_1", 32, 20},
-    {"Q5_0", 32, 22}, {"Q5_1", 32, 24}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
+    {"F32", 1, 4},      {"F16", 1, 2},      {"BF16", 1, 2},     {"Q8_0", 32, 34},
+    {"Q4_0", 32, 18},   {"Q4_1", 32, 20},   {"Q5_0", 32, 22},   {"Q5_1", 32, 24},
+    {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
 };
 
 template <typename T>
@@ -20,7 +21,9 @@ T load(const std::byte* p) {
   return value;
 }
 
-const uint8_t* bytes(const std::byte* p) { return reinterpret_cast<const uint8_t*>(p); }
+const uint8_t* bytes(const std::byte* p) {
+  return reinterpret_cast<const uint8_t*>(p);
+}
 
 // The 6-bit scale and minimum of sub-block j (0..7) of a Q4_K or Q5_K block; s: its 12 scale bytes.
 void unpack_scale_min(const uint8_t* s, int j, int* scale, int* min) {
@@ -35,7 +38,9 @@ void unpack_scale_min(const uint8_t* s, int j, int* scale, int* min) {
 
 }  // namespace
 
-const DTypeInfo& dtype_info(DType type) { return kInfo[static_cast<int>(type)]; }
+const DTypeInfo& dtype_info(DType type) {
+  return kInfo[static_cast<int>(type)];
+}
 
 size_t row_bytes(DType type, int64_t cols) {
   const DTypeInfo& info = dtype_info(type);
@@ -51,19 +56,25 @@ Activation activation_for(DType type) {
   }
 }
 
-float bf16_to_f32(uint16_t h) { return std::bit_cast<float>(static_cast<uint32_t>(h) << 16); }
+float bf16_to_f32(uint16_t h) {
+  return std::bit_cast<float>(static_cast<uint32_t>(h) << 16);
+}
 
 uint16_t f32_to_bf16(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);  // quiet NaN
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((u >> 16) | 0x40u);  // quiet NaN
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
 float f16_to_f32(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 1023u;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  if (exponent == 31)
+    return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13) |
+                                (mantissa ? 0x400000u : 0u));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // zero and denormals: exact
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
 }
@@ -72,7 +83,8 @@ uint16_t f32_to_f16(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f), magnitude = u & 0x7fffffffu;
   const auto sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
   if (magnitude > 0x7f800000u)
-    return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));  // quiet NaN, payload kept
+    return static_cast<uint16_t>(sign | 0x7e00u |
+                                 ((magnitude >> 13) & 0x3ffu));  // quiet NaN, payload kept
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
   if (magnitude >= 0x38800000u) {                                              // normal
     const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
@@ -80,7 +92,8 @@ uint16_t f32_to_f16(float f) {
   }
   // Denormal: adding 0.5 leaves value * 2^24, rounded to nearest even, in the low mantissa bits.
   const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-  return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
+  return static_cast<uint16_t>(sign |
+                               (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
 }
 
 void read_block(DType type, const std::byte* row, int64_t index, CanonicalBlock* out) {
@@ -157,12 +170,14 @@ void read_block(DType type, const std::byte* row, int64_t index, CanonicalBlock*
     }
     case DType::kQ6_K: {
       const std::byte* b = row + (index / 8) * 210;
-      const int sub = static_cast<int>(index % 8), part = sub % 4;  // half block of 128, quarter of it
+      const int sub = static_cast<int>(index % 8),
+                part = sub % 4;  // half block of 128, quarter of it
       const uint8_t* ql = bytes(b) + (sub / 4) * 64 + (part % 2) * 32;
       const uint8_t* qh = bytes(b + 128) + (sub / 4) * 32;
       const std::byte* scales = b + 192 + (sub / 4) * 8 + part * 2;
       const float d = half(b + 208);
-      for (int s = 0; s < 2; ++s) out->scale[s] = d * static_cast<float>(static_cast<int8_t>(scales[s]));
+      for (int s = 0; s < 2; ++s)
+        out->scale[s] = d * static_cast<float>(static_cast<int8_t>(scales[s]));
       for (int i = 0; i < 32; ++i) {
         const int low = part < 2 ? ql[i] & 15 : ql[i] >> 4;
         const int high = (qh[i] >> (2 * part)) & 3;

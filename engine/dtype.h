@@ -20,7 +20,19 @@
 
 namespace chimera {
 
-enum class DType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K };
+enum class DType : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ8_0,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K
+};
 inline constexpr int kDTypeCount = 11;
 
 struct DTypeInfo {
@@ -39,7 +51,7 @@ size_t row_bytes(DType type, int64_t cols);
 enum class Activation : uint8_t {
   kF32,   // as they are                    (F32 and F16 weights)
   kBF16,  // rounded to bf16                (BF16 weights)
-  kQ8,    // int8 in blocks of 32 with an f32 scale and the block's integer sum (all quantised types)
+  kQ8,  // int8 in blocks of 32 with an f32 scale and the block's integer sum (all quantised types)
 };
 Activation activation_for(DType type);
 

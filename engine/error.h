@@ -2,7 +2,8 @@
 //
 //   throw Error("model.gguf: tensor 'output.weight'", "49152 columns", "1024",
 //               "the file is damaged: download it again");
-//   -> model.gguf: tensor 'output.weight': expected 49152 columns, found 1024; the file is damaged: ...
+//   -> model.gguf: tensor 'output.weight': expected 49152 columns, found 1024; the file is damaged:
+//   ...
 //
 // Exceptions are used inside the library and caught at its boundary (tools/).
 #pragma once

@@ -14,12 +14,15 @@ const char* stop_name(Stop stop) {
   return "";
 }
 
-Generation generate(Session& session, Drafter* drafter, std::span<const int32_t> prompt, const GenerateOptions& options,
-                    const std::function<bool(int32_t)>& token) {
+Generation generate(Session& session, Drafter* drafter, std::span<const int32_t> prompt,
+                    const GenerateOptions& options, const std::function<bool(int32_t)>& token) {
   using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+  const auto seconds_since = [](Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  };
   const int64_t room = session.options().context - static_cast<int64_t>(prompt.size());
-  const auto limit = static_cast<size_t>(std::max<int64_t>(0, options.max_tokens < 0 ? room : std::min<int64_t>(room, options.max_tokens)));
+  const auto limit = static_cast<size_t>(std::max<int64_t>(
+      0, options.max_tokens < 0 ? room : std::min<int64_t>(room, options.max_tokens)));
 
   Generation g;
   g.prompt_tokens = static_cast<int>(prompt.size());

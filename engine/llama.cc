@@ -6,7 +6,8 @@
 
 namespace chimera {
 
-Llama::Llama(Backend& backend, const LlamaTensors& t, const std::function<void(const TensorView&)>& consumed)
+Llama::Llama(Backend& backend, const LlamaTensors& t,
+             const std::function<void(const TensorView&)>& consumed)
     : backend_(backend), config_(t.config), name_(t.name) {
   const auto done = [&](const TensorView& view) {
     if (consumed) consumed(view);
@@ -46,6 +47,7 @@ Llama::Llama(Backend& backend, const LlamaTensors& t, const std::function<void(c
   head_ = prepare({t.output()});
 }
 
+// clang-format off
 void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) const {
   using Input = Linear::Input;
   const float eps = config_.rms_eps;
@@ -70,5 +72,6 @@ void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) c
   backend_.rms_norm(step, a.hidden, output_norm_, eps, config_.hidden_size, a.states);
   backend_.linear(step, {.weights = head_.get(), .x = a.states, .y = a.logits, .rows = Rows::kLogits});
 }
+// clang-format on
 
 }  // namespace chimera

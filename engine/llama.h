@@ -12,16 +12,16 @@ namespace chimera {
 
 // What a forward pass works in; carved by the Session. R = rows of a step, L = rows with logits.
 struct Activations {
-  float* hidden = nullptr;   // (R, hidden)   the residual stream
-  float* qkv = nullptr;      // (R, (n_heads + 2 n_kv_heads) * head_dim)
-  float* attended = nullptr; // (R, n_heads * head_dim)
-  float* gate_up = nullptr;  // (R, 2 * ffn)
-  float* states = nullptr;   // (R, hidden)   after the final norm: what a draft model reads
-  float* taps = nullptr;     // (n_taps, R capacity, hidden)  the residual stream after chosen layers
-  float* logits = nullptr;   // (L, vocab)
+  float* hidden = nullptr;    // (R, hidden)   the residual stream
+  float* qkv = nullptr;       // (R, (n_heads + 2 n_kv_heads) * head_dim)
+  float* attended = nullptr;  // (R, n_heads * head_dim)
+  float* gate_up = nullptr;   // (R, 2 * ffn)
+  float* states = nullptr;    // (R, hidden)   after the final norm: what a draft model reads
+  float* taps = nullptr;    // (n_taps, R capacity, hidden)  the residual stream after chosen layers
+  float* logits = nullptr;  // (L, vocab)
   RopeTable rope;
   std::vector<int> tap_layers;
-  int64_t tap_stride = 0;    // R capacity * hidden
+  int64_t tap_stride = 0;  // R capacity * hidden
 };
 
 // Weights are immutable and shared by sessions.
@@ -32,8 +32,8 @@ class Llama {
   Llama(Backend& backend, const LlamaTensors& tensors,
         const std::function<void(const TensorView&)>& consumed = nullptr);
 
-  // One pass over the step's rows: fills states for all of them and logits for those that want them;
-  // appends their keys and values.
+  // One pass over the step's rows: fills states for all of them and logits for those that want
+  // them; appends their keys and values.
   void forward(const Step* step, const KvCache& kv, const Activations& a) const;
 
   Backend& backend() const { return backend_; }
@@ -47,12 +47,12 @@ class Llama {
 
  private:
   struct Layer {
-    const float* attn_norm;                // (hidden)
-    std::unique_ptr<Matrix> qkv;           // ((n_heads + 2 n_kv_heads) * head_dim, hidden)
-    std::unique_ptr<Matrix> attn_output;   // (hidden, n_heads * head_dim)
-    const float* ffn_norm;                 // (hidden)
-    std::unique_ptr<Matrix> gate_up;       // (2 * ffn, hidden)
-    std::unique_ptr<Matrix> down;          // (hidden, ffn)
+    const float* attn_norm;               // (hidden)
+    std::unique_ptr<Matrix> qkv;          // ((n_heads + 2 n_kv_heads) * head_dim, hidden)
+    std::unique_ptr<Matrix> attn_output;  // (hidden, n_heads * head_dim)
+    const float* ffn_norm;                // (hidden)
+    std::unique_ptr<Matrix> gate_up;      // (2 * ffn, hidden)
+    std::unique_ptr<Matrix> down;         // (hidden, ffn)
   };
 
   Backend& backend_;

@@ -17,7 +17,7 @@ struct LlamaConfig {
   int n_kv_heads = 0;
   int head_dim = 0;
   int ffn_size = 0;
-  int max_context = 0;     // positions the model was trained for
+  int max_context = 0;  // positions the model was trained for
   float rms_eps = 1e-5f;
   double rope_base = 10000.0;
   std::vector<float> rope_divisors;  // (head_dim / 2) divisors of the inverse frequencies; empty: 1

@@ -14,7 +14,8 @@
 
 namespace chimera {
 
-inline constexpr int kMatchesPerLength = 16;  // older occurrences looked at; a text of one token has many
+inline constexpr int kMatchesPerLength =
+    16;  // older occurrences looked at; a text of one token has many
 
 class NgramIndex {
  public:
@@ -51,7 +52,8 @@ class NgramIndex {
     if (static_cast<size_t>(n) > tokens.size()) return;
     const auto suffix = tokens.last(static_cast<size_t>(n));
     int seen = 0;
-    for (int32_t p = head_[bucket(tokens, tokens.size() - 1, n)]; p >= 0 && seen < kMatchesPerLength;
+    for (int32_t p = head_[bucket(tokens, tokens.size() - 1, n)];
+         p >= 0 && seen < kMatchesPerLength;
          p = previous_[static_cast<size_t>(n - min_) * stride_ + static_cast<size_t>(p)], ++seen) {
       const auto begin = tokens.begin() + p + 1 - n;
       if (std::equal(suffix.begin(), suffix.end(), begin) && !found(static_cast<size_t>(p))) return;
@@ -74,10 +76,10 @@ class NgramIndex {
 };
 
 // Proposes what followed the newest occurrences of the text's last tokens, longest match first.
-inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int32_t> tokens, int min_match, int max_match,
-                           CandidateTree* tree) {
-  // How often the token that followed the newest match of n tokens follows again, if no longer match
-  // is there: measured on 600 greedy answers of SmolLM2-135M-Instruct (92,000 positions).
+inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int32_t> tokens,
+                           int min_match, int max_match, CandidateTree* tree) {
+  // How often the token that followed the newest match of n tokens follows again, if no longer
+  // match is there: measured on 600 greedy answers of SmolLM2-135M-Instruct (92,000 positions).
   static constexpr float kProbability[] = {0, 0.24f, 0.55f, 0.65f, 0.70f, 0.73f, 0.91f};
   constexpr int kLongest = 6, kDepth = 12, kContinuations = 3;
   index.update(text, tokens);
@@ -86,10 +88,13 @@ inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int3
     index.matches(tokens, n, [&](size_t position) {
       const int before = tree->size();
       int node = CandidateTree::kRoot;
-      // An older occurrence, or a shorter match, is believed only as far as the ones before it fail.
+      // An older occurrence, or a shorter match, is believed only as far as the ones before it
+      // fail.
       float p = continuations == 0 ? 1.0f : 0.4f / static_cast<float>(continuations);
-      for (size_t i = 1; i <= kDepth && position + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
-        p *= kProbability[std::min(n + static_cast<int>(i) - 1, kLongest)];  // each token that agrees makes the match longer
+      for (size_t i = 1;
+           i <= kDepth && position + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
+        p *= kProbability[std::min(n + static_cast<int>(i) - 1,
+                                   kLongest)];  // each token that agrees makes the match longer
         node = tree->add(node, tokens[position + i], p);
       }
       continuations += tree->size() > before;  // a longer match comes up again as a shorter one

@@ -1,6 +1,6 @@
-// Philox 4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as
-// 1, 2, 3" (SC 2011): random bits as a pure function of (key, counter), so that a draw belongs to a
-// position of a text and not to the history of a run.
+// Philox 4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3" (SC 2011): random bits as a pure function of (key, counter), so that a draw belongs
+// to a position of a text and not to the history of a run.
 #pragma once
 
 #include <cstdint>

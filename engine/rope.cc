@@ -54,7 +54,8 @@ void fill_rope_table(const LlamaConfig& config, int64_t positions, float* cos, f
   const int half = config.head_dim / 2;
   for (int i = 0; i < half; ++i) {
     double frequency = exponential(-2.0 * i / config.head_dim * logarithm(config.rope_base));
-    if (!config.rope_divisors.empty()) frequency /= static_cast<double>(config.rope_divisors[static_cast<size_t>(i)]);
+    if (!config.rope_divisors.empty())
+      frequency /= static_cast<double>(config.rope_divisors[static_cast<size_t>(i)]);
     for (int64_t p = 0; p < positions; ++p) {
       double s, c;
       sine_cosine(static_cast<double>(p) * frequency, &s, &c);

@@ -12,7 +12,8 @@ void check(const Sampling& s) {
   const auto require = [](bool ok, const char* name, const char* expected, double found) {
     if (!ok) throw Error(name, expected, std::to_string(found));
   };
-  require(s.temperature >= 0 && s.temperature <= 1e6f, "temperature", "0 (greedy) or a positive number", s.temperature);
+  require(s.temperature >= 0 && s.temperature <= 1e6f, "temperature",
+          "0 (greedy) or a positive number", s.temperature);
   require(s.top_k >= 0, "top-k", "0 (off) or more", s.top_k);
   require(s.top_p > 0 && s.top_p <= 1, "top-p", "more than 0, at most 1 (off)", s.top_p);
   require(s.min_p >= 0 && s.min_p <= 1, "min-p", "0 (off) to 1", s.min_p);
@@ -41,7 +42,8 @@ void select_largest(const float* e, int32_t* order, int32_t n, int32_t k) {
 // The shortest run of the n tokens in `order`, by descending e, that holds `wanted` of their sum.
 // Sorts a growing head of the list instead of all of it: the run is a few tokens as a rule.
 int32_t nucleus(const float* e, int32_t* order, int32_t n, double wanted) {
-  for (int32_t head = std::min(n, 64);; head = static_cast<int32_t>(std::min<int64_t>(n, int64_t{head} * 16))) {
+  for (int32_t head = std::min(n, 64);;
+       head = static_cast<int32_t>(std::min<int64_t>(n, int64_t{head} * 16))) {
     select_largest(e, order, n, head);
     double sum = 0;
     for (int32_t i = 0; i < head; ++i) {
@@ -54,8 +56,8 @@ int32_t nucleus(const float* e, int32_t* order, int32_t n, double wanted) {
 
 }  // namespace
 
-int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s, int64_t position,
-               const SamplerScratch& scratch) {
+int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
+               int64_t position, const SamplerScratch& scratch) {
   const int32_t best = ops.argmax(logits, vocab);
   if (s.temperature < 1e-3f) return best;  // logits divided by less would overflow
 
@@ -85,7 +87,8 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
   // Sums are exact, so they are taken block by block: first all, then up to the block that the draw
   // falls into.
   double total = 0;
-  for (int32_t i = 0; i < vocab; i += kBlock) total += block_sum(e + i, std::min(kBlock, vocab - i));
+  for (int32_t i = 0; i < vocab; i += kBlock)
+    total += block_sum(e + i, std::min(kBlock, vocab - i));
   const double target = philox_uniform(s.seed, static_cast<uint64_t>(position)) * total;
   double running = 0;
   for (int32_t i = 0; i < vocab; i += kBlock) {

@@ -3,7 +3,8 @@
 //
 // In this order:
 //   1. temperature below 0.001: the largest logit, ties to the lowest id. Done.
-//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down to a
+//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down to
+//   a
 //      multiple of 2^-34: then every sum below is exact in double, and so the same in any order.
 //   3. top-k: keep the k largest e (0: all).
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches
@@ -42,8 +43,8 @@ struct SamplingOps {
 // logits: (vocab). position: that of the sampled token in its sequence. scratch: vocab floats and
 // vocab ids, overwritten.
 struct SamplerScratch {
-  float* e;           // (vocab)
-  int32_t* order;     // (vocab)
+  float* e;        // (vocab)
+  int32_t* order;  // (vocab)
 };
 int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& sampling,
                int64_t position, const SamplerScratch& scratch);

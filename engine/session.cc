@@ -28,20 +28,25 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
           "0 to " + std::to_string(Step::kMaxRows / o.n_sequences - 1), o.max_nodes);
   require(o.prefill_rows >= 1 && o.prefill_rows <= Step::kMaxRows, "prefill rows",
           "1 to " + std::to_string(Step::kMaxRows), o.prefill_rows);
-  require(o.kv_type == DType::kF16 || o.kv_type == DType::kF32, "KV type", "F16 or F32", static_cast<int64_t>(o.kv_type));
-  for (int layer : o.tap_layers) require(layer >= 0 && layer < c.n_layers, "tap layer", "a layer of the model", layer);
+  require(o.kv_type == DType::kF16 || o.kv_type == DType::kF32, "KV type", "F16 or F32",
+          static_cast<int64_t>(o.kv_type));
+  for (int layer : o.tap_layers)
+    require(layer >= 0 && layer < c.n_layers, "tap layer", "a layer of the model", layer);
 
   Layout l;
   l.max_logits = o.n_sequences * (o.max_nodes + 1);
   l.max_rows = std::max(o.prefill_rows, l.max_logits);
   const int64_t rows = l.max_rows, positions = o.context, half = c.head_dim / 2;
-  l.kv_shape = {o.kv_type, c.n_layers, c.n_kv_heads, c.head_dim, o.n_sequences, o.context + l.max_rows};
+  l.kv_shape = {o.kv_type,  c.n_layers,    c.n_kv_heads,
+                c.head_dim, o.n_sequences, o.context + l.max_rows};
   l.step = l.plan.add("step", "1", sizeof(Step));
-  l.kv = l.plan.add("kv cache",
-                    "(" + std::to_string(c.n_layers) + " layers, " + std::to_string(o.n_sequences) + " sequences, " +
-                        std::to_string(c.n_kv_heads) + " heads, " + std::to_string(l.kv_shape.capacity) + " slots, 2 x " +
-                        std::to_string(c.head_dim) + ") " + (o.kv_type == DType::kF16 ? "f16" : "f32"),
-                    backend.kv_bytes(l.kv_shape));
+  l.kv =
+      l.plan.add("kv cache",
+                 "(" + std::to_string(c.n_layers) + " layers, " + std::to_string(o.n_sequences) +
+                     " sequences, " + std::to_string(c.n_kv_heads) + " heads, " +
+                     std::to_string(l.kv_shape.capacity) + " slots, 2 x " +
+                     std::to_string(c.head_dim) + ") " + (o.kv_type == DType::kF16 ? "f16" : "f32"),
+                 backend.kv_bytes(l.kv_shape));
   l.rope_cos = l.plan.add_f32("rope cos", positions, half);
   l.rope_sin = l.plan.add_f32("rope sin", positions, half);
   l.hidden = l.plan.add_f32("hidden", rows, c.hidden_size);
@@ -56,11 +61,13 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
 
 }  // namespace
 
-MemoryPlan Session::plan(const LlamaConfig& config, const Backend& backend, const SessionOptions& options) {
+MemoryPlan Session::plan(const LlamaConfig& config, const Backend& backend,
+                         const SessionOptions& options) {
   return lay_out(config, backend, options).plan;
 }
 
-Session::Session(const Llama& model, const SessionOptions& options) : model_(model), options_(options) {
+Session::Session(const Llama& model, const SessionOptions& options)
+    : model_(model), options_(options) {
   const LlamaConfig& c = model.config();
   Backend& backend = model.backend();
   const Layout l = lay_out(c, backend, options);
@@ -72,8 +79,10 @@ Session::Session(const Llama& model, const SessionOptions& options) : model_(mod
   step_ = reinterpret_cast<Step*>(base + l.step);
   step_->n_sequences = options.n_sequences;
   kv_ = backend.bind_kv(l.kv_shape, base + l.kv);
-  activations_ = {floats(l.hidden), floats(l.qkv),  floats(l.attended), floats(l.gate_up),
-                  floats(l.states), floats(l.taps), floats(l.logits),   {floats(l.rope_cos), floats(l.rope_sin)},
+  activations_ = {floats(l.hidden),    floats(l.qkv),
+                  floats(l.attended),  floats(l.gate_up),
+                  floats(l.states),    floats(l.taps),
+                  floats(l.logits),    {floats(l.rope_cos), floats(l.rope_sin)},
                   options_.tap_layers, int64_t{l.max_rows} * c.hidden_size};
 
   const auto table = static_cast<size_t>(options.context) * static_cast<size_t>(c.head_dim / 2);
@@ -81,8 +90,8 @@ Session::Session(const Llama& model, const SessionOptions& options) : model_(mod
   fill_rope_table(c, options.context, cos.data(), sin.data());
   backend.upload(floats(l.rope_cos), cos.data(), table * 4);
   backend.upload(floats(l.rope_sin), sin.data(), table * 4);
-  backend.reserve(l.max_rows, l.kv_shape.capacity, std::max({c.hidden_size, c.ffn_size, c.q_size()}), model.heads(),
-                  c.vocab_size);
+  backend.reserve(l.max_rows, l.kv_shape.capacity,
+                  std::max({c.hidden_size, c.ffn_size, c.q_size()}), model.heads(), c.vocab_size);
 
   texts_.resize(static_cast<size_t>(options.n_sequences));
   for (Text& text : texts_) text.tokens.reserve(static_cast<size_t>(options.context) + 1);
@@ -96,7 +105,8 @@ void Session::start(int sequence, std::span<const int32_t> prompt, const Samplin
                 std::to_string(prompt.size()), "shorten it or raise --ctx");
   for (const int32_t id : prompt)
     if (id < 0 || id >= model_.config().vocab_size)
-      throw Error("prompt", "token ids below " + std::to_string(model_.config().vocab_size), std::to_string(id));
+      throw Error("prompt", "token ids below " + std::to_string(model_.config().vocab_size),
+                  std::to_string(id));
   Text& text = texts_[static_cast<size_t>(sequence)];
   text.tokens.assign(prompt.begin(), prompt.end());
   text.number = ++texts_started_;
@@ -122,8 +132,8 @@ int Session::pending(int sequence) const {
 bool Session::step(Drafter* drafter) {
   model_.backend().submit(0, [&] {
     step_->clear();
-    // Rows for prompts: what the sequences that decode leave over. There is always some, since every
-    // sequence brings room for a root and its candidates.
+    // Rows for prompts: what the sequences that decode leave over. There is always some, since
+    // every sequence brings room for a root and its candidates.
     int room = max_rows_;
     for (int s = 0; s < options_.n_sequences; ++s)
       if (pending(s) == 1) room -= options_.max_nodes + 1;
@@ -138,13 +148,14 @@ bool Session::step(Drafter* drafter) {
       int row = -1;
       for (int i = 0; i < take; ++i) {
         const bool last = i + 1 == waiting;
-        row = step_->add_row(text.tokens[static_cast<size_t>(step_->sequences[s].committed + i)], row, last);
+        row = step_->add_row(text.tokens[static_cast<size_t>(step_->sequences[s].committed + i)],
+                             row, last);
         if (last) step_->set_root(row);
       }
       if (drafter != nullptr && waiting == 1) {
         const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth,
-                        cost_.known() ? &cost_ : nullptr},
+        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
+                        max_depth, cost_.known() ? &cost_ : nullptr},
                        step_);
         text.drafted = step_->n_rows - row - 1;
       }
@@ -157,9 +168,10 @@ bool Session::step(Drafter* drafter) {
     read_back(s);
     const Step::Sequence& seq = step_->sequences[s];
     if (drafter != nullptr && seq.n_rows > 0 && seq.n_kept > 0)
-      drafter->observe({model_.backend(), s, texts_[static_cast<size_t>(s)].number, texts_[static_cast<size_t>(s)].tokens, seq.n_kept, seq.committed,
-                        activations_.states + int64_t{seq.first_row} * model_.config().hidden_size, step_,
-                        activations_.logits, model_.config().vocab_size});
+      drafter->observe({model_.backend(), s, texts_[static_cast<size_t>(s)].number,
+                        texts_[static_cast<size_t>(s)].tokens, seq.n_kept, seq.committed,
+                        activations_.states + int64_t{seq.first_row} * model_.config().hidden_size,
+                        step_, activations_.logits, model_.config().vocab_size});
   }
   return step_->n_rows > 0;
 }
@@ -177,7 +189,8 @@ void Session::measure_cost() {
       for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
       const auto start = std::chrono::steady_clock::now();
       forward();
-      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const double seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       spent += seconds;
       if (repeat == 1 || (repeat > 1 && seconds < best)) best = seconds;  // the first one warms up
     }
@@ -194,7 +207,8 @@ void Session::accept_and_keep() {
   backend.keep(step_, kv_);
   backend.keep_rows(step_, c.hidden_size, activations_.states);
   for (size_t t = 0; t < options_.tap_layers.size(); ++t)
-    backend.keep_rows(step_, c.hidden_size, activations_.taps + static_cast<int64_t>(t) * activations_.tap_stride);
+    backend.keep_rows(step_, c.hidden_size,
+                      activations_.taps + static_cast<int64_t>(t) * activations_.tap_stride);
 }
 
 // Appends what the step accepted and sampled to the text.

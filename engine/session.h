@@ -2,9 +2,9 @@
 // cache, activations, the Step. The weights (Llama) are shared; nothing is global.
 //
 // One function advances it. Tokens that are known but not yet in the KV cache are the sequence's
-// pending tokens: a prompt, or the one token sampled last. step() runs as many of them as fit; where
-// it reaches the last one, that is the root of a tree for the drafter, and new tokens come out. So
-// prefill, plain decoding and verification are the same code with other contents.
+// pending tokens: a prompt, or the one token sampled last. step() runs as many of them as fit;
+// where it reaches the last one, that is the root of a tree for the drafter, and new tokens come
+// out. So prefill, plain decoding and verification are the same code with other contents.
 #pragma once
 
 #include <memory>
@@ -19,12 +19,13 @@
 namespace chimera {
 
 struct SessionOptions {
-  int context = 2048;         // tokens of a sequence at most
+  int context = 2048;  // tokens of a sequence at most
   int n_sequences = 1;
-  int max_nodes = 0;          // candidates a sequence and step at most, without the root
-  int prefill_rows = 64;      // prompt tokens a step; changes speed and memory, never a bit
+  int max_nodes = 0;      // candidates a sequence and step at most, without the root
+  int prefill_rows = 64;  // prompt tokens a step; changes speed and memory, never a bit
   DType kv_type = DType::kF16;
-  std::vector<int> tap_layers = {};  // layers whose residual stream is kept besides the final states
+  std::vector<int> tap_layers =
+      {};  // layers whose residual stream is kept besides the final states
 };
 
 class Session {
@@ -33,7 +34,8 @@ class Session {
   Session(const Llama& model, const SessionOptions& options);
 
   // What the constructor will allocate, weights apart.
-  static MemoryPlan plan(const LlamaConfig& config, const Backend& backend, const SessionOptions& options);
+  static MemoryPlan plan(const LlamaConfig& config, const Backend& backend,
+                         const SessionOptions& options);
 
   const SessionOptions& options() const { return options_; }
   const Llama& model() const { return model_; }
@@ -49,20 +51,26 @@ class Session {
   // One pass. drafter: nullptr for plain decoding. Returns false if there was nothing to do.
   bool step(Drafter* drafter);
 
-  std::span<const int32_t> tokens(int sequence) const { return texts_[static_cast<size_t>(sequence)].tokens; }
+  std::span<const int32_t> tokens(int sequence) const {
+    return texts_[static_cast<size_t>(sequence)].tokens;
+  }
   // Tokens that the last step added to the text, the sampled one included: 0 inside a prompt.
   int emitted(int sequence) const { return texts_[static_cast<size_t>(sequence)].emitted; }
   // Nodes drafted for it in the last step.
   int drafted(int sequence) const { return texts_[static_cast<size_t>(sequence)].drafted; }
-  bool full(int sequence) const { return static_cast<int>(tokens(sequence).size()) >= options_.context; }
+  bool full(int sequence) const {
+    return static_cast<int>(tokens(sequence).size()) >= options_.context;
+  }
 
-  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take longer
-  // than some 0.4 s; drafters then choose the size of their trees by it. To be called before the first start(). Without
-  // it trees have max_nodes nodes if there are as many candidates, and a run can be repeated step by step.
+  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take
+  // longer than some 0.4 s; drafters then choose the size of their trees by it. To be called before
+  // the first start(). Without it trees have max_nodes nodes if there are as many candidates, and a
+  // run can be repeated step by step.
   void measure_cost();
   const CostCurve& cost() const { return cost_; }
 
-  // The last step and what it computed; rows kept are the first n_kept of each sequence in states().
+  // The last step and what it computed; rows kept are the first n_kept of each sequence in
+  // states().
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
   const float* taps() const { return activations_.taps; }
@@ -82,7 +90,8 @@ class Session {
     bool active = false;
     int emitted = 0, drafted = 0;
   };
-  int pending(int sequence) const;  // tokens of the text that are not in the KV cache; 0: nothing to do
+  int pending(
+      int sequence) const;  // tokens of the text that are not in the KV cache; 0: nothing to do
   void read_back(int sequence);
 
   const Llama& model_;

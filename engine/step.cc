@@ -22,7 +22,8 @@ void Step::begin_sequence(int s) {
 }
 
 int Step::add_row(int32_t token_id, int parent_row, bool wants_logits) {
-  if (n_rows == kMaxRows) throw Error("step", "at most " + std::to_string(kMaxRows) + " rows", "one more");
+  if (n_rows == kMaxRows)
+    throw Error("step", "at most " + std::to_string(kMaxRows) + " rows", "one more");
   Sequence& s = sequences[open_sequence];
   const int row = n_rows++;
   token[row] = token_id;

@@ -1,8 +1,9 @@
 // A step is data: what one pass through the target works on, and what it decided.
 //
-// Everything that varies from step to step - the candidate tree, positions, committed lengths, random
-// state - is the content of one Step in the backend's memory. The ops (backend.h) read and write it;
-// their list never changes. So the CPU can run the list, and CUDA can capture it once as a graph.
+// Everything that varies from step to step - the candidate tree, positions, committed lengths,
+// random state - is the content of one Step in the backend's memory. The ops (backend.h) read and
+// write it; their list never changes. So the CPU can run the list, and CUDA can capture it once as
+// a graph.
 //
 // A row is (token, parent, sequence). One forward pass serves them all:
 //
@@ -24,9 +25,9 @@
 //
 // A row attends to the committed positions and to its ancestors, itself included. Its `position`
 // (RoPE, order of sums) is committed + depth; its `slot` is where its key and value are written:
-// behind the committed ones, in row order, siblings side by side. If the target says "dog" after row
-// 0 and "ran" after row 2, rows 0, 2, 5 are kept: their keys and values move from slots 7, 9, 12 to
-// 7, 8, 9, and the token that the target chooses after row 5 is the next root.
+// behind the committed ones, in row order, siblings side by side. If the target says "dog" after
+// row 0 and "ran" after row 2, rows 0, 2, 5 are kept: their keys and values move from slots 7, 9,
+// 12 to 7, 8, 9, and the token that the target chooses after row 5 is the next root.
 #pragma once
 
 #include <cstdint>
@@ -53,9 +54,9 @@ struct Step {
 
   int32_t n_sequences;
   int32_t n_rows;
-  int32_t first_new;  // rows before it were computed by an earlier pass over this step, which a draft
-                      // model grows depth by depth; passes work on rows [first_new, n_rows)
-  int32_t n_logits;   // rows whose logits are wanted
+  int32_t first_new;  // rows before it were computed by an earlier pass over this step, which a
+                      // draft model grows depth by depth; passes work on rows [first_new, n_rows)
+  int32_t n_logits;  // rows whose logits are wanted
 
   int32_t token[kMaxRows];
   int32_t parent[kMaxRows];  // row of the parent, -1: the last committed position

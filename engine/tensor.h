@@ -10,7 +10,7 @@
 namespace chimera {
 
 struct TensorView {
-  std::string name;                 // for messages and `info`
+  std::string name;  // for messages and `info`
   DType type = DType::kF32;
   int64_t rows = 0;                 // outputs; a vector has one row
   int64_t cols = 0;                 // inputs, contiguous

@@ -9,8 +9,8 @@
 namespace chimera::test {
 namespace {
 
-// The prototype's file, whose heads rotate pairs (2 j, 2 j + 1): its q and k rows are brought into the
-// engine's order.
+// The prototype's file, whose heads rotate pairs (2 j, 2 j + 1): its q and k rows are brought into
+// the engine's order.
 DraftTensors load_prototype(const std::string& path) {
   const std::string file = read_text(path);
   uint64_t header_size;
@@ -32,16 +32,27 @@ DraftTensors load_prototype(const std::string& path) {
     for (size_t row = 0; row < w.size() / cols; ++row) {
       const size_t head = row / 64, i = row % 64;
       const size_t from = head * 64 + (i < 32 ? 2 * i : 2 * (i - 32) + 1);
-      std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(from * cols), cols, out.begin() + static_cast<std::ptrdiff_t>(row * cols));
+      std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(from * cols), cols,
+                  out.begin() + static_cast<std::ptrdiff_t>(row * cols));
     }
     return out;
   };
   DraftTensors t;
-  t.config = {.hidden_size = 576, .n_heads = 9, .n_kv_heads = 3, .head_dim = 64, .ffn_size = 512, .n_steps = 4, .head_rank = 64,
-              .rope_kv_heads = 1, .rope_base = 100000, .skip = true};
+  t.config = {.hidden_size = 576,
+              .n_heads = 9,
+              .n_kv_heads = 3,
+              .head_dim = 64,
+              .ffn_size = 512,
+              .n_steps = 4,
+              .head_rank = 64,
+              .rope_kv_heads = 1,
+              .rope_base = 100000,
+              .skip = true};
   t.w1 = floats("encoder.w1"), t.w2 = floats("encoder.w2"), t.w3 = floats("encoder.w3");
-  t.key_norm = floats("attn.key_norm"), t.value_norm = floats("attn.value_norm"), t.attn_norm = floats("attn.norm");
-  t.wq = halves(floats("attn.q"), 576), t.wk = halves(floats("attn.k"), 1152), t.wv = floats("attn.v"), t.wo = floats("attn.o");
+  t.key_norm = floats("attn.key_norm"), t.value_norm = floats("attn.value_norm"),
+  t.attn_norm = floats("attn.norm");
+  t.wq = halves(floats("attn.q"), 576), t.wk = halves(floats("attn.k"), 1152),
+  t.wv = floats("attn.v"), t.wo = floats("attn.o");
   t.ffn_norm = floats("ffn.norm"), t.gate_up = floats("ffn.gate_up"), t.down = floats("ffn.down");
   t.out_norm = floats("out_norm"), t.head_scale = floats("head.a");
   for (int k = 0; k < 4; ++k) {
@@ -63,27 +74,33 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
   const auto golden = nlohmann::json::parse(read_text(kPrototype + "golden.json"));
   const auto ids = golden["ids"].get<std::vector<int32_t>>();
   const std::vector<uint16_t> hidden = read_array<uint16_t>(kPrototype + "hidden.f16");
-  DraftModel model(*target.model, load_prototype(kPrototype + "prototype.safetensors"), 8192, 1, 256, DType::kF32);
+  DraftModel model(*target.model, load_prototype(kPrototype + "prototype.safetensors"), 8192, 1,
+                   256, DType::kF32);
 
   // Slots 0 .. n-1 in chains, then the root's row and three more along the true tokens.
   for (const auto& [start, steps] : golden["starts"].items()) {
     const int n = std::stoi(start);
     model.set_committed(0, 0);
     Step& step = model.step();
-    const auto run = [&](int first_position, int count, const float* f) {  // rows for tokens first_position ..
+    const auto run = [&](int first_position, int count,
+                         const float* f) {  // rows for tokens first_position ..
       std::vector<int32_t> trigrams;
       for (int p = first_position - 1; p < first_position + count; ++p)
-        for (int j = p - 2; j <= p; ++j) trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
+        for (int j = p - 2; j <= p; ++j)
+          trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
       const int first = step.n_rows;
       std::vector<float> g(static_cast<size_t>(count + 1) * 576);
       model.features(0, count + 1, trigrams.data());
       std::memcpy(g.data(), model.feature(0), g.size() * 4);
       for (int i = 0; i < count; ++i) {
-        const int row = step.add_row(ids[static_cast<size_t>(first_position + i)], step.n_rows - 1, false);
+        const int row =
+            step.add_row(ids[static_cast<size_t>(first_position + i)], step.n_rows - 1, false);
         std::memcpy(model.previous_feature(row), g.data() + i * 576, 576 * 4);
         std::memcpy(model.feature(row), g.data() + (i + 1) * 576, 576 * 4);
         for (int d = 0; d < 576; ++d)
-          model.state(row)[d] = f ? f[d] : f16_to_f32(hidden[static_cast<size_t>((first_position + i - 1) * 576 + d)]);
+          model.state(row)[d] =
+              f ? f[d]
+                : f16_to_f32(hidden[static_cast<size_t>((first_position + i - 1) * 576 + d)]);
       }
       step.first_new = first;
       model.forward();
@@ -97,20 +114,23 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
     step.clear();
     step.begin_sequence(0);
     std::vector<float> h(576), f(576);
-    for (int d = 0; d < 576; ++d) h[static_cast<size_t>(d)] = f16_to_f32(hidden[static_cast<size_t>(n * 576 + d)]);
+    for (int d = 0; d < 576; ++d)
+      h[static_cast<size_t>(d)] = f16_to_f32(hidden[static_cast<size_t>(n * 576 + d)]);
     for (int k = 0; k < 4; ++k) {
       run(n + 1 + k, 1, k == 0 ? nullptr : f.data());
       f.assign(model.f(k), model.f(k) + 576);
       const auto& g = steps[static_cast<size_t>(k)];
       for (size_t i = 0; i < 8; ++i) {
-        EXPECT_NEAR(model.feature(k)[i], g["feature"][i].get<float>(), 2e-3) << "start " << n << " step " << k;
+        EXPECT_NEAR(model.feature(k)[i], g["feature"][i].get<float>(), 2e-3)
+            << "start " << n << " step " << k;
         EXPECT_NEAR(f[i], g["f"][i].get<float>(), 5e-3) << "start " << n << " step " << k;
       }
       const float* logits = model.logits(k, h.data());
       for (size_t i = 0; i < 8; ++i) {
         const auto& v = model.vocabulary();
         const auto at = std::find(v.begin(), v.end(), g["top_ids"][i].get<int32_t>()) - v.begin();
-        EXPECT_NEAR(logits[at], g["top_logits"][i].get<float>(), 2e-2) << "start " << n << " step " << k;
+        EXPECT_NEAR(logits[at], g["top_logits"][i].get<float>(), 2e-2)
+            << "start " << n << " step " << k;
       }
     }
   }
@@ -124,14 +144,18 @@ TEST(Draft, ChangesNoText) {
   const DraftTensors tensors = load_prototype(kPrototype + "prototype.safetensors");
   Session session(*target.model, {.context = 512, .max_nodes = 60});
   double tau = 0, runs = 0;
-  for (const ChimeraOptions& o : {ChimeraOptions{.nodes = 3, .depth = 4}, ChimeraOptions{.nodes = 16}, ChimeraOptions{.nodes = 60, .depth = 8, .width = 8},
-                                  ChimeraOptions{.nodes = 16, .ngrams = false}}) {
+  for (const ChimeraOptions& o :
+       {ChimeraOptions{.nodes = 3, .depth = 4}, ChimeraOptions{.nodes = 16},
+        ChimeraOptions{.nodes = 60, .depth = 8, .width = 8},
+        ChimeraOptions{.nodes = 16, .ngrams = false}}) {
     const auto drafter = make_chimera_drafter(*target.model, tensors, o, 1, 512);
     for (const auto& prompt : test_prompts(2, target.file.vocabulary))
       for (const float temperature : {0.0f, 1.0f}) {
         const GenerateOptions options{48, {2}, {.temperature = temperature, .seed = 3}};
-        const Generation plain = generate(session, nullptr, prompt, options), tree = generate(session, drafter.get(), prompt, options);
-        EXPECT_EQ(tree.ids, plain.ids) << drafter->name() << " nodes " << o.nodes << " T " << temperature;
+        const Generation plain = generate(session, nullptr, prompt, options),
+                         tree = generate(session, drafter.get(), prompt, options);
+        EXPECT_EQ(tree.ids, plain.ids)
+            << drafter->name() << " nodes " << o.nodes << " T " << temperature;
         if (temperature == 0) tau += tree.tokens_per_step(), ++runs;
       }
   }

@@ -33,13 +33,16 @@ const int64_t kSizes[] = {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 172, 576}
 TEST(RowKernels, RmsNorm) {
   std::mt19937 random(1);
   for (const int64_t n : kSizes) {
-    const auto x = random_floats(random, static_cast<size_t>(n)), w = random_floats(random, static_cast<size_t>(n));
+    const auto x = random_floats(random, static_cast<size_t>(n)),
+               w = random_floats(random, static_cast<size_t>(n));
     std::vector<float> expected(x.size());
     kScalarKernels.rms_norm(x.data(), w.data(), 1e-5f, n, expected.data());
     double sum = 0;
     for (const float v : x) sum += static_cast<double>(v) * static_cast<double>(v);
     for (size_t i = 0; i < x.size(); ++i) {
-      const double exact = static_cast<double>(x[i]) / std::sqrt(sum / static_cast<double>(n) + 1e-5) * static_cast<double>(w[i]);
+      const double exact = static_cast<double>(x[i]) /
+                           std::sqrt(sum / static_cast<double>(n) + 1e-5) *
+                           static_cast<double>(w[i]);
       EXPECT_NEAR(expected[i], exact, 1e-5 * (1 + std::fabs(exact)));
     }
     for (const Kernels* k : fast_kernels()) {
@@ -58,7 +61,8 @@ TEST(RowKernels, SwiGlu) {
     std::vector<float> expected(static_cast<size_t>(n));
     kScalarKernels.swiglu(x.data(), n, expected.data());
     for (size_t i = 0; i < expected.size(); ++i) {
-      const double g = static_cast<double>(x[i]), u = static_cast<double>(x[i + static_cast<size_t>(n)]);
+      const double g = static_cast<double>(x[i]),
+                   u = static_cast<double>(x[i + static_cast<size_t>(n)]);
       EXPECT_NEAR(expected[i], g / (1 + std::exp(-g)) * u, 2e-6 * (1 + std::fabs(g * u)));
     }
     for (const Kernels* k : fast_kernels()) {
@@ -71,20 +75,23 @@ TEST(RowKernels, SwiGlu) {
 
 TEST(RowKernels, QuantizeQ8) {
   std::mt19937 random(3);
-  constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN(),
+                  kInf = std::numeric_limits<float>::infinity();
   for (int kind = 0; kind < 40; ++kind) {
     auto x = random_floats(random, 64, kind % 5 == 0 ? 1e-20f : 3.0f);
     if (kind == 1) std::fill(x.begin(), x.end(), 0.0f);
     if (kind == 2) x[5] = kNan;
     if (kind == 3) x[40] = -kInf;
-    if (kind == 4) std::fill(x.begin(), x.begin() + 32, 1e-40f);                    // denormal: counts as zero
+    if (kind == 4) std::fill(x.begin(), x.begin() + 32, 1e-40f);  // denormal: counts as zero
     for (size_t i = 0; i < 64 && kind == 6; ++i) x[i] = static_cast<float>(i) - 31.5f;  // ties
     if (kind == 7) std::fill(x.begin(), x.end(), std::numeric_limits<float>::max());
     std::vector<int8_t> q(64), expected_q(64);
     std::vector<float> scale(2), expected_scale(2);
     std::vector<int32_t> sum(2), expected_sum(2);
-    kScalarKernels.quantize_q8(x.data(), 64, expected_q.data(), expected_scale.data(), expected_sum.data());
-    for (size_t i = 0; i < 64 && kind > 7; ++i) EXPECT_NEAR(expected_q[i] * expected_scale[i / 32], x[i], 0.51f * expected_scale[i / 32]);
+    kScalarKernels.quantize_q8(x.data(), 64, expected_q.data(), expected_scale.data(),
+                               expected_sum.data());
+    for (size_t i = 0; i < 64 && kind > 7; ++i)
+      EXPECT_NEAR(expected_q[i] * expected_scale[i / 32], x[i], 0.51f * expected_scale[i / 32]);
     if (kind == 2) {
       EXPECT_TRUE(std::isnan(expected_scale[0]));
     }
@@ -93,7 +100,9 @@ TEST(RowKernels, QuantizeQ8) {
     }
     for (const Kernels* k : fast_kernels()) {
       k->quantize_q8(x.data(), 64, q.data(), scale.data(), sum.data());
-      EXPECT_TRUE(same_bits(q, expected_q) && same_bits(scale, expected_scale) && same_bits(sum, expected_sum)) << k->name << " " << kind;
+      EXPECT_TRUE(same_bits(q, expected_q) && same_bits(scale, expected_scale) &&
+                  same_bits(sum, expected_sum))
+          << k->name << " " << kind;
     }
   }
 }
@@ -139,7 +148,8 @@ TEST(RowKernels, RoundingToHalves) {
 TEST(RowKernels, Rotate) {
   std::mt19937 random(5);
   for (const int dim : {2, 8, 16, 32, 64, 80, 128}) {
-    const auto x = random_floats(random, static_cast<size_t>(dim)), angle = random_floats(random, static_cast<size_t>(dim / 2));
+    const auto x = random_floats(random, static_cast<size_t>(dim)),
+               angle = random_floats(random, static_cast<size_t>(dim / 2));
     std::vector<float> cos, sin;
     for (const float a : angle) cos.push_back(std::cos(a)), sin.push_back(std::sin(a));
     auto expected = x;
@@ -157,13 +167,18 @@ TEST(RowKernels, ExpAndArgmax) {
   std::vector<float> x = random_floats(random, 5000, 40.0f);
   x[17] = std::numeric_limits<float>::quiet_NaN();
   x[18] = -std::numeric_limits<float>::infinity();
-  for (const int64_t n : {int64_t{1}, int64_t{15}, int64_t{16}, int64_t{40}, int64_t{4999}, int64_t{5000}}) {
+  for (const int64_t n :
+       {int64_t{1}, int64_t{15}, int64_t{16}, int64_t{40}, int64_t{4999}, int64_t{5000}}) {
     const int32_t best = kScalarKernels.sampling.argmax(x.data(), n);
     std::vector<float> expected(static_cast<size_t>(n)), y(static_cast<size_t>(n));
-    kScalarKernels.sampling.exp_scaled(x.data(), n, x[static_cast<size_t>(best)], 0.7f, expected.data());
+    kScalarKernels.sampling.exp_scaled(x.data(), n, x[static_cast<size_t>(best)], 0.7f,
+                                       expected.data());
     for (size_t i = 0; i < expected.size(); ++i) {
-      const double exact = std::exp((static_cast<double>(x[i]) - static_cast<double>(x[static_cast<size_t>(best)])) / static_cast<double>(0.7f));
-      EXPECT_NEAR(expected[i], std::isnan(x[i]) ? 0.0 : exact, 4e-5 * (std::isnan(exact) ? 1 : exact) + 0x1p-34);
+      const double exact =
+          std::exp((static_cast<double>(x[i]) - static_cast<double>(x[static_cast<size_t>(best)])) /
+                   static_cast<double>(0.7f));
+      EXPECT_NEAR(expected[i], std::isnan(x[i]) ? 0.0 : exact,
+                  4e-5 * (std::isnan(exact) ? 1 : exact) + 0x1p-34);
     }
     for (const Kernels* k : fast_kernels()) {
       EXPECT_EQ(k->sampling.argmax(x.data(), n), best) << k->name;
@@ -185,17 +200,25 @@ struct AttentionCase {
   std::vector<std::vector<int32_t>> paths;
   AttentionChunk chunk{};
 
-  AttentionCase(std::mt19937& random, DType type, int head_dim, int committed, int tail, int queries, int chunk_index) {
+  AttentionCase(std::mt19937& random, DType type, int head_dim, int committed, int tail,
+                int queries, int chunk_index) {
     const int padded = (head_dim + 15) / 16 * 16, slots = (committed + tail + 15) / 16 * 16;
-    const auto k = random_floats(random, static_cast<size_t>(slots * head_dim)), v = random_floats(random, static_cast<size_t>(slots * padded));
+    const auto k = random_floats(random, static_cast<size_t>(slots * head_dim)),
+               v = random_floats(random, static_cast<size_t>(slots * padded));
     k32 = k, v32 = v;
     for (const float x : k) k16.push_back(f32_to_f16(x));
     for (const float x : v) v16.push_back(f32_to_f16(x));
     q = random_floats(random, static_cast<size_t>(queries * head_dim), 0.5f);
     partials.assign(static_cast<size_t>(queries * partial_size(padded)), 0.0f);
-    chunk = {type, type == DType::kF16 ? static_cast<const void*>(k16.data()) : k32.data(),
-             type == DType::kF16 ? static_cast<const void*>(v16.data()) : v32.data(), head_dim, padded,
-             chunk_index * kChunk, committed, queries, {}};
+    chunk = {type,
+             type == DType::kF16 ? static_cast<const void*>(k16.data()) : k32.data(),
+             type == DType::kF16 ? static_cast<const void*>(v16.data()) : v32.data(),
+             head_dim,
+             padded,
+             chunk_index * kChunk,
+             committed,
+             queries,
+             {}};
     paths.resize(static_cast<size_t>(queries));
     for (int i = 0; i < queries; ++i) {
       // A path of ascending slots in the tail; the first queries have one without gaps.
@@ -206,7 +229,8 @@ struct AttentionCase {
       const int length = committed + static_cast<int>(path.size());
       int direct = committed;
       while (direct < length && path[static_cast<size_t>(direct - committed)] == direct) ++direct;
-      chunk.query[i] = {q.data() + i * head_dim, path.data(), direct, length, partials.data() + i * partial_size(padded)};
+      chunk.query[i] = {q.data() + i * head_dim, path.data(), direct, length,
+                        partials.data() + i * partial_size(padded)};
     }
   }
 };
@@ -219,7 +243,8 @@ TEST(RowKernels, Attention) {
       for (const int committed : {0, 1, 15, 16, 100, 250, 255, 256, 300, 511})
         for (const int tail : {1, 5, 17, 40})
           for (const int queries : {1, 2, 3, 5, 7, 8}) {
-            if ((++cases + head_dim) % 3 != 0 && queries != 8) continue;  // a third of the grid will do
+            if ((++cases + head_dim) % 3 != 0 && queries != 8)
+              continue;  // a third of the grid will do
             for (int c = 0; c <= committed / kChunk; ++c) {
               AttentionCase one(random, type, head_dim, committed, tail, queries, c);
               kScalarKernels.attention(one.chunk);
@@ -227,7 +252,9 @@ TEST(RowKernels, Attention) {
               for (const Kernels* k : fast_kernels()) {
                 std::fill(one.partials.begin(), one.partials.end(), 0.0f);
                 k->attention(one.chunk);
-                ASSERT_TRUE(same_bits(one.partials, expected)) << k->name << " head_dim " << head_dim << " committed " << committed << " tail " << tail << " queries " << queries << " chunk " << c;
+                ASSERT_TRUE(same_bits(one.partials, expected))
+                    << k->name << " head_dim " << head_dim << " committed " << committed << " tail "
+                    << tail << " queries " << queries << " chunk " << c;
               }
             }
           }
@@ -250,13 +277,17 @@ TEST(RowKernels, AttentionIsSoftmaxAttention) {
   for (int p = 0; p < a.chunk.query[0].length; ++p) {
     double s = 0;
     for (int d = 0; d < 64; ++d)
-      s += static_cast<double>(a.q[static_cast<size_t>(d)]) * static_cast<double>(a.k32[static_cast<size_t>((slot(p) / 16 * 64 + d) * 16 + slot(p) % 16)]);
+      s += static_cast<double>(a.q[static_cast<size_t>(d)]) *
+           static_cast<double>(
+               a.k32[static_cast<size_t>((slot(p) / 16 * 64 + d) * 16 + slot(p) % 16)]);
     score.push_back(std::exp(s));
     sum += score.back();
   }
   for (int d = 0; d < 64; ++d) {
     double o = 0;
-    for (size_t p = 0; p < score.size(); ++p) o += score[p] / sum * static_cast<double>(a.v32[static_cast<size_t>(slot(static_cast<int>(p)) * 64 + d)]);
+    for (size_t p = 0; p < score.size(); ++p)
+      o += score[p] / sum *
+           static_cast<double>(a.v32[static_cast<size_t>(slot(static_cast<int>(p)) * 64 + d)]);
     EXPECT_NEAR(out[static_cast<size_t>(d)], o, 1e-5);
   }
 }
@@ -267,8 +298,10 @@ TEST(RowKernels, Combine) {
     for (const int n : {1, 2, 5}) {
       const int padded = (head_dim + 15) / 16 * 16, psize = partial_size(padded);
       auto partials = random_floats(random, static_cast<size_t>(n * psize), 3.0f);
-      for (int c = 0; c < n; ++c) partials[static_cast<size_t>(c * psize + 1)] = 1.0f + static_cast<float>(c);
-      std::vector<float> expected(static_cast<size_t>(head_dim)), out(static_cast<size_t>(head_dim));
+      for (int c = 0; c < n; ++c)
+        partials[static_cast<size_t>(c * psize + 1)] = 1.0f + static_cast<float>(c);
+      std::vector<float> expected(static_cast<size_t>(head_dim)),
+          out(static_cast<size_t>(head_dim));
       kScalarKernels.combine(partials.data(), n, psize, head_dim, padded, expected.data());
       for (const Kernels* k : fast_kernels()) {
         k->combine(partials.data(), n, psize, head_dim, padded, out.data());

@@ -1,5 +1,6 @@
 // The signature: the logits of a token have the same bits whether it runs alone or inside a tree,
-// among other sequences, in any chunking of its prompt, on any instruction set and number of threads.
+// among other sequences, in any chunking of its prompt, on any instruction set and number of
+// threads.
 #include <cstring>
 
 #include "tests/support.h"
@@ -7,7 +8,8 @@
 namespace chimera::test {
 namespace {
 
-uint64_t hash(const float* x, size_t n, uint64_t h = 0xcbf29ce484222325u) {  // FNV-1a over the bytes
+uint64_t hash(const float* x, size_t n,
+              uint64_t h = 0xcbf29ce484222325u) {  // FNV-1a over the bytes
   const auto* p = reinterpret_cast<const unsigned char*>(x);
   for (size_t i = 0; i < n * 4; ++i) h = (h ^ p[i]) * 0x100000001b3u;
   return h;
@@ -28,8 +30,10 @@ Alone run_alone(const Llama& model, const std::vector<int32_t>& text, DType kv_t
     session.forward();
     session.accept_and_keep();
   }
-  const auto vocab = static_cast<size_t>(model.config().vocab_size), hidden = static_cast<size_t>(model.config().hidden_size);
-  return {{session.logits(), session.logits() + vocab}, {session.states(), session.states() + hidden}};
+  const auto vocab = static_cast<size_t>(model.config().vocab_size),
+             hidden = static_cast<size_t>(model.config().hidden_size);
+  return {{session.logits(), session.logits() + vocab},
+          {session.states(), session.states() + hidden}};
 }
 
 // A random tree of n nodes: the parent of each is any earlier one, or the last committed position.
@@ -41,7 +45,8 @@ Tree random_tree(std::mt19937& random, int n, int vocab) {
   Tree tree;
   for (int i = 0; i < n; ++i) {
     tree.token.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
-    tree.parent.push_back(i == 0 || random() % 8 == 0 ? -1 : static_cast<int>(random() % static_cast<unsigned>(i)));
+    tree.parent.push_back(
+        i == 0 || random() % 8 == 0 ? -1 : static_cast<int>(random() % static_cast<unsigned>(i)));
   }
   return tree;
 }
@@ -53,7 +58,8 @@ void commit(Session& session, int sequence, const std::vector<int32_t>& prefix, 
     step.clear();
     step.begin_sequence(sequence);
     int row = -1;
-    for (int i = 0; i < chunk && at < prefix.size(); ++i) row = step.add_row(prefix[at++], row, false);
+    for (int i = 0; i < chunk && at < prefix.size(); ++i)
+      row = step.add_row(prefix[at++], row, false);
     session.forward();
     session.accept_and_keep();
   }
@@ -64,34 +70,46 @@ void expect_same(const float* a, const float* b, size_t n, const std::string& wh
 }
 
 // Every node of a random tree against the same text run token by token.
-void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes, int prompt_chunk, int check_every, DType kv_type) {
+void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes,
+                int prompt_chunk, int check_every, DType kv_type) {
   const int vocab = model.config().vocab_size;
-  const auto width = static_cast<size_t>(vocab), hidden = static_cast<size_t>(model.config().hidden_size);
+  const auto width = static_cast<size_t>(vocab),
+             hidden = static_cast<size_t>(model.config().hidden_size);
   const std::vector<int32_t> prefix = random_tokens(random, committed, vocab);
   const Tree tree = random_tree(random, nodes, vocab);
-  Session session(model, {.context = committed + nodes + 1, .max_nodes = nodes, .prefill_rows = prompt_chunk, .kv_type = kv_type});
+  Session session(model, {.context = committed + nodes + 1,
+                          .max_nodes = nodes,
+                          .prefill_rows = prompt_chunk,
+                          .kv_type = kv_type});
   session.start(0, std::vector<int32_t>{0}, {});
   commit(session, 0, prefix, prompt_chunk);
   Step& step = session.edit_step();
   step.clear();
   step.begin_sequence(0);
-  for (int i = 0; i < nodes; ++i) step.add_row(tree.token[static_cast<size_t>(i)], tree.parent[static_cast<size_t>(i)], true);
+  for (int i = 0; i < nodes; ++i)
+    step.add_row(tree.token[static_cast<size_t>(i)], tree.parent[static_cast<size_t>(i)], true);
   session.forward();
-  for (int i = static_cast<int>(random() % static_cast<unsigned>(check_every)); i < nodes; i += check_every) {
+  for (int i = static_cast<int>(random() % static_cast<unsigned>(check_every)); i < nodes;
+       i += check_every) {
     std::vector<int32_t> text = prefix, path;
-    for (int n = i; n >= 0; n = tree.parent[static_cast<size_t>(n)]) path.push_back(tree.token[static_cast<size_t>(n)]);
+    for (int n = i; n >= 0; n = tree.parent[static_cast<size_t>(n)])
+      path.push_back(tree.token[static_cast<size_t>(n)]);
     text.insert(text.end(), path.rbegin(), path.rend());
     const Alone alone = run_alone(model, text, kv_type);
-    const std::string what = "node " + std::to_string(i) + " of " + std::to_string(nodes) + " after " + std::to_string(committed);
-    expect_same(session.logits() + static_cast<size_t>(i) * width, alone.logits.data(), width, what + ", logits");
-    expect_same(session.states() + static_cast<size_t>(i) * hidden, alone.states.data(), hidden, what + ", states");
+    const std::string what = "node " + std::to_string(i) + " of " + std::to_string(nodes) +
+                             " after " + std::to_string(committed);
+    expect_same(session.logits() + static_cast<size_t>(i) * width, alone.logits.data(), width,
+                what + ", logits");
+    expect_same(session.states() + static_cast<size_t>(i) * hidden, alone.states.data(), hidden,
+                what + ", states");
   }
 }
 
 struct Shape {
   int committed, nodes, chunk;
 };
-const Shape kShapes[] = {{0, 2, 1}, {1, 3, 7}, {15, 5, 16}, {17, 64, 64}, {255, 9, 64}, {250, 33, 100}, {257, 16, 31}};
+const Shape kShapes[] = {{0, 2, 1},    {1, 3, 7},      {15, 5, 16},  {17, 64, 64},
+                         {255, 9, 64}, {250, 33, 100}, {257, 16, 31}};
 
 TEST(Lossless, NodesOfTreesEveryTypeIsaThreads) {
   SKIP_WITHOUT(tiny("f32"));
@@ -101,10 +119,12 @@ TEST(Lossless, NodesOfTreesEveryTypeIsaThreads) {
         if (isa == "scalar" && threads > 1) continue;  // slow; its threads divide the same units
         const Loaded l = load(tiny(type), isa, threads);
         std::mt19937 random(42);
-        const Shape& s = kShapes[static_cast<size_t>(threads + (type[1] - '0')) % std::size(kShapes)];
+        const Shape& s =
+            kShapes[static_cast<size_t>(threads + (type[1] - '0')) % std::size(kShapes)];
         SCOPED_TRACE(type + " " + isa + " " + std::to_string(threads) + " threads");
         const int committed = isa == "scalar" ? s.committed % 40 : s.committed;
-        check_tree(*l.model, random, committed, isa == "scalar" ? std::min(s.nodes, 8) : s.nodes, s.chunk, std::max(1, s.nodes / 3), DType::kF16);
+        check_tree(*l.model, random, committed, isa == "scalar" ? std::min(s.nodes, 8) : s.nodes,
+                   s.chunk, std::max(1, s.nodes / 3), DType::kF16);
         if (HasFatalFailure()) return;
       }
 }
@@ -133,8 +153,8 @@ TEST(LosslessFull, NodesOfTreesEveryTypeIsaThreads) {
       }
 }
 
-// The hash of a text's logits: one number for each weight type, on every machine that ever runs this.
-// It changes only together with the contract's version.
+// The hash of a text's logits: one number for each weight type, on every machine that ever runs
+// this. It changes only together with the contract's version.
 TEST(Lossless, ContractHashes) {
   SKIP_WITHOUT(tiny("f32"));
   const std::map<std::string, uint64_t> golden = {
@@ -154,8 +174,9 @@ TEST(Lossless, ContractHashes) {
       for (const int32_t id : text) row = step.add_row(id, row, true);
       session.forward();
       const uint64_t h = hash(session.logits(), text.size() * 512);
-      EXPECT_EQ(h, golden.count(type) ? golden.at(type) : 0) << "{\"" << type << "\", 0x" << std::hex << h << "u}, found with " << isa
-                                    << " under contract version " << std::dec << cpu::kContractVersion;
+      EXPECT_EQ(h, golden.count(type) ? golden.at(type) : 0)
+          << "{\"" << type << "\", 0x" << std::hex << h << "u}, found with " << isa
+          << " under contract version " << std::dec << cpu::kContractVersion;
     }
 }
 
@@ -172,13 +193,16 @@ TEST(Lossless, SequencesOfABatch) {
       prompts.push_back(random_tokens(random, 1 + 53 * s, 512));
       sampling.push_back({.temperature = s % 2 ? 0.8f : 0.0f, .seed = static_cast<uint64_t>(s)});
       Session single(*l.model, {.context = 300});
-      const Generation g = generate(single, nullptr, prompts.back(), {.max_tokens = kTokens, .eos = {}, .sampling = sampling.back()});
+      const Generation g =
+          generate(single, nullptr, prompts.back(),
+                   {.max_tokens = kTokens, .eos = {}, .sampling = sampling.back()});
       alone.push_back(g.ids);
     }
     for (const int nodes : {0, 6}) {
       Session batch(*l.model, {.context = 300, .n_sequences = kSequences, .max_nodes = nodes});
       const auto drafter = make_ngram_drafter({.nodes = 6, .min_match = 1}, kSequences, 300);
-      for (int s = 0; s < kSequences; ++s) batch.start(s, prompts[static_cast<size_t>(s)], sampling[static_cast<size_t>(s)]);
+      for (int s = 0; s < kSequences; ++s)
+        batch.start(s, prompts[static_cast<size_t>(s)], sampling[static_cast<size_t>(s)]);
       for (bool busy = true; busy;) {
         busy = false;
         batch.step(nodes > 0 ? drafter.get() : nullptr);
@@ -186,26 +210,34 @@ TEST(Lossless, SequencesOfABatch) {
           busy = busy || batch.tokens(s).size() < prompts[static_cast<size_t>(s)].size() + kTokens;
       }
       for (int s = 0; s < kSequences; ++s) {
-        const auto answer = batch.tokens(s).subspan(prompts[static_cast<size_t>(s)].size(), kTokens);
-        EXPECT_EQ(std::vector<int32_t>(answer.begin(), answer.end()), alone[static_cast<size_t>(s)]) << type << " sequence " << s << ", nodes " << nodes;
+        const auto answer =
+            batch.tokens(s).subspan(prompts[static_cast<size_t>(s)].size(), kTokens);
+        EXPECT_EQ(std::vector<int32_t>(answer.begin(), answer.end()), alone[static_cast<size_t>(s)])
+            << type << " sequence " << s << ", nodes " << nodes;
       }
     }
   }
 }
 
-// A drafter that knows the answer, and spoils some of it: trees with long accepted paths and siblings.
+// A drafter that knows the answer, and spoils some of it: trees with long accepted paths and
+// siblings.
 class OracleDrafter final : public Drafter {
  public:
-  OracleDrafter(std::vector<int32_t> text, unsigned seed, int nodes) : text_(std::move(text)), random_(seed), nodes_(nodes) {}
+  OracleDrafter(std::vector<int32_t> text, unsigned seed, int nodes)
+      : text_(std::move(text)), random_(seed), nodes_(nodes) {}
   std::string name() const override { return "oracle"; }
   void draft(const DraftContext& c, Step* step) override {
     int truth = c.root, left = std::min(c.max_nodes, nodes_);
-    for (size_t at = c.tokens.size(); left > 0 && at < text_.size() && step->position[truth] - step->position[c.root] < c.max_depth; ++at) {
+    for (size_t at = c.tokens.size(); left > 0 && at < text_.size() &&
+                                      step->position[truth] - step->position[c.root] < c.max_depth;
+         ++at) {
       const bool wrong_first = random_() % 2;
       int next = -1;
       for (int i = 0; i < 2 && left > 0; ++i, --left) {
         const bool wrong = (i == 0) == wrong_first;
-        const int row = step->add_row(wrong ? (text_[at] + 1 + static_cast<int32_t>(random_() % 100)) % 256 : text_[at], truth, true);
+        const int row = step->add_row(
+            wrong ? (text_[at] + 1 + static_cast<int32_t>(random_() % 100)) % 256 : text_[at],
+            truth, true);
         if (!wrong) next = row;
       }
       if (next < 0 || random_() % 6 == 0) break;
@@ -219,7 +251,8 @@ class OracleDrafter final : public Drafter {
   int nodes_;
 };
 
-// Whole texts: plain decoding against trees whose paths are accepted and kept, at three temperatures.
+// Whole texts: plain decoding against trees whose paths are accepted and kept, at three
+// temperatures.
 TEST(Lossless, WholeTextsThroughAcceptedPaths) {
   SKIP_WITHOUT(shared("models/stories260K/stories260K.bin"));
   for (const std::string& isa : isas()) {
@@ -228,7 +261,11 @@ TEST(Lossless, WholeTextsThroughAcceptedPaths) {
       for (const uint64_t seed : {1u, 2u}) {
         GenerateOptions options;
         options.max_tokens = isa == "scalar" ? 60 : 400;
-        options.sampling = {.temperature = temperature, .top_k = seed == 2 ? 40 : 0, .top_p = seed == 2 ? 0.9f : 1.0f, .min_p = 0, .seed = seed};
+        options.sampling = {.temperature = temperature,
+                            .top_k = seed == 2 ? 40 : 0,
+                            .top_p = seed == 2 ? 0.9f : 1.0f,
+                            .min_p = 0,
+                            .seed = seed};
         const std::vector<int32_t> prompt = {1, 403, 407, 261, 378};
         Session plain(*l.model, {.context = 512});
         const Generation expected = generate(plain, nullptr, prompt, options);
@@ -240,9 +277,11 @@ TEST(Lossless, WholeTextsThroughAcceptedPaths) {
           const Generation g = generate(tree, &oracle, prompt, options);
           EXPECT_EQ(g.ids, expected.ids) << isa << " T " << temperature << " nodes " << nodes;
           EXPECT_EQ(g.stop, expected.stop);
-          EXPECT_GT(g.tokens_per_step(), nodes > 1 ? 1.5 : 1.1) << "paths must be accepted for this to prove anything";
+          EXPECT_GT(g.tokens_per_step(), nodes > 1 ? 1.5 : 1.1)
+              << "paths must be accepted for this to prove anything";
           const auto ngram = make_ngram_drafter({.nodes = nodes, .min_match = 1}, 1, 512);
-          EXPECT_EQ(generate(tree, ngram.get(), prompt, options).ids, expected.ids) << isa << " ngram T " << temperature;
+          EXPECT_EQ(generate(tree, ngram.get(), prompt, options).ids, expected.ids)
+              << isa << " ngram T " << temperature;
         }
       }
   }
@@ -260,7 +299,8 @@ void check_smollm2(size_t prompts, int tokens, const std::vector<uint64_t>& seed
       for (const uint64_t seed : seeds) {
         if (temperature == 0 && seed != seeds.front()) continue;
         GenerateOptions options{tokens, {2}, {.temperature = temperature, .seed = seed}};
-        const Generation plain = generate(session, nullptr, prompt, options), tree = generate(session, ngram.get(), prompt, options);
+        const Generation plain = generate(session, nullptr, prompt, options),
+                         tree = generate(session, ngram.get(), prompt, options);
         ASSERT_EQ(tree.ids, plain.ids) << "T " << temperature << " seed " << seed;
         ASSERT_EQ(tree.stop, plain.stop);
         steps += tree.steps;

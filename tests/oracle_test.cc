@@ -14,7 +14,8 @@ namespace {
 std::vector<float> logits_of(const Llama& model, const std::vector<int32_t>& ids, DType kv_type) {
   SessionOptions options;
   options.context = static_cast<int>(ids.size());
-  options.max_nodes = static_cast<int>(std::min<size_t>(ids.size(), 128)) - 1;  // logits for that many rows
+  options.max_nodes =
+      static_cast<int>(std::min<size_t>(ids.size(), 128)) - 1;  // logits for that many rows
   options.kv_type = kv_type;
   Session session(model, options);
   const auto vocab = static_cast<size_t>(model.config().vocab_size);
@@ -25,9 +26,11 @@ std::vector<float> logits_of(const Llama& model, const std::vector<int32_t>& ids
     step.clear();
     step.begin_sequence(0);
     int row = -1;
-    for (int i = 0; i <= options.max_nodes && begin < ids.size(); ++i) row = step.add_row(ids[begin++], row, true);
+    for (int i = 0; i <= options.max_nodes && begin < ids.size(); ++i)
+      row = step.add_row(ids[begin++], row, true);
     session.forward();
-    all.insert(all.end(), session.logits(), session.logits() + static_cast<size_t>(step.n_rows) * vocab);
+    all.insert(all.end(), session.logits(),
+               session.logits() + static_cast<size_t>(step.n_rows) * vocab);
     session.accept_and_keep();
   }
   return all;
@@ -35,24 +38,29 @@ std::vector<float> logits_of(const Llama& model, const std::vector<int32_t>& ids
 
 double rms_difference(const std::vector<float>& a, const std::vector<float>& b) {
   double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+  for (size_t i = 0; i < a.size(); ++i)
+    sum += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
   return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
-// No further from the exact logits than llama.cpp is, for each weight type. Both round activations to
-// 8 bits (or bf16) and are off by the same noise; two draws of it differ by up to 3% on these 24 rows.
+// No further from the exact logits than llama.cpp is, for each weight type. Both round activations
+// to 8 bits (or bf16) and are off by the same noise; two draws of it differ by up to 3% on these 24
+// rows.
 TEST(Oracle, ElevenWeightTypes) {
   SKIP_WITHOUT(tiny("f32"));
-  const std::vector<int32_t> ids = {1, 300, 17, 450, 88, 5, 5, 261, 499, 33, 402, 7, 19, 350, 128, 64, 256, 3, 77, 480, 210, 9, 345, 101};
+  const std::vector<int32_t> ids = {1,  300, 17,  450, 88,  5, 5,  261, 499, 33, 402, 7,
+                                    19, 350, 128, 64,  256, 3, 77, 480, 210, 9,  345, 101};
   for (const std::string type : kQuantTypes) {
     const auto exact = read_array<float>(shared("models/tiny-quants/exact-" + type + ".f32"));
-    const double theirs = rms_difference(read_array<float>(shared("models/tiny-quants/llamacpp-" + type + ".f32")), exact);
+    const double theirs = rms_difference(
+        read_array<float>(shared("models/tiny-quants/llamacpp-" + type + ".f32")), exact);
     for (const std::string& isa : isas()) {
       const Loaded l = load(tiny(type), isa, 1);
       const std::vector<float> ours = logits_of(*l.model, ids, DType::kF32);  // as llama.cpp ran it
       ASSERT_EQ(ours.size(), exact.size());
       EXPECT_LE(rms_difference(ours, exact), std::max(1.04 * theirs, 1e-6)) << type << " " << isa;
-      std::printf("%-5s %-7s ours %.7f  llama.cpp %.7f\n", type.c_str(), isa.c_str(), rms_difference(ours, exact), theirs);
+      std::printf("%-5s %-7s ours %.7f  llama.cpp %.7f\n", type.c_str(), isa.c_str(),
+                  rms_difference(ours, exact), theirs);
     }
   }
 }
@@ -64,7 +72,9 @@ TEST(Oracle, Stories260kTellsItsStory) {
     const char *file, *prompt;
     int tokens;
   };
-  for (const Case& c : {Case{"golden_greedy_200.txt", "", 200}, Case{"golden_greedy_64_prompt_Once_upon_a_time.txt", "Once upon a time", 64}})
+  for (const Case& c :
+       {Case{"golden_greedy_200.txt", "", 200},
+        Case{"golden_greedy_64_prompt_Once_upon_a_time.txt", "Once upon a time", 64}})
     for (const std::string& isa : isas()) {
       Loaded l = load(folder + "stories260K.bin", isa, 1);
       const Tokenizer tokenizer(l.file.vocabulary);
@@ -107,8 +117,9 @@ class SmolLm2 : public ::testing::Test {
   }
 };
 
-// The answer of the f32 model. With 4-bit weights the first token is a near tie (exact arithmetic on
-// the Q4_1 weights puts the f32 model's 31.3 at 25.3); it must be among the best, the rest follows.
+// The answer of the f32 model. With 4-bit weights the first token is a near tie (exact arithmetic
+// on the Q4_1 weights puts the f32 model's 31.3 at 25.3); it must be among the best, the rest
+// follows.
 TEST_F(SmolLm2, AnswerOfTheF32Model) {
   const std::string path = shared("tokenizers/smollm2_golden/forward_135M_instruct.json");
   SKIP_WITHOUT(path);
@@ -116,7 +127,8 @@ TEST_F(SmolLm2, AnswerOfTheF32Model) {
   const auto golden = nlohmann::json::parse(read_text(path));
   auto ids = golden["prompt_ids"].get<std::vector<int32_t>>();
   const size_t prompt = ids.size();
-  for (const int32_t id : golden["greedy_generated_ids"].get<std::vector<int32_t>>()) ids.push_back(id);
+  for (const int32_t id : golden["greedy_generated_ids"].get<std::vector<int32_t>>())
+    ids.push_back(id);
   const std::vector<float> logits = logits_of(model(), ids, DType::kF16);
   for (size_t i = prompt; i < ids.size(); ++i) {
     const float* row = logits.data() + (i - 1) * 49152;
@@ -125,17 +137,19 @@ TEST_F(SmolLm2, AnswerOfTheF32Model) {
   }
 }
 
-// llama.cpp on the same file, teacher-forced. Against exact arithmetic on the same weights, ours is off
-// by 0.0202 in log-probability on average and llama.cpp by 0.0204 (1,388 tokens); so the two differ from
-// each other by some 0.025, and near ties can fall either way.
+// llama.cpp on the same file, teacher-forced. Against exact arithmetic on the same weights, ours is
+// off by 0.0202 in log-probability on average and llama.cpp by 0.0204 (1,388 tokens); so the two
+// differ from each other by some 0.025, and near ties can fall either way.
 void agree_with_llamacpp(const Llama& model, size_t limit) {
   std::istringstream lines(read_text(shared("smollm2_llamacpp/greedy.jsonl")));
   double off = 0;
   size_t tokens = 0, cases = 0;
   for (std::string line; std::getline(lines, line) && cases < limit; ++cases) {
     const auto c = nlohmann::json::parse(line);
-    const auto prompt = c["prompt_ids"].get<std::vector<int32_t>>(), answer = c["ids"].get<std::vector<int32_t>>();
-    const auto margin = c["margin"].get<std::vector<double>>(), logprob = c["logprob"].get<std::vector<double>>();
+    const auto prompt = c["prompt_ids"].get<std::vector<int32_t>>(),
+               answer = c["ids"].get<std::vector<int32_t>>();
+    const auto margin = c["margin"].get<std::vector<double>>(),
+               logprob = c["logprob"].get<std::vector<double>>();
     std::vector<int32_t> ids = prompt;
     ids.insert(ids.end(), answer.begin(), answer.end());
     const std::vector<float> logits = logits_of(model, ids, DType::kF16);
@@ -151,7 +165,8 @@ void agree_with_llamacpp(const Llama& model, size_t limit) {
       ++tokens;
     }
   }
-  std::printf("log-probabilities differ from llama.cpp's by %.4f on average over %zu tokens\n", off / static_cast<double>(tokens), tokens);
+  std::printf("log-probabilities differ from llama.cpp's by %.4f on average over %zu tokens\n",
+              off / static_cast<double>(tokens), tokens);
   EXPECT_LT(off / static_cast<double>(tokens), 0.03);
 }
 TEST_F(SmolLm2, AgreesWithLlamaCpp) {
@@ -167,7 +182,8 @@ TEST_F(SmolLm2Full, AgreesWithLlamaCpp) {
   agree_with_llamacpp(model(), 1000);
 }
 
-// What the comment above says, measured: exact is the same model with every weight dequantised to f32.
+// What the comment above says, measured: exact is the same model with every weight dequantised to
+// f32.
 TEST_F(SmolLm2Full, AsNearToExactAsLlamaCpp) {
   SKIP_WITHOUT(shared("smollm2_llamacpp/greedy.jsonl"));
   SKIP_WITHOUT(kSmolLm2);
@@ -176,8 +192,10 @@ TEST_F(SmolLm2Full, AsNearToExactAsLlamaCpp) {
   const auto expand = [&](TensorView& v) {
     if (v.empty()) return;
     std::vector<float>& weights = expanded.emplace_back(static_cast<size_t>(v.rows * v.cols));
-    for (int64_t r = 0; r < v.rows; ++r) dequantize_row(v.type, v.row(r), v.cols, weights.data() + r * v.cols);
-    v = {v.name, DType::kF32, v.rows, v.cols, reinterpret_cast<const std::byte*>(weights.data()), 0};
+    for (int64_t r = 0; r < v.rows; ++r)
+      dequantize_row(v.type, v.row(r), v.cols, weights.data() + r * v.cols);
+    v = {v.name, DType::kF32, v.rows, v.cols, reinterpret_cast<const std::byte*>(weights.data()),
+         0};
   };
   expand(file.tensors.embedding);
   for (LlamaLayerTensors& l : file.tensors.layers)
@@ -193,23 +211,27 @@ TEST_F(SmolLm2Full, AsNearToExactAsLlamaCpp) {
     const size_t prompt = ids.size();
     const auto logprob = c["logprob"].get<std::vector<double>>();
     for (const int32_t id : c["ids"].get<std::vector<int32_t>>()) ids.push_back(id);
-    const std::vector<float> a = logits_of(model(), ids, DType::kF16), b = logits_of(exact_model, ids, DType::kF32);
+    const std::vector<float> a = logits_of(model(), ids, DType::kF16),
+                             b = logits_of(exact_model, ids, DType::kF32);
     for (size_t i = prompt; i < ids.size(); ++i) {
       const double exact = log_probability(b.data() + (i - 1) * 49152, ids[i]);
       ours += std::fabs(log_probability(a.data() + (i - 1) * 49152, ids[i]) - exact);
       theirs += std::fabs(logprob[i - prompt] - exact);
     }
   }
-  std::printf("distance from exact log-probabilities: ours is %.3f of llama.cpp's\n", ours / theirs);
+  std::printf("distance from exact log-probabilities: ours is %.3f of llama.cpp's\n",
+              ours / theirs);
   EXPECT_LE(ours, 1.05 * theirs);
 }
 
-// llama-perplexity -c 512 on the first 65,536 bytes of Tiny Shakespeare: 38.3549; after 10 chunks 39.5272.
+// llama-perplexity -c 512 on the first 65,536 bytes of Tiny Shakespeare: 38.3549; after 10
+// chunks 39.5272.
 TEST_F(SmolLm2Full, Perplexity) {
   SKIP_WITHOUT(shared("smollm2_llamacpp/text.txt"));
   SKIP_WITHOUT(kSmolLm2);
   const Tokenizer tokenizer(load_model(kSmolLm2).vocabulary);
-  const std::vector<int32_t> ids = tokenizer.encode(read_text(shared("smollm2_llamacpp/text.txt")), false);
+  const std::vector<int32_t> ids =
+      tokenizer.encode(read_text(shared("smollm2_llamacpp/text.txt")), false);
   double sum = 0;
   int scored = 0;
   for (int chunk = 0; chunk < 10; ++chunk) {

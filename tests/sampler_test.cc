@@ -14,11 +14,12 @@ namespace {
 int32_t draw(const std::vector<float>& logits, const Sampling& sampling, int64_t position) {
   std::vector<float> e(logits.size());
   std::vector<int32_t> order(logits.size());
-  return sample(cpu::kScalarKernels.sampling, logits.data(), static_cast<int32_t>(logits.size()), sampling, position,
-                {e.data(), order.data()});
+  return sample(cpu::kScalarKernels.sampling, logits.data(), static_cast<int32_t>(logits.size()),
+                sampling, position, {e.data(), order.data()});
 }
 
-std::vector<double> frequencies(const std::vector<float>& logits, const Sampling& sampling, int n = 40000) {
+std::vector<double> frequencies(const std::vector<float>& logits, const Sampling& sampling,
+                                int n = 40000) {
   std::vector<double> f(logits.size());
   for (int p = 0; p < n; ++p) f[static_cast<size_t>(draw(logits, sampling, p))] += 1.0 / n;
   return f;
@@ -47,15 +48,18 @@ TEST(Sampler, FollowsTheDistribution) {
   const std::vector<float> logits = {0.0f, 1.0f, 2.0f, -1.0f, NAN};
   for (const float t : {0.5f, 1.0f, 2.0f}) {
     double sum = 0;
-    for (int i = 0; i < 4; ++i) sum += std::exp(static_cast<double>(logits[static_cast<size_t>(i)] / t));
+    for (int i = 0; i < 4; ++i)
+      sum += std::exp(static_cast<double>(logits[static_cast<size_t>(i)] / t));
     const auto f = frequencies(logits, {.temperature = t, .seed = 5});
-    for (size_t i = 0; i < 4; ++i) EXPECT_NEAR(f[i], std::exp(static_cast<double>(logits[i] / t)) / sum, 0.01);
+    for (size_t i = 0; i < 4; ++i)
+      EXPECT_NEAR(f[i], std::exp(static_cast<double>(logits[i] / t)) / sum, 0.01);
     EXPECT_EQ(f[4], 0);
   }
 }
 
 TEST(Sampler, CutsKeepWhatTheySay) {
-  const std::vector<float> logits = {std::log(0.1f), std::log(0.4f), std::log(0.2f), std::log(0.2f), std::log(0.1f)};
+  const std::vector<float> logits = {std::log(0.1f), std::log(0.4f), std::log(0.2f), std::log(0.2f),
+                                     std::log(0.1f)};
   const auto kept = [&](Sampling s) {
     s.temperature = 1;
     std::vector<int> ids;
@@ -103,8 +107,9 @@ TEST(Sampler, IsAFunctionOfSeedAndPosition) {
 }
 
 TEST(Sampler, RefusesWhatMakesNoSense) {
-  for (const Sampling& s : {Sampling{.temperature = -1}, Sampling{.temperature = NAN}, Sampling{.top_k = -1}, Sampling{.top_p = 0},
-                            Sampling{.top_p = 2}, Sampling{.min_p = -0.1f}, Sampling{.min_p = NAN}})
+  for (const Sampling& s : {Sampling{.temperature = -1}, Sampling{.temperature = NAN},
+                            Sampling{.top_k = -1}, Sampling{.top_p = 0}, Sampling{.top_p = 2},
+                            Sampling{.min_p = -0.1f}, Sampling{.min_p = NAN}})
     EXPECT_THROW(check(s), Error);
   EXPECT_NO_THROW(check(Sampling{.temperature = 1, .top_k = 40, .top_p = 0.9f, .min_p = 0.05f}));
 }

@@ -13,7 +13,9 @@
 namespace chimera::test {
 namespace {
 
-std::string stories() { return shared("models/stories260K/stories260K.bin"); }
+std::string stories() {
+  return shared("models/stories260K/stories260K.bin");
+}
 
 class SessionTest : public ::testing::Test {
  protected:
@@ -32,10 +34,13 @@ TEST(StepTest, TheDrawingInTheHeader) {
   step->clear();
   step->begin_sequence(0);
   enum { kThe = 10, kCat, kDog, kSat, kRan };
-  const int the = step->add_row(kThe, -1, true), cat = step->add_row(kCat, the, true), dog = step->add_row(kDog, the, true);
-  const int sat = step->add_row(kSat, cat, true), cat_ran = step->add_row(kRan, cat, true), dog_ran = step->add_row(kRan, dog, true);
+  const int the = step->add_row(kThe, -1, true), cat = step->add_row(kCat, the, true),
+            dog = step->add_row(kDog, the, true);
+  const int sat = step->add_row(kSat, cat, true), cat_ran = step->add_row(kRan, cat, true),
+            dog_ran = step->add_row(kRan, dog, true);
   step->set_root(the);
-  const std::vector<int> positions(step->position, step->position + 6), slots(step->slot, step->slot + 6);
+  const std::vector<int> positions(step->position, step->position + 6),
+      slots(step->slot, step->slot + 6);
   EXPECT_EQ(positions, (std::vector<int>{7, 8, 8, 9, 9, 9}));
   EXPECT_EQ(slots, (std::vector<int>{7, 8, 9, 10, 11, 12}));
   EXPECT_EQ(step->depth(dog_ran), 2);
@@ -67,18 +72,22 @@ TEST(StepTest, TheDrawingInTheHeader) {
 TEST_F(SessionTest, TextsEndWherePlainDecodingEndsThem) {
   Session session(model(), {.context = 128, .max_nodes = 8});
   const std::vector<int32_t> prompt = {1, 403, 407};
-  const Generation whole = generate(session, nullptr, prompt, {.max_tokens = 100, .eos = {}, .sampling = {}});
+  const Generation whole =
+      generate(session, nullptr, prompt, {.max_tokens = 100, .eos = {}, .sampling = {}});
   ASSERT_EQ(whole.ids.size(), 100u);
   const auto ngram = make_ngram_drafter({.nodes = 8, .min_match = 1}, 1, 128);
   for (size_t n : {1u, 2u, 17u, 60u, 100u}) {  // the limit, inside accepted paths too
-    const Generation g = generate(session, ngram.get(), prompt, {.max_tokens = static_cast<int>(n), .eos = {}, .sampling = {}});
-    EXPECT_EQ(g.ids, std::vector<int32_t>(whole.ids.begin(), whole.ids.begin() + static_cast<std::ptrdiff_t>(n)));
+    const Generation g = generate(session, ngram.get(), prompt,
+                                  {.max_tokens = static_cast<int>(n), .eos = {}, .sampling = {}});
+    EXPECT_EQ(g.ids, std::vector<int32_t>(whole.ids.begin(),
+                                          whole.ids.begin() + static_cast<std::ptrdiff_t>(n)));
     EXPECT_EQ(g.stop, Stop::kLength);
   }
   for (size_t i = 5; i < 100; i += 9) {  // any token as the end of text: the first time it comes up
     const int32_t eos = whole.ids[i];
     const auto first = std::find(whole.ids.begin(), whole.ids.end(), eos);
-    const Generation g = generate(session, ngram.get(), prompt, {.max_tokens = 100, .eos = {eos}, .sampling = {}});
+    const Generation g =
+        generate(session, ngram.get(), prompt, {.max_tokens = 100, .eos = {eos}, .sampling = {}});
     EXPECT_EQ(g.ids, std::vector<int32_t>(whole.ids.begin(), first + 1));
     EXPECT_EQ(g.stop, Stop::kEos);
   }
@@ -89,7 +98,8 @@ TEST_F(SessionTest, TheContextIsTheEnd) {
   const auto ngram = make_ngram_drafter({.nodes = 8, .min_match = 1}, 1, 40);
   std::vector<int32_t> prompt(30, 403);
   prompt[0] = 1;
-  const Generation plain = generate(session, nullptr, prompt, {}), tree = generate(session, ngram.get(), prompt, {});
+  const Generation plain = generate(session, nullptr, prompt, {}),
+                   tree = generate(session, ngram.get(), prompt, {});
   EXPECT_EQ(plain.ids.size(), 10u);
   EXPECT_EQ(tree.ids, plain.ids);
   EXPECT_EQ(plain.stop, Stop::kLength);
@@ -104,9 +114,11 @@ TEST_F(SessionTest, TheContextIsTheEnd) {
 
 TEST_F(SessionTest, OptionsOutOfRangeAreRefused) {
   for (const SessionOptions& o :
-       {SessionOptions{.context = 0}, SessionOptions{.context = -1}, SessionOptions{.context = 1 << 30}, SessionOptions{.n_sequences = 0},
-        SessionOptions{.n_sequences = 1000}, SessionOptions{.max_nodes = -1}, SessionOptions{.max_nodes = 100000},
-        SessionOptions{.prefill_rows = 0}, SessionOptions{.prefill_rows = 1000}, SessionOptions{.kv_type = DType::kQ4_0},
+       {SessionOptions{.context = 0}, SessionOptions{.context = -1},
+        SessionOptions{.context = 1 << 30}, SessionOptions{.n_sequences = 0},
+        SessionOptions{.n_sequences = 1000}, SessionOptions{.max_nodes = -1},
+        SessionOptions{.max_nodes = 100000}, SessionOptions{.prefill_rows = 0},
+        SessionOptions{.prefill_rows = 1000}, SessionOptions{.kv_type = DType::kQ4_0},
         SessionOptions{.tap_layers = {5}}})
     EXPECT_THROW(Session(model(), o), Error);
 }
@@ -114,13 +126,14 @@ TEST_F(SessionTest, OptionsOutOfRangeAreRefused) {
 TEST_F(SessionTest, CancelStopsAtOnce) {
   Session session(model(), {.context = 128});
   int seen = 0;
-  const Generation g = generate(session, nullptr, std::vector<int32_t>{1}, {}, [&](int32_t) { return ++seen < 5; });
+  const Generation g =
+      generate(session, nullptr, std::vector<int32_t>{1}, {}, [&](int32_t) { return ++seen < 5; });
   EXPECT_EQ(g.ids.size(), 5u);
   EXPECT_EQ(g.stop, Stop::kCancelled);
 }
 
-// The states that a draft model reads: after a step they belong to the rows kept, in order; a tapped
-// last layer, normed, is the final state.
+// The states that a draft model reads: after a step they belong to the rows kept, in order; a
+// tapped last layer, normed, is the final state.
 TEST_F(SessionTest, StatesAndTaps) {
   const int last = model().config().n_layers - 1;
   Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});
@@ -132,7 +145,9 @@ TEST_F(SessionTest, StatesAndTaps) {
   const float* tap = session.taps() + 64 * hidden;  // the second tap, rows of a capacity of 64
   double norm = 0, dot = 0, state = 0;
   for (size_t i = 0; i < hidden; ++i) norm += static_cast<double>(tap[i] * tap[i]);
-  for (size_t i = 0; i < hidden; ++i) dot += static_cast<double>(tap[i] * session.states()[i]), state += static_cast<double>(session.states()[i] * session.states()[i]);
+  for (size_t i = 0; i < hidden; ++i)
+    dot += static_cast<double>(tap[i] * session.states()[i]),
+        state += static_cast<double>(session.states()[i] * session.states()[i]);
   EXPECT_GT(dot / std::sqrt(norm * state), 0.5);
   EXPECT_GT(norm, 0);
 }
@@ -140,7 +155,8 @@ TEST_F(SessionTest, StatesAndTaps) {
 TEST_F(SessionTest, NothingIsAllocatedAfterTheFirstStep) {
   Session session(model(), {.context = 512, .max_nodes = 8});
   const auto ngram = make_ngram_drafter({.nodes = 8, .min_match = 1}, 1, 512);
-  const Sampling sampling{.temperature = 0.8f, .top_k = 50, .top_p = 0.9f, .min_p = 0.01f, .seed = 1};
+  const Sampling sampling{
+      .temperature = 0.8f, .top_k = 50, .top_p = 0.9f, .min_p = 0.01f, .seed = 1};
   session.start(0, std::vector<int32_t>{1, 403, 407, 261, 378}, sampling);
   session.step(ngram.get());
   const int64_t before = allocation_count();
@@ -158,13 +174,15 @@ TEST_F(SessionTest, ThePlanIsWhatIsAllocated) {
     if (e.name == "kv cache") kv = e.bytes;
   }
   EXPECT_EQ(sum, plan.total());
-  EXPECT_EQ(kv, 5u * 4 * 176 * (8 + 16) * 2);  // layers, kv heads, slots (164 in blocks of 16), K + padded V, f16
+  EXPECT_EQ(kv, 5u * 4 * 176 * (8 + 16) *
+                    2);  // layers, kv heads, slots (164 in blocks of 16), K + padded V, f16
 }
 
 TEST(NgramTest, DraftsWhatFollowedBefore) {
   const auto backend = backend_of("scalar", 1);
   auto step = std::make_unique<Step>();
-  const auto drafted = [&](const std::vector<int32_t>& text, const NgramOptions& options, int max_depth = 100) {
+  const auto drafted = [&](const std::vector<int32_t>& text, const NgramOptions& options,
+                           int max_depth = 100) {
     const auto drafter = make_ngram_drafter(options, 1, 64);
     step->n_sequences = 1;
     step->sequences[0].committed = static_cast<int32_t>(text.size()) - 1;
@@ -179,13 +197,16 @@ TEST(NgramTest, DraftsWhatFollowedBefore) {
   };
   using Nodes = std::vector<std::pair<int, int>>;
   EXPECT_EQ(drafted({1, 2, 3, 4, 5, 9, 1, 2}, {.nodes = 3}), (Nodes{{0, 3}, {1, 4}, {2, 5}}));
-  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 6}, {}), Nodes{});                 // no match
-  EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {}), Nodes{});                 // one token is too short a match
+  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 6}, {}), Nodes{});  // no match
+  EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {}), Nodes{});  // one token is too short a match
   EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {.nodes = 1, .min_match = 1}), (Nodes{{0, 3}}));
-  EXPECT_EQ(drafted({1, 2, 3, 4, 1, 2, 3, 5, 1, 2}, {.nodes = 3}), (Nodes{{0, 3}, {1, 5}, {2, 1}}));  // newest first
-  EXPECT_EQ(drafted({1, 2, 3, 4, 7, 1, 2, 3, 5, 7, 1, 2}, {.nodes = 6}),  // and the older one shares its first node
+  EXPECT_EQ(drafted({1, 2, 3, 4, 1, 2, 3, 5, 1, 2}, {.nodes = 3}),
+            (Nodes{{0, 3}, {1, 5}, {2, 1}}));  // newest first
+  EXPECT_EQ(drafted({1, 2, 3, 4, 7, 1, 2, 3, 5, 7, 1, 2},
+                    {.nodes = 6}),  // and the older one shares its first node
             (Nodes{{0, 3}, {1, 5}, {2, 7}, {3, 1}, {4, 2}, {1, 4}}));
-  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 9, 1, 2}, {.nodes = 3}, 2), (Nodes{{0, 3}, {1, 4}}));  // depth left in the context
+  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 9, 1, 2}, {.nodes = 3}, 2),
+            (Nodes{{0, 3}, {1, 4}}));  // depth left in the context
 }
 
 TEST(RopeTable, IsWhatItSays) {
@@ -197,7 +218,8 @@ TEST(RopeTable, IsWhatItSays) {
     fill_rope_table(config, 3000, cos.data(), sin.data());
     for (size_t p = 0; p < 3000; p += 7)
       for (size_t i = 0; i < 32; ++i) {
-        const double angle = static_cast<double>(p) * std::pow(base, -2.0 * static_cast<double>(i) / 64);
+        const double angle =
+            static_cast<double>(p) * std::pow(base, -2.0 * static_cast<double>(i) / 64);
         ASSERT_NEAR(cos[p * 32 + i], std::cos(angle), 1e-7);
         ASSERT_NEAR(sin[p * 32 + i], std::sin(angle), 1e-7);
       }

@@ -3,8 +3,8 @@
 #include <array>
 #include <cstdio>
 #include <regex>
-#include <sstream>
 #include <set>
+#include <sstream>
 
 #include "tests/support.h"
 
@@ -27,21 +27,24 @@ TEST(Structure, IncludesPointOneWay) {
   for (const auto& [folder, allowed] : kMayInclude)
     for (const auto& entry : fs::recursive_directory_iterator(folder)) {
       const std::string extension = entry.path().extension().string();
-      if (extension != ".h" && extension != ".cc" && extension != ".cu" && extension != ".cuh") continue;
+      if (extension != ".h" && extension != ".cc" && extension != ".cu" && extension != ".cuh")
+        continue;
       ++files;
       std::ifstream file(entry.path());
       for (std::string line; std::getline(file, line);) {
         std::smatch match;
         const bool ours = std::regex_search(line, match, include);
         EXPECT_TRUE(!ours || allowed.count(match[1].str())) << entry.path() << ": " << line;
-        EXPECT_EQ(line.find("nlohmann") != std::string::npos && folder == "engine", false) << entry.path() << ": the engine knows no JSON";
+        EXPECT_EQ(line.find("nlohmann") != std::string::npos && folder == "engine", false)
+            << entry.path() << ": the engine knows no JSON";
       }
     }
   EXPECT_GT(files, 40);
 }
 
 TEST(Structure, TheTopLevelIsWhatWeSay) {
-  const std::set<std::string> expected = {"Makefile", "README.md", "LICENSE", "engine", "cuda", "tokenizer", "loader", "tests", "tools", "models"};
+  const std::set<std::string> expected = {"Makefile",  "README.md", "LICENSE", "engine", "cuda",
+                                          "tokenizer", "loader",    "tests",   "tools",  "models"};
   for (const auto& entry : fs::directory_iterator(".")) {
     const std::string name = entry.path().filename().string();
     if (name[0] != '.' && name.rfind("build", 0) != 0) {
@@ -54,7 +57,8 @@ std::string output_of(const std::string& command) {
   std::string text;
   FILE* pipe = popen(command.c_str(), "r");
   std::array<char, 4096> buffer;
-  while (pipe != nullptr && std::fgets(buffer.data(), static_cast<int>(buffer.size()), pipe)) text += buffer.data();
+  while (pipe != nullptr && std::fgets(buffer.data(), static_cast<int>(buffer.size()), pipe))
+    text += buffer.data();
   if (pipe != nullptr) pclose(pipe);
   return text;
 }
@@ -62,7 +66,8 @@ std::string output_of(const std::string& command) {
 TEST(Structure, InstructionSetFilesExportNothingInline) {
   const char* build = std::getenv("CHIMERA_BUILD");
   const fs::path objects = fs::path(build ? build : "build") / "obj" / "engine" / "cpu";
-  if (std::string(build ? build : "").find("build-") == 0) GTEST_SKIP() << "sanitizers and debug builds add symbols of their own";
+  if (std::string(build ? build : "").find("build-") == 0)
+    GTEST_SKIP() << "sanitizers and debug builds add symbols of their own";
   int files = 0;
   for (const auto& entry : fs::directory_iterator(objects)) {
     const std::string name = entry.path().filename().string();
@@ -70,7 +75,8 @@ TEST(Structure, InstructionSetFilesExportNothingInline) {
     ++files;
     std::istringstream lines(output_of("nm -C --defined-only " + entry.path().string()));
     for (std::string line; std::getline(lines, line);) {
-      // W, V: weak (inline, template); u: unique. T: a function that others may call; only data may leave.
+      // W, V: weak (inline, template); u: unique. T: a function that others may call; only data may
+      // leave.
       const bool weak = std::regex_search(line, std::regex("^[0-9a-f]+ [WVuT] "));
       EXPECT_FALSE(weak) << name << " exports " << line;
     }

@@ -21,17 +21,22 @@
 
 namespace chimera::test {
 
-// Data that is not part of the project: golden files, models, prompts. Tests run in the checkout's root.
-inline std::string shared(const std::string& path) { return "../shared/data/" + path; }
+// Data that is not part of the project: golden files, models, prompts. Tests run in the checkout's
+// root.
+inline std::string shared(const std::string& path) {
+  return "../shared/data/" + path;
+}
 inline const char* const kSmolLm2 = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
-#define SKIP_WITHOUT(path)                                                    \
+#define SKIP_WITHOUT(path)                                                   \
   if (const std::string missing = (path); !std::filesystem::exists(missing)) \
   GTEST_SKIP() << "needs " << missing
 
 inline const char* const kQuantTypes[] = {"f32",  "f16",  "bf16", "q8_0", "q4_0", "q4_1",
                                           "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
-inline std::string tiny(const std::string& type) { return shared("models/tiny-quants/tiny-" + type + ".gguf"); }
+inline std::string tiny(const std::string& type) {
+  return shared("models/tiny-quants/tiny-" + type + ".gguf");
+}
 
 // A backend of one instruction set, whatever the environment says.
 inline std::unique_ptr<Backend> backend_of(const std::string& isa, int threads) {
@@ -71,7 +76,8 @@ template <typename T>
 std::vector<T> read_array(const std::string& path) {
   std::vector<T> data(std::filesystem::file_size(path) / sizeof(T));
   std::ifstream(path, std::ios::binary)
-      .read(reinterpret_cast<char*>(data.data()), static_cast<std::streamsize>(data.size() * sizeof(T)));
+      .read(reinterpret_cast<char*>(data.data()),
+            static_cast<std::streamsize>(data.size() * sizeof(T)));
   return data;
 }
 

@@ -6,14 +6,15 @@
 namespace chimera {
 
 std::vector<Flag> DrafterFlags::flags() {
-  return {{0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
-          {0, "nodes", "N", 
-           "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
-           "measured at the start)",
-           integer(&nodes, 1, 255)},
-          {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
-          {0, "width", "N", "guesses that the draft model goes on from at each depth",
-           integer(&width, 1, 32)}};
+  return {
+      {0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
+      {0, "nodes", "N",
+       "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
+       "measured at the start)",
+       integer(&nodes, 1, 255)},
+      {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
+      {0, "width", "N", "guesses that the draft model goes on from at each depth",
+       integer(&width, 1, 32)}};
 }
 
 std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags) {

@@ -1,8 +1,9 @@
 // chimera train: the stages that make a draft model, each a sub-command of its own.
+#include "tools/train.h"
+
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/output.h"
-#include "tools/train.h"
 
 namespace chimera {
 namespace {

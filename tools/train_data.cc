@@ -2,17 +2,19 @@
 // learn from.
 //
 // The shard it writes is JSONL. The first line describes it:
-//   {"chimera_data":1,"model":"...","seed":1,"max_tokens":256,"temperatures":[0,0,0.7,1],"shard":"0/1", ...}
+//   {"chimera_data":1,"model":"...","seed":1,"max_tokens":256,"temperatures":[0,0,0.7,1],"shard":"0/1",
+//   ...}
 // and each of the others is one answer:
 //   {"prompt":17,"prompt_len":41,"temperature":0.7,"ids":[1,9690,...]}
 // ids are the prompt's tokens and the answer's. An answer depends on the model, the seed, the
 // settings and the prompt's number alone - not on the batch, the shard or the machine.
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
-#include <unistd.h>
 #include <unordered_set>
 
 #include "engine/session.h"
@@ -46,15 +48,16 @@ Sampling sampling_of(uint64_t seed, size_t prompt) {
   return s;
 }
 
-// The prompts already answered in a shard that an earlier run left, which must have the same header.
-// A last line that was cut short is taken off.
+// The prompts already answered in a shard that an earlier run left, which must have the same
+// header. A last line that was cut short is taken off.
 std::unordered_set<size_t> resume(const std::string& path, const std::string& header) {
   std::unordered_set<size_t> done;
   std::ifstream file(path, std::ios::binary);
   if (!file) return done;
   std::string line;
   if (!std::getline(file, line) || line != header)
-    throw Error(path, "a shard made with the same model and settings", "another file", "name another --output, or remove it");
+    throw Error(path, "a shard made with the same model and settings", "another file",
+                "name another --output, or remove it");
   auto good = static_cast<uint64_t>(line.size() + 1);
   while (std::getline(file, line)) {
     const ordered_json record = ordered_json::parse(line, nullptr, false);
@@ -98,16 +101,25 @@ int train_data(const std::vector<std::string>& args) {
       }};
   if (!parse(command, args)) return 0;
   if (!o.model || !o.prompts || !o.output)
-    throw UsageError("train data", "-m MODEL, --prompts FILE and -o SHARD", "one missing", "see chimera train data --help");
+    throw UsageError("train data", "-m MODEL, --prompts FILE and -o SHARD", "one missing",
+                     "see chimera train data --help");
   const auto [shard, shards] = parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
   const bool chat = model.chat_format != ChatFormat::kNone;
   const std::vector<Prompt> prompts = load_prompts(*o.prompts);
-  const size_t count = o.limit > 0 ? std::min(prompts.size(), static_cast<size_t>(o.limit)) : prompts.size();
-  const std::string header = ordered_json{{"chimera_data", 1}, {"model", model.name()}, {"vocab_size", model.tokenizer.size()},
-                                          {"seed", o.seed}, {"max_tokens", o.n}, {"max_prompt", o.max_prompt},
-                                          {"temperatures", kTemperatures}, {"shard", o.shard.value_or("0/1")}, {"chat", chat}}.dump();
+  const size_t count =
+      o.limit > 0 ? std::min(prompts.size(), static_cast<size_t>(o.limit)) : prompts.size();
+  const std::string header = ordered_json{
+      {"chimera_data", 1},
+      {"model", model.name()},
+      {"vocab_size", model.tokenizer.size()},
+      {"seed", o.seed},
+      {"max_tokens", o.n},
+      {"max_prompt", o.max_prompt},
+      {"temperatures", kTemperatures},
+      {"shard", o.shard.value_or("0/1")},
+      {"chat", chat}}.dump();
   const std::unordered_set<size_t> done = resume(*o.output, header);
   std::ofstream out(*o.output, std::ios::binary | std::ios::app);
   if (done.empty() && std::filesystem::file_size(*o.output) == 0) out << header << "\n";
@@ -115,9 +127,11 @@ int train_data(const std::vector<std::string>& args) {
   const auto backend = make_backend("cpu", {o.threads});
   const int32_t eos = model.tokenizer.eos();
   const Llama llama = prepare_weights(*backend, &model);
-  Session session(llama, {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128});
+  Session session(llama,
+                  {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128});
 
-  std::vector<size_t> running(static_cast<size_t>(o.sequences), SIZE_MAX);  // prompt of each sequence
+  std::vector<size_t> running(static_cast<size_t>(o.sequences),
+                              SIZE_MAX);  // prompt of each sequence
   std::vector<size_t> prompt_len(static_cast<size_t>(o.sequences));
   size_t next = 0, answers = done.size(), left_out = 0;
   int64_t tokens = 0;
@@ -150,10 +164,13 @@ int train_data(const std::vector<std::string>& args) {
       const auto text = session.tokens(s);
       const size_t length = text.size() - prompt_len[static_cast<size_t>(s)];
       if (text.back() != eos && length < static_cast<size_t>(o.n)) continue;
-      ordered_json record{{"prompt", prompt}, {"prompt_len", prompt_len[static_cast<size_t>(s)]},
-                          {"temperature", sampling_of(o.seed, prompt).temperature}, {"ids", text}};
+      ordered_json record{{"prompt", prompt},
+                          {"prompt_len", prompt_len[static_cast<size_t>(s)]},
+                          {"temperature", sampling_of(o.seed, prompt).temperature},
+                          {"ids", text}};
       out << record.dump() << "\n" << std::flush;
-      if (!out) throw Error(*o.output, "room to write", "none", "free some and run the same command again");
+      if (!out)
+        throw Error(*o.output, "room to write", "none", "free some and run the same command again");
       session.stop(s);
       prompt = SIZE_MAX;
       ++answers;
@@ -162,11 +179,13 @@ int train_data(const std::vector<std::string>& args) {
     const double seconds = std::chrono::duration<double>(now - start).count();
     if (now - last_note > std::chrono::seconds(isatty(2) ? 1 : 60)) {
       last_note = now;
-      std::fprintf(stderr, "%s%zu of %zu answers, %lld tokens, %.0f tokens/s%s", isatty(2) ? "\r" : "", answers, count / shards,
-                   static_cast<long long>(tokens), static_cast<double>(tokens) / seconds, isatty(2) ? "  " : "\n");
+      std::fprintf(stderr, "%s%zu of %zu answers, %lld tokens, %.0f tokens/s%s",
+                   isatty(2) ? "\r" : "", answers, count / shards, static_cast<long long>(tokens),
+                   static_cast<double>(tokens) / seconds, isatty(2) ? "  " : "\n");
     }
   }
-  note((isatty(2) ? "\n" : "") + std::to_string(answers) + " answers, " + std::to_string(left_out) + " prompts too long");
+  note((isatty(2) ? "\n" : "") + std::to_string(answers) + " answers, " + std::to_string(left_out) +
+       " prompts too long");
   return interrupted ? 130 : 0;
 }
 

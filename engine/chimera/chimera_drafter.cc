@@ -13,12 +13,13 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr float kChance = 0.5f;     // that the text goes on along one of the expanded nodes, roughly
-constexpr int kBranch = 8;          // candidates taken from one expanded node
-constexpr int kTargetsBest = 8;     // tokens that the target found likely join the dynamic vocabulary
+constexpr float kChance = 0.5f;  // that the text goes on along one of the expanded nodes, roughly
+constexpr int kBranch = 8;       // candidates taken from one expanded node
+constexpr int kTargetsBest = 8;  // tokens that the target found likely join the dynamic vocabulary
 constexpr int kMinMatch = 1, kMaxMatch = 6;
 
-// exp for softmax sums: 2^(x log2 e) with the fraction by a cubic, good to 1e-4. A draft may be wrong.
+// exp for softmax sums: 2^(x log2 e) with the fraction by a cubic, good to 1e-4. A draft may be
+// wrong.
 inline float rough_exp(float x) {
   const float t = std::max(x, -80.0f) * 1.44269504f;
   const float whole = std::floor(t), f = t - whole;
@@ -28,11 +29,15 @@ inline float rough_exp(float x) {
 
 class ChimeraDrafter final : public Drafter {
  public:
-  ChimeraDrafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options, int n_sequences, int context)
-      : options_(options), hidden_(tensors.config.hidden_size), model_(target, tensors, options.static_vocabulary, n_sequences, context) {
+  ChimeraDrafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options,
+                 int n_sequences, int context)
+      : options_(options),
+        hidden_(tensors.config.hidden_size),
+        model_(target, tensors, options.static_vocabulary, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
     for (Sequence& s : sequences_) s.h.resize(static_cast<size_t>(hidden_));
-    if (options.ngrams) indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
+    if (options.ngrams)
+      indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
     dynamic_.reserve(DraftModel::kMaxDynamic);
@@ -62,7 +67,8 @@ class ChimeraDrafter final : public Drafter {
       Step& step = model_.step();
       step.clear();
       step.begin_sequence(k.sequence);
-      for (int i = 0, row = -1; i < n; ++i) row = step.add_row(k.tokens[static_cast<size_t>(p + 1 + i)], row, false);
+      for (int i = 0, row = -1; i < n; ++i)
+        row = step.add_row(k.tokens[static_cast<size_t>(p + 1 + i)], row, false);
       model_.forward();
       model_.set_committed(k.sequence, p + n);
       done += n;
@@ -87,7 +93,8 @@ class ChimeraDrafter final : public Drafter {
     int expanded = 0;      // committed length that observe() saw; 0: nothing to draft from
   };
 
-  // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by step.
+  // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
+  // step.
   void start_text(Sequence& seq, int64_t text) {
     seq.text = text;
     seq.expanded = 0;
@@ -98,7 +105,9 @@ class ChimeraDrafter final : public Drafter {
     model_.clear_dynamic();
   }
 
-  size_t floats(int rows) const { return static_cast<size_t>(rows) * static_cast<size_t>(hidden_) * 4; }
+  size_t floats(int rows) const {
+    return static_cast<size_t>(rows) * static_cast<size_t>(hidden_) * 4;
+  }
 
   static void trigram(std::span<const int32_t> tokens, int position, int32_t* out) {
     for (int i = 0; i < 3; ++i) out[i] = tokens[static_cast<size_t>(std::max(0, position - 2 + i))];
@@ -106,7 +115,9 @@ class ChimeraDrafter final : public Drafter {
 
   // Tokens of the text, and those that the target found likely, can be proposed from now on.
   void learn_vocabulary(const KeptRows& k, int first) {
-    for (int i = first == 0 ? 0 : first + 1; i <= k.committed && i < static_cast<int>(k.tokens.size()); ++i) learn(k.tokens[static_cast<size_t>(i)]);
+    for (int i = first == 0 ? 0 : first + 1;
+         i <= k.committed && i < static_cast<int>(k.tokens.size()); ++i)
+      learn(k.tokens[static_cast<size_t>(i)]);
     const Step::Sequence& seq = k.step->sequences[k.sequence];
     for (int r = seq.first_row; r < seq.first_row + seq.n_rows; ++r) {
       if (k.step->kept_at[r] < 0 || k.step->logits_index[r] < 0) continue;
@@ -146,7 +157,8 @@ class ChimeraDrafter final : public Drafter {
 
   int32_t token_of(int index) const {
     const auto n = static_cast<int>(model_.vocabulary().size());
-    return index < n ? model_.vocabulary()[static_cast<size_t>(index)] : dynamic_[static_cast<size_t>(index - n)];
+    return index < n ? model_.vocabulary()[static_cast<size_t>(index)]
+                     : dynamic_[static_cast<size_t>(index - n)];
   }
 
   // Adds the candidates below a node that was expanded, from its row of the logits.
@@ -158,7 +170,8 @@ class ChimeraDrafter final : public Drafter {
     float sum = 0;
     for (int i = 0; i < width; ++i) sum += rough_exp(logits[i] - largest);
     for (int i = 0; i < n; ++i)
-      tree_.add(parent, token_of(best[i]), tree_.probability_of(parent) * rough_exp(logits[best[i]] - largest) / sum);
+      tree_.add(parent, token_of(best[i]),
+                tree_.probability_of(parent) * rough_exp(logits[best[i]] - largest) / sum);
   }
 
   void grow(const DraftContext& c, Step* target_step) {
@@ -167,7 +180,9 @@ class ChimeraDrafter final : public Drafter {
     if (budget <= 0 || c.max_depth <= 0) return;
     const Clock::time_point start = Clock::now();
     tree_.clear();
-    if (options_.ngrams) propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch, kMaxMatch, &tree_);
+    if (options_.ngrams)
+      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
+                     kMaxMatch, &tree_);
     if (seq.text == c.text && seq.expanded == static_cast<int>(c.tokens.size()) - 1) expand(c, seq);
     const double drafting = std::chrono::duration<double>(Clock::now() - start).count();
     tree_.write(target_step, c.root, budget, c.max_depth, c.cost, drafting);
@@ -179,8 +194,8 @@ class ChimeraDrafter final : public Drafter {
     // The root's f is in the row that observe() left.
     step.first_new = seq.root_row;
     propose(CandidateTree::kRoot, model_.logits(0, seq.h.data()));
-    // The tree hangs below the root's slot, which is committed: its rows start afresh, with the root's
-    // f and feature put aside as row 0's parent.
+    // The tree hangs below the root's slot, which is committed: its rows start afresh, with the
+    // root's f and feature put aside as row 0's parent.
     std::memcpy(model_.f(0), model_.f(seq.root_row), floats(1));
     std::memcpy(model_.feature(0), model_.feature(seq.root_row), floats(1));
     step.clear();
@@ -193,19 +208,24 @@ class ChimeraDrafter final : public Drafter {
       order_.clear();
       for (int i = 0; i < tree_.size(); ++i) {
         const CandidateTree::Node& node = tree_[i];
-        if (node.depth == depth && (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0)) order_.push_back(i);
+        if (node.depth == depth &&
+            (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0))
+          order_.push_back(i);
       }
-      const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width), static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
+      const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width),
+                                     static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
       if (width == 0) return;
-      std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width), order_.end(), [this](int a, int b) {
-        return tree_[a].probability > tree_[b].probability;
-      });
+      std::partial_sort(
+          order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width), order_.end(),
+          [this](int a, int b) { return tree_[a].probability > tree_[b].probability; });
       order_.resize(width);
       // Another depth pays if the tokens it may add are worth the time it takes.
       float mass = 0;
       for (const int i : order_) mass += tree_[i].probability;
       const double gain = static_cast<double>(kChance * mass);
-      if (c.cost != nullptr && depth_seconds_ > 0 && gain / tokens < depth_seconds_ / c.cost->seconds(1)) return;
+      if (c.cost != nullptr && depth_seconds_ > 0 &&
+          gain / tokens < depth_seconds_ / c.cost->seconds(1))
+        return;
       tokens += gain;
       const Clock::time_point start = Clock::now();
       const int first = step.n_rows;
@@ -230,7 +250,8 @@ class ChimeraDrafter final : public Drafter {
       model_.features(first, static_cast<int>(width), trigrams);
       model_.forward();
       const float* logits = model_.logits(depth, seq.h.data());
-      for (size_t i = 0; i < width; ++i) propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_width());
+      for (size_t i = 0; i < width; ++i)
+        propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_width());
       const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
       depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
     }
@@ -241,8 +262,8 @@ class ChimeraDrafter final : public Drafter {
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
-  std::vector<uint8_t> known_;     // by token: in the static or dynamic vocabulary
-  std::vector<int32_t> dynamic_;   // tokens of the dynamic rows
+  std::vector<uint8_t> known_;    // by token: in the static or dynamic vocabulary
+  std::vector<int32_t> dynamic_;  // tokens of the dynamic rows
   size_t oldest_ = 0;
   CandidateTree tree_;
   std::vector<int> order_;
@@ -251,8 +272,9 @@ class ChimeraDrafter final : public Drafter {
 
 }  // namespace
 
-std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options,
-                                              int n_sequences, int context) {
+std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors,
+                                              const ChimeraOptions& options, int n_sequences,
+                                              int context) {
   return std::make_unique<ChimeraDrafter>(target, tensors, options, n_sequences, context);
 }
 

@@ -1,5 +1,5 @@
-// Chimera drafting: a candidate tree grown best-first by the draft model's probabilities, with n-gram
-// matches competing for the same nodes.
+// Chimera drafting: a candidate tree grown best-first by the draft model's probabilities, with
+// n-gram matches competing for the same nodes.
 //
 // Depth by depth the draft model expands the most probable nodes, at most `width` of them; every
 // token it proposes below a node is a candidate whose path probability is the product of the
@@ -17,15 +17,16 @@
 namespace chimera {
 
 struct ChimeraOptions {
-  int nodes = 16;              // candidates verified a step
-  int depth = 6;               // of the tree
-  int width = 4;               // nodes expanded at a depth
-  bool ngrams = true;          // hybrid
+  int nodes = 16;      // candidates verified a step
+  int depth = 6;       // of the tree
+  int width = 4;       // nodes expanded at a depth
+  bool ngrams = true;  // hybrid
   int static_vocabulary = 2048;
 };
 
 // target and tensors: the tensors are no longer needed once this returns.
-std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options,
-                                              int n_sequences, int context);
+std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors,
+                                              const ChimeraOptions& options, int n_sequences,
+                                              int context);
 
 }  // namespace chimera

@@ -24,13 +24,21 @@ void round_row(DType type, const float* row, int64_t cols, std::byte* out) {
 
 }  // namespace
 
-DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vocabulary, int n_sequences, int context,
-                       DType weight_type)
-    : backend_(target.backend()), target_(target), config_(t.config), weight_type_(weight_type), head_scale_(t.head_scale) {
+DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vocabulary,
+                       int n_sequences, int context, DType weight_type)
+    : backend_(target.backend()),
+      target_(target),
+      config_(t.config),
+      weight_type_(weight_type),
+      head_scale_(t.head_scale) {
   const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
   if (d != target.config().hidden_size)
-    throw Error("draft", "a hidden size of " + std::to_string(target.config().hidden_size) + " (the target's)", std::to_string(d));
-  if (d % 32 != 0 || config_.ffn_size % 32 != 0 || config_.head_rank % 32 != 0 || config_.q_size() % 32 != 0)
+    throw Error(
+        "draft",
+        "a hidden size of " + std::to_string(target.config().hidden_size) + " (the target's)",
+        std::to_string(d));
+  if (d % 32 != 0 || config_.ffn_size % 32 != 0 || config_.head_rank % 32 != 0 ||
+      config_.q_size() % 32 != 0)
     throw Error("draft", "sizes that are multiples of 32", "others");
 
   // Two Steps and the features' buffers, shared by all sequences: they draft one after the other.
@@ -84,7 +92,10 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   out_norm_ = place(t.out_norm);
 
   // The head's rows of the static vocabulary, gathered from the target's.
-  vocabulary_.assign(t.vocabulary.begin(), t.vocabulary.begin() + std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(t.vocabulary.size()), static_vocabulary));
+  vocabulary_.assign(t.vocabulary.begin(),
+                     t.vocabulary.begin() +
+                         std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(t.vocabulary.size()),
+                                                  static_vocabulary));
   std::vector<float> lm(vocabulary_.size() * static_cast<size_t>(d));
   for (size_t first = 0; first < vocabulary_.size(); first += kMaxRows) {
     const size_t n = std::min<size_t>(kMaxRows, vocabulary_.size() - first);
@@ -102,7 +113,12 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   logits_dynamic_ = floats(rows * kMaxDynamic);
   logits_ = floats(rows * (static_cast<int64_t>(vocabulary_.size()) + kMaxDynamic));
 
-  const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16, 1, config_.n_kv_heads, config_.head_dim, n_sequences, context + kMaxRows};
+  const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16,
+                      1,
+                      config_.n_kv_heads,
+                      config_.head_dim,
+                      n_sequences,
+                      context + kMaxRows};
   memory_.push_back(backend_.allocate(backend_.kv_bytes(shape)));
   kv_ = backend_.bind_kv(shape, memory_.back().get());
 
@@ -114,15 +130,20 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   fill_rope_table(rope_config, positions, cos.data(), sin.data());
   rope_ = {place(cos), place(sin), /*query_shift=*/1};
   backend_.reserve(3 * kMaxRows, shape.capacity, std::max<int64_t>(3 * d, config_.ffn_size),
-                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads}, 0);
+                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads},
+                   0);
 }
 
-std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols) {
+std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows,
+                                            int64_t cols) {
   if (static_cast<int64_t>(w.size()) != rows * cols)
-    throw Error("draft", std::to_string(rows) + " x " + std::to_string(cols) + " weights", std::to_string(w.size()));
+    throw Error("draft", std::to_string(rows) + " x " + std::to_string(cols) + " weights",
+                std::to_string(w.size()));
   const size_t row = row_bytes(weight_type_, cols);
   std::vector<std::byte> rounded(static_cast<size_t>(rows) * row);
-  for (int64_t r = 0; r < rows; ++r) round_row(weight_type_, w.data() + r * cols, cols, rounded.data() + static_cast<size_t>(r) * row);
+  for (int64_t r = 0; r < rows; ++r)
+    round_row(weight_type_, w.data() + r * cols, cols,
+              rounded.data() + static_cast<size_t>(r) * row);
   const TensorView tensor = view(weight_type_, rounded, rows, cols);
   auto matrix = backend_.prepare({&tensor, 1});
   weight_bytes_ += matrix->bytes;
@@ -142,7 +163,8 @@ void DraftModel::set_dynamic(int index, int32_t token) {
   trigram_step_->token[0] = token;
   backend_.embed(trigram_step_, target_.head(), x_);
   const int64_t d = config_.hidden_size;
-  round_row(weight_type_, x_, d, dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(weight_type_, d));
+  round_row(weight_type_, x_, d,
+            dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(weight_type_, d));
   backend_.replace_row(*dynamic_, view(weight_type_, dynamic_rows_, kMaxDynamic, d), index);
 }
 
@@ -155,15 +177,20 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
   backend_.rms_norm(trigram_step_, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
   trigram_step_->n_rows = n;  // three embeddings in a row make a trigram
   backend_.linear(trigram_step_, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
-  backend_.linear(trigram_step_, {.weights = w2_.get(), .x = hidden_, .y = feature(first), .input = Linear::Input::kSilu});
+  backend_.linear(
+      trigram_step_,
+      {.weights = w2_.get(), .x = hidden_, .y = feature(first), .input = Linear::Input::kSilu});
   if (config_.skip) {
     backend_.on_host([&] {
-      for (int64_t i = 0; i < n; ++i) std::memcpy(x_ + i * d, trigrams_ + (3 * i + 2) * d, static_cast<size_t>(d) * 4);
+      for (int64_t i = 0; i < n; ++i)
+        std::memcpy(x_ + i * d, trigrams_ + (3 * i + 2) * d, static_cast<size_t>(d) * 4);
     });
-    backend_.linear(trigram_step_, {.weights = w3_.get(), .x = x_, .y = feature(first), .accumulate = true});
+    backend_.linear(trigram_step_,
+                    {.weights = w3_.get(), .x = x_, .y = feature(first), .accumulate = true});
   }
 }
 
+// clang-format off
 void DraftModel::forward() {
   using Input = Linear::Input;
   const int64_t d = config_.hidden_size, width = config_.q_size() + 2 * config_.kv_size();
@@ -187,9 +214,11 @@ void DraftModel::forward() {
   backend_.linear(step_, {.weights = down_.get(), .x = gated_, .y = x_, .input = Input::kSwiGlu, .accumulate = true});
   backend_.rms_norm(step_, x_, out_norm_, kEps, d, f_);
 }
+// clang-format on
 
 // out: (rows, 2 d) = [a; b] * weight for the step's new rows.
-void DraftModel::concatenate(const float* a, const float* b, const float* weight, float* out) const {
+void DraftModel::concatenate(const float* a, const float* b, const float* weight,
+                             float* out) const {
   const int64_t d = config_.hidden_size;
   for (int64_t r = step_->first_new; r < step_->n_rows; ++r)
     for (int64_t i = 0; i < d; ++i) {
@@ -205,20 +234,28 @@ const float* DraftModel::logits(int k, const float* h) {
     for (int64_t r = first; r < step_->n_rows; ++r) {
       std::memcpy(head_in_ + 2 * r * d, h, static_cast<size_t>(d) * 4);
       std::memcpy(head_in_ + (2 * r + 1) * d, f(static_cast<int>(r)), static_cast<size_t>(d) * 4);
-      for (int64_t i = 0; i < d; ++i) z_[r * d + i] = head_scale_[head] * h[i] + f(static_cast<int>(r))[i];
+      for (int64_t i = 0; i < d; ++i)
+        z_[r * d + i] = head_scale_[head] * h[i] + f(static_cast<int>(r))[i];
     }
   });
   if (config_.head_rank > 0) {
     backend_.linear(step_, {.weights = head_down_[head].get(), .x = head_in_, .y = rank_});
-    backend_.linear(step_, {.weights = head_up_[head].get(), .x = rank_, .y = z_, .input = Linear::Input::kSilu, .accumulate = true});
+    backend_.linear(step_, {.weights = head_up_[head].get(),
+                            .x = rank_,
+                            .y = z_,
+                            .input = Linear::Input::kSilu,
+                            .accumulate = true});
   }
   const int64_t n_static = static_cast<int64_t>(vocabulary_.size()), width = logits_width();
   backend_.linear(step_, {.weights = head_.get(), .x = z_, .y = logits_static_});
-  if (n_dynamic_ > 0) backend_.linear(step_, {.weights = dynamic_.get(), .x = z_, .y = logits_dynamic_});
+  if (n_dynamic_ > 0)
+    backend_.linear(step_, {.weights = dynamic_.get(), .x = z_, .y = logits_dynamic_});
   backend_.on_host([&] {
     for (int64_t i = 0; i < n; ++i) {
-      std::memcpy(logits_ + i * width, logits_static_ + (first + i) * n_static, static_cast<size_t>(n_static) * 4);
-      std::memcpy(logits_ + i * width + n_static, logits_dynamic_ + (first + i) * kMaxDynamic, static_cast<size_t>(n_dynamic_) * 4);
+      std::memcpy(logits_ + i * width, logits_static_ + (first + i) * n_static,
+                  static_cast<size_t>(n_static) * 4);
+      std::memcpy(logits_ + i * width + n_static, logits_dynamic_ + (first + i) * kMaxDynamic,
+                  static_cast<size_t>(n_dynamic_) * 4);
     }
   });
   return logits_;

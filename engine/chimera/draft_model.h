@@ -1,10 +1,10 @@
 // The Chimera draft model at run time: the formulas of draft_tensors.h as ops of a backend.
 //
-// A draft row stands for a token x_p whose feature is g_p. It asks with its own feature, and it brings
-// the slot of position p - 1: the one that says "there stood x_{p-1}, and after it came x_p", made from
-// the state of position p - 1 (the target's h, or the f of its parent row where that is not known yet).
-// So a row sees the slots of its ancestors and its own, exactly as attention() has it, and the rows of
-// a depth go through in one batch under the tree mask.
+// A draft row stands for a token x_p whose feature is g_p. It asks with its own feature, and it
+// brings the slot of position p - 1: the one that says "there stood x_{p-1}, and after it came
+// x_p", made from the state of position p - 1 (the target's h, or the f of its parent row where
+// that is not known yet). So a row sees the slots of its ancestors and its own, exactly as
+// attention() has it, and the rows of a depth go through in one batch under the tree mask.
 #pragma once
 
 #include <memory>
@@ -20,10 +20,11 @@ class DraftModel {
  public:
   static constexpr int kMaxRows = 64;  // of a draft step
 
-  // Prepares the weights in 8 bits (or f32, to compare with exact values). static_vocabulary: how many of the tensors' most frequent tokens
-  // the heads choose from, besides the dynamic ones (see DynamicVocabulary).
-  DraftModel(const Llama& target, const DraftTensors& tensors, int static_vocabulary, int n_sequences, int context,
-             DType weight_type = DType::kQ8_0);
+  // Prepares the weights in 8 bits (or f32, to compare with exact values). static_vocabulary: how
+  // many of the tensors' most frequent tokens the heads choose from, besides the dynamic ones (see
+  // DynamicVocabulary).
+  DraftModel(const Llama& target, const DraftTensors& tensors, int static_vocabulary,
+             int n_sequences, int context, DType weight_type = DType::kQ8_0);
 
   const DraftConfig& config() const { return config_; }
   std::span<const int32_t> vocabulary() const { return vocabulary_; }
@@ -33,17 +34,20 @@ class DraftModel {
   // tokens (trigram), state and previous feature of every new row; forward(); read f and feature.
   Step& step() { return *step_; }
 
-  // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n, 3).
+  // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n,
+  // 3).
   void features(int first, int n, const int32_t* trigrams);
-  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }           // g_p
-  float* previous_feature(int row) { return g_prev_ + int64_t{row} * config_.hidden_size; }  // g_{p-1}
-  float* state(int row) { return state_ + int64_t{row} * config_.hidden_size; }         // h_{p-1} or f
+  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }  // g_p
+  float* previous_feature(int row) {
+    return g_prev_ + int64_t{row} * config_.hidden_size;
+  }                                                                              // g_{p-1}
+  float* state(int row) { return state_ + int64_t{row} * config_.hidden_size; }  // h_{p-1} or f
   float* f(int row) { return f_ + int64_t{row} * config_.hidden_size; }
 
   // Fills f for the step's new rows [first_new, n_rows) and appends their slots.
   void forward();
-  // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the last
-  // known state of the target. Row i of the result belongs to row first_new + i.
+  // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the
+  // last known state of the target. Row i of the result belongs to row first_new + i.
   const float* logits(int k, const float* h);
   int logits_width() const { return static_cast<int>(vocabulary_.size()) + n_dynamic_; }
 

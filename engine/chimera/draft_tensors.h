@@ -1,28 +1,28 @@
 // The Chimera draft model as a file holds it and as the trainer moves it: configuration and f32
 // tensors. (arXiv 2402.15758, sections 3.1 to 3.3; what we changed and why is in the README.)
 //
-// Notation: d = hidden_size; E = the target's embedding table; LM = its output head; h_i = the target's
-// state after the final norm at position i; x_i = the token there, so that x_{i+1} is known whenever
-// h_i is. rms(x) = x / sqrt(mean(x^2) + 1e-5). W x is a product with W of shape (out, in).
+// Notation: d = hidden_size; E = the target's embedding table; LM = its output head; h_i = the
+// target's state after the final norm at position i; x_i = the token there, so that x_{i+1} is
+// known whenever h_i is. rms(x) = x / sqrt(mean(x^2) + 1e-5). W x is a product with W of shape
+// (out, in).
 //
 // Trigram encoder: the feature of position i
 //   e_j = E[x_j] / sqrt(mean(E[x_j]^2) + 1.2e-7)
 //   t   = [e_{i-2}; e_{i-1}; e_i]; the first two positions repeat e_0 for what is not there
-//   g_i = w2 SiLU(w1 t) + w3 e_i                                (w3 may be absent: the paper's form)
+//   g_i = w2 SiLU(w1 t) + w3 e_i                                (w3 may be absent: the paper's
+//   form)
 //
-// Slot of position i, what the full-context encoder attends to. It knows which token stood here (g_i)
-// and what came after it (g_{i+1}), so attention can copy:
+// Slot of position i, what the full-context encoder attends to. It knows which token stood here
+// (g_i) and what came after it (g_{i+1}), so attention can copy:
 //   K_i = wk ([rms(h_i); rms(g_i)] * key_norm)      RoPE at position i, on the first rope_kv_heads
 //   V_i = wv ([rms(h_i); rms(g_{i+1})] * value_norm)  KV heads (and their query heads) only
 //
 // Step k = 0, 1, ... below the root x_{n+1}, whose state is not known yet (the last known is h_n):
 //   x = g_{n+1+k}
 //   q = wq (rms(x) * attn_norm), RoPE at position n+1+k, times 1 / sqrt(head_dim)
-//   attention over the slots 0..n and, for each earlier step j = 1..k, a slot at position n+j made in
-//   the same way, with f_{j-1} in the place of h_{n+j}
-//   x += wo attention
-//   x += down (SiLU(gate y) * (up y)), y = rms(x) * ffn_norm; gate_up holds gate, then up
-//   f_k = rms(x) * out_norm
+//   attention over the slots 0..n and, for each earlier step j = 1..k, a slot at position n+j made
+//   in the same way, with f_{j-1} in the place of h_{n+j} x += wo attention x += down (SiLU(gate y)
+//   * (up y)), y = rms(x) * ffn_norm; gate_up holds gate, then up f_k = rms(x) * out_norm
 //
 // Residual heads: logits of step k, for the token at position n+2+k, over a part of the vocabulary
 //   LM . (head_scale[k] h_n + f_k + head_up[k] SiLU(head_down[k] [h_n; f_k]))
@@ -41,11 +41,11 @@ struct DraftConfig {
   int hidden_size = 0;  // the target's
   int n_heads = 0, n_kv_heads = 0, head_dim = 0;
   int ffn_size = 0;
-  int n_steps = 4;      // residual heads
-  int head_rank = 64;   // of a head's correction; 0: none
+  int n_steps = 4;     // residual heads
+  int head_rank = 64;  // of a head's correction; 0: none
   int rope_kv_heads = 1;
   double rope_base = 10000.0;
-  bool skip = true;     // w3 is there
+  bool skip = true;  // w3 is there
 
   int q_size() const { return n_heads * head_dim; }
   int kv_size() const { return n_kv_heads * head_dim; }
@@ -53,21 +53,21 @@ struct DraftConfig {
 
 struct DraftTensors {
   DraftConfig config;
-  std::vector<float> w1;          // (d, 3 d)
-  std::vector<float> w2;          // (d, d)
-  std::vector<float> w3;          // (d, d) or empty
-  std::vector<float> key_norm;    // (2 d)
-  std::vector<float> value_norm;  // (2 d)
-  std::vector<float> attn_norm;   // (d)
-  std::vector<float> wq;          // (q_size, d)
-  std::vector<float> wk;          // (kv_size, 2 d)
-  std::vector<float> wv;          // (kv_size, 2 d)
-  std::vector<float> wo;          // (d, q_size)
-  std::vector<float> ffn_norm;    // (d)
-  std::vector<float> gate_up;     // (2 ffn, d)
-  std::vector<float> down;        // (d, ffn)
-  std::vector<float> out_norm;    // (d)
-  std::vector<float> head_scale;  // (n_steps)
+  std::vector<float> w1;                      // (d, 3 d)
+  std::vector<float> w2;                      // (d, d)
+  std::vector<float> w3;                      // (d, d) or empty
+  std::vector<float> key_norm;                // (2 d)
+  std::vector<float> value_norm;              // (2 d)
+  std::vector<float> attn_norm;               // (d)
+  std::vector<float> wq;                      // (q_size, d)
+  std::vector<float> wk;                      // (kv_size, 2 d)
+  std::vector<float> wv;                      // (kv_size, 2 d)
+  std::vector<float> wo;                      // (d, q_size)
+  std::vector<float> ffn_norm;                // (d)
+  std::vector<float> gate_up;                 // (2 ffn, d)
+  std::vector<float> down;                    // (d, ffn)
+  std::vector<float> out_norm;                // (d)
+  std::vector<float> head_scale;              // (n_steps)
   std::vector<std::vector<float>> head_down;  // n_steps x (head_rank, 2 d)
   std::vector<std::vector<float>> head_up;    // n_steps x (d, head_rank)
 

@@ -1,6 +1,6 @@
 // The CPU backend: divides the ops of backend.h among threads and hands rows, panels and chunks to
-// the kernels of one instruction set (kernels.h). Nothing here changes a bit of a result: every unit
-// of work is one of the contract's fixed sequences, whole.
+// the kernels of one instruction set (kernels.h). Nothing here changes a bit of a result: every
+// unit of work is one of the contract's fixed sequences, whole.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -19,14 +19,18 @@ namespace chimera {
 namespace cpu {
 namespace {
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Zeroed pages, touched only when written; `huge`: large ones, which cost less to look up but are
 // taken whole.
 std::shared_ptr<void> map_memory(size_t bytes, bool huge = false) {
   bytes = std::max<size_t>(bytes, 64);
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --ctx");
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED)
+    throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --ctx");
   if (huge) madvise(p, bytes, MADV_HUGEPAGE);
   return {p, [bytes](void* q) { munmap(q, bytes); }};
 }
@@ -53,10 +57,10 @@ class WeightArena {
 };
 
 struct Segment {
-  TensorView file;              // type and shape; data: the file's rows in the engine's order, if no panels
+  TensorView file;  // type and shape; data: the file's rows in the engine's order, if no panels
   std::byte* panels = nullptr;
-  int64_t first_row = 0;        // in the stacked matrix
-  int64_t first_panel = 0;      // units of 16 rows, of panels and of file rows alike
+  int64_t first_row = 0;    // in the stacked matrix
+  int64_t first_panel = 0;  // units of 16 rows, of panels and of file rows alike
   int64_t n_panels = 0;
 };
 
@@ -67,18 +71,21 @@ class CpuMatrix : public Matrix {
   bool needs_f32 = false, needs_bf16 = false, needs_q8 = false;
 };
 
-const CpuMatrix& cast(const Matrix& m) { return static_cast<const CpuMatrix&>(m); }
+const CpuMatrix& cast(const Matrix& m) {
+  return static_cast<const CpuMatrix&>(m);
+}
 
 // Where the rows of one product's input are transformed and rounded.
 struct InputScratch {
-  float* f32;       // (rows, cols)
-  uint16_t* bf16;   // (rows, cols rounded up to 32)
-  int8_t* q8;       // (rows, cols)
-  float* scale;     // (rows, cols / 32)
-  int32_t* sum;     // (rows, cols / 32)
+  float* f32;      // (rows, cols)
+  uint16_t* bf16;  // (rows, cols rounded up to 32)
+  int8_t* q8;      // (rows, cols)
+  float* scale;    // (rows, cols / 32)
+  int32_t* sum;    // (rows, cols / 32)
 
   static size_t bytes(int64_t rows, int64_t cols) {
-    return static_cast<size_t>(rows * round_up(cols, 64)) * (4 + 2 + 1) + static_cast<size_t>(rows * round_up(cols, 512)) / 32 * 8 + 320;
+    return static_cast<size_t>(rows * round_up(cols, 64)) * (4 + 2 + 1) +
+           static_cast<size_t>(rows * round_up(cols, 512)) / 32 * 8 + 320;
   }
   static InputScratch carve(std::byte* p, int64_t rows, int64_t cols) {
     const auto padded = static_cast<size_t>(rows * round_up(cols, 64));
@@ -87,7 +94,8 @@ struct InputScratch {
     s.bf16 = reinterpret_cast<uint16_t*>(p += padded * 4);
     s.q8 = reinterpret_cast<int8_t*>(p += padded * 2);
     s.scale = reinterpret_cast<float*>(p += padded);
-    s.sum = reinterpret_cast<int32_t*>(p + static_cast<size_t>(rows * round_up(cols, 512)) / 32 * 4);
+    s.sum =
+        reinterpret_cast<int32_t*>(p + static_cast<size_t>(rows * round_up(cols, 512)) / 32 * 4);
     return s;
   }
 };
@@ -95,31 +103,37 @@ struct InputScratch {
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options)
-      : kernels_(select_kernels()), pool_(options.threads > 0 ? options.threads : physical_cores()) {}
+      : kernels_(select_kernels()),
+        pool_(options.threads > 0 ? options.threads : physical_cores()) {}
 
   std::string name() const override { return "cpu"; }
   std::string isa() const override { return kernels_.name; }
   std::string description() const override {
-    return std::string("cpu ") + kernels_.name + ", " + std::to_string(pool_.size()) + " thread" + (pool_.size() > 1 ? "s" : "");
+    return std::string("cpu ") + kernels_.name + ", " + std::to_string(pool_.size()) + " thread" +
+           (pool_.size() > 1 ? "s" : "");
   }
   int contract_version() const override { return kContractVersion; }
 
   std::shared_ptr<void> allocate(size_t bytes) override { return map_memory(bytes); }
-  void upload(void* device, const void* host, size_t bytes) override { std::memcpy(device, host, bytes); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+  }
 
   std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
     auto matrix = std::make_unique<CpuMatrix>();
     matrix->cols = stacked.front().cols;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
-        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns", std::to_string(w.cols));
+        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
+                    std::to_string(w.cols));
       Segment s{w, nullptr, matrix->rows, matrix->n_panels, (w.rows + kPanelRows - 1) / kPanelRows};
       if (kernels_.products != nullptr && kernels_.products[static_cast<int>(w.type)] != nullptr) {
         const size_t panel = panel_bytes(w.type, w.cols);
         std::byte* panels = arena_.take(panel * static_cast<size_t>(s.n_panels));
         pool_.run([&](int thread) {
           const auto [begin, end] = share(s.n_panels, thread);
-          for (int64_t p = begin; p < end; ++p) pack_panel(w, p, panels + static_cast<size_t>(p) * panel);
+          for (int64_t p = begin; p < end; ++p)
+            pack_panel(w, p, panels + static_cast<size_t>(p) * panel);
         });
         s.panels = panels;
         s.file.data = nullptr;
@@ -127,7 +141,8 @@ class CpuBackend final : public Backend {
       } else {
         const size_t row = row_bytes(w.type, w.cols);
         std::byte* rows = arena_.take(w.bytes());
-        for (int64_t r = 0; r < w.rows; ++r) std::memcpy(rows + static_cast<size_t>(r) * row, w.row(r), row);
+        for (int64_t r = 0; r < w.rows; ++r)
+          std::memcpy(rows + static_cast<size_t>(r) * row, w.row(r), row);
         s.file.data = rows;
         s.file.interleaved_head_dim = 0;
         matrix->bytes += w.bytes();
@@ -147,9 +162,12 @@ class CpuBackend final : public Backend {
   void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
     Segment& s = static_cast<CpuMatrix&>(matrix).segments.front();
     if (s.panels != nullptr)
-      pack_panel(tensor, row / kPanelRows, s.panels + static_cast<size_t>(row / kPanelRows) * panel_bytes(tensor.type, tensor.cols));
+      pack_panel(
+          tensor, row / kPanelRows,
+          s.panels + static_cast<size_t>(row / kPanelRows) * panel_bytes(tensor.type, tensor.cols));
     else
-      std::memcpy(const_cast<std::byte*>(s.file.row(row)), tensor.row(row), row_bytes(tensor.type, tensor.cols));
+      std::memcpy(const_cast<std::byte*>(s.file.row(row)), tensor.row(row),
+                  row_bytes(tensor.type, tensor.cols));
   }
 
   // Layout: k (layer, sequence, kv_head, capacity / 16, head_dim, 16), then
@@ -158,10 +176,12 @@ class CpuBackend final : public Backend {
     return heads_of(s) * (key_elements(s) + value_elements(s)) * element_size(s);
   }
   KvCache bind_kv(const KvShape& s, void* memory) const override {
-    return {s, memory, static_cast<std::byte*>(memory) + heads_of(s) * key_elements(s) * element_size(s)};
+    return {s, memory,
+            static_cast<std::byte*>(memory) + heads_of(s) * key_elements(s) * element_size(s)};
   }
 
-  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads, int64_t vocab) override {
+  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
+               int64_t vocab) override {
     const int padded = static_cast<int>(round_up(heads.head_dim, 16));
     max_chunks_ = std::max(max_chunks_, capacity / kChunk + 1);
     partial_size_ = std::max(partial_size_, partial_size(padded));
@@ -171,7 +191,8 @@ class CpuBackend final : public Backend {
     const auto threads = static_cast<size_t>(pool_.size());
     const size_t shared = InputScratch::bytes(scratch_rows_, scratch_cols_);
     const size_t own = InputScratch::bytes(pool_.size(), scratch_cols_);
-    const size_t partials = size_t{kWaveTiles} * kMaxQueries * static_cast<size_t>(max_chunks_) * static_cast<size_t>(partial_size_) * 4;
+    const size_t partials = size_t{kWaveTiles} * kMaxQueries * static_cast<size_t>(max_chunks_) *
+                            static_cast<size_t>(partial_size_) * 4;
     const size_t sampler = static_cast<size_t>(round_up(vocab_, 16)) * 8;
     reserved_ = shared + threads * own + partials + sampler;
     memory_ = map_memory(reserved_);
@@ -179,7 +200,8 @@ class CpuBackend final : public Backend {
     shared_input_ = InputScratch::carve(p, scratch_rows_, scratch_cols_);
     p += shared;
     own_input_.clear();
-    for (size_t t = 0; t < threads; ++t, p += own) own_input_.push_back(InputScratch::carve(p, pool_.size(), scratch_cols_));
+    for (size_t t = 0; t < threads; ++t, p += own)
+      own_input_.push_back(InputScratch::carve(p, pool_.size(), scratch_cols_));
     partials_ = reinterpret_cast<float*>(p);
     p += partials;
     sampler_ = {reinterpret_cast<float*>(p), reinterpret_cast<int32_t*>(p) + round_up(vocab_, 16)};
@@ -201,7 +223,8 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n, float* y) override {
+  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n,
+                float* y) override {
     for_new_rows(step, [&](int r) { kernels_.rms_norm(x + r * n, weight, eps, n, y + r * n); });
   }
 
@@ -229,28 +252,32 @@ class CpuBackend final : public Backend {
       const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
       const auto [begin, end] = share(w.n_panels, thread);
       for (const Segment& s : w.segments) {
-        const int64_t b = std::max<int64_t>(begin - s.first_panel, 0), e = std::min(end - s.first_panel, s.n_panels);
+        const int64_t b = std::max<int64_t>(begin - s.first_panel, 0),
+                      e = std::min(end - s.first_panel, s.n_panels);
         if (b >= e) continue;
         float* y = op.y + (all ? step->first_new * y_stride : 0) + s.first_row;
         if (s.panels != nullptr)
           kernels_.products[static_cast<int>(s.file.type)](
               {s.panels, s.file.rows, w.cols, b, e, x, m, y, y_stride, op.accumulate});
         else
-          product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, y, y_stride, op.accumulate);
+          product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, y,
+                            y_stride, op.accumulate);
       }
     });
   }
 
-  void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope, const KvCache& kv,
-                   int layer) override {
+  void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope,
+                   const KvCache& kv, int layer) override {
     const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
     const int half = h.head_dim / 2, width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
-    const int group = h.n_heads / h.n_kv_heads, turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
+    const int group = h.n_heads / h.n_kv_heads,
+              turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
     for_new_rows(step, [&](int r) {
       float* q = qkv + static_cast<int64_t>(r) * width;
       float* k = q + h.n_heads * h.head_dim;
       const float* v = k + h.n_kv_heads * h.head_dim;
-      const int64_t key_at = static_cast<int64_t>(step->position[r]) * half, query_at = key_at + rope.query_shift * half;
+      const int64_t key_at = static_cast<int64_t>(step->position[r]) * half,
+                    query_at = key_at + rope.query_shift * half;
       for (int i = 0; i < h.n_heads; ++i) {
         float* head = q + i * h.head_dim;
         if (i / group < turning)
@@ -259,31 +286,42 @@ class CpuBackend final : public Backend {
           for (int d = 0; d < h.head_dim; ++d) head[d] *= scale;
       }
       for (int i = 0; i < h.n_kv_heads; ++i) {
-        if (i < turning) kernels_.rotate(k + i * h.head_dim, rope.cos + key_at, rope.sin + key_at, h.head_dim, 1.0f);
-        append(kv, layer, step->sequence[r], i, step->slot[r], k + i * h.head_dim, v + i * h.head_dim);
+        if (i < turning)
+          kernels_.rotate(k + i * h.head_dim, rope.cos + key_at, rope.sin + key_at, h.head_dim,
+                          1.0f);
+        append(kv, layer, step->sequence[r], i, step->slot[r], k + i * h.head_dim,
+               v + i * h.head_dim);
       }
     });
   }
 
-  void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer, float* out) override {
+  void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
+                 float* out) override {
     // A tile is up to kMaxQueries (row, query head) pairs of one sequence and one KV head. Its work
-    // comes in chunks; tiles go through in waves, so that the partial results of a wave fit the scratch.
+    // comes in chunks; tiles go through in waves, so that the partial results of a wave fit the
+    // scratch.
     struct Tile {
-      int sequence, kv_head, first, count;  // pairs [first, first + count) of the sequence's rows x group
+      int sequence, kv_head, first,
+          count;  // pairs [first, first + count) of the sequence's rows x group
     };
     const int group = h.n_heads / h.n_kv_heads;
-    const auto first_row = [&](int s) { return std::max(step->sequences[s].first_row, step->first_new); };
+    const auto first_row = [&](int s) {
+      return std::max(step->sequences[s].first_row, step->first_new);
+    };
     const auto n_rows = [&](int s) {
       const Step::Sequence& seq = step->sequences[s];
       return std::max(0, seq.first_row + seq.n_rows - first_row(s));
     };
-    const auto tiles_of = [&](int s) { return (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries; };
+    const auto tiles_of = [&](int s) {
+      return (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries;
+    };
     int total = 0, chunks = 1;
     for (int s = 0; s < step->n_sequences; ++s) {
       if (step->sequences[s].n_rows == 0) continue;
       total += tiles_of(s) * h.n_kv_heads;
       // No row sees further than all its sequence's rows in a chain.
-      chunks = std::max(chunks, (step->sequences[s].committed + step->sequences[s].n_rows - 1) / kChunk + 1);
+      chunks = std::max(
+          chunks, (step->sequences[s].committed + step->sequences[s].n_rows - 1) / kChunk + 1);
     }
     const auto tile_at = [&](int index) {
       int s = 0;
@@ -298,7 +336,9 @@ class CpuBackend final : public Backend {
     const int width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
     const int padded = static_cast<int>(round_up(h.head_dim, 16)), psize = partial_size(padded);
     const auto partial = [&](int tile_in_wave, int query, int chunk) {
-      return partials_ + (static_cast<int64_t>(tile_in_wave * kMaxQueries + query) * max_chunks_ + chunk) * psize;
+      return partials_ +
+             (static_cast<int64_t>(tile_in_wave * kMaxQueries + query) * max_chunks_ + chunk) *
+                 psize;
     };
     const auto length = [&](int row) { return step->position[row] + 1; };
 
@@ -327,8 +367,9 @@ class CpuBackend final : public Backend {
           direct = seq.committed;
           while (direct < length(row) && path[direct - seq.committed] == direct) ++direct;
         }
-        c.query[c.n_queries++] = {qkv + static_cast<int64_t>(row) * width + head * h.head_dim, paths[n_paths - 1],
-                                  direct, length(row), partial(tile_in_wave, i, chunk)};
+        c.query[c.n_queries++] = {qkv + static_cast<int64_t>(row) * width + head * h.head_dim,
+                                  paths[n_paths - 1], direct, length(row),
+                                  partial(tile_in_wave, i, chunk)};
       }
       if (c.n_queries > 0) kernels_.attention(c);
     };
@@ -336,8 +377,9 @@ class CpuBackend final : public Backend {
       for (int i = 0; i < tile.count; ++i) {
         const int row = first_row(tile.sequence) + (tile.first + i) / group;
         const int head = tile.kv_head * group + (tile.first + i) % group;
-        kernels_.combine(partial(tile_in_wave, i, 0), (length(row) - 1) / kChunk + 1, psize, h.head_dim, padded,
-                         out + static_cast<int64_t>(row) * h.n_heads * h.head_dim + head * h.head_dim);
+        kernels_.combine(
+            partial(tile_in_wave, i, 0), (length(row) - 1) / kChunk + 1, psize, h.head_dim, padded,
+            out + static_cast<int64_t>(row) * h.n_heads * h.head_dim + head * h.head_dim);
       }
     };
 
@@ -365,16 +407,19 @@ class CpuBackend final : public Backend {
       Step::Sequence& seq = step->sequences[s];
       if (seq.n_rows == 0) continue;
       const int end = seq.first_row + seq.n_rows;
-      for (int r = seq.first_row; r < end; ++r) step->kept_at[r] = seq.root < 0 ? step->position[r] : -1;
+      for (int r = seq.first_row; r < end; ++r)
+        step->kept_at[r] = seq.root < 0 ? step->position[r] : -1;
       seq.n_kept = seq.n_rows;
       if (seq.root >= 0) {
         int node = seq.root;
         for (int r = node; r >= 0; r = step->parent[r]) step->kept_at[r] = step->position[r];
         for (;;) {
-          seq.next = sample(kernels_.sampling, logits + static_cast<int64_t>(step->logits_index[node]) * vocab, vocab,
+          seq.next = sample(kernels_.sampling,
+                            logits + static_cast<int64_t>(step->logits_index[node]) * vocab, vocab,
                             seq.sampling, step->position[node] + 1, sampler_);
           int child = node + 1;
-          while (child < end && !(step->parent[child] == node && step->token[child] == seq.next)) ++child;
+          while (child < end && !(step->parent[child] == node && step->token[child] == seq.next))
+            ++child;
           if (child == end) break;
           node = child;
           step->kept_at[node] = step->position[node];
@@ -387,12 +432,14 @@ class CpuBackend final : public Backend {
 
   void keep(const Step* step, const KvCache& kv) override {
     int moves = 0;
-    for (int r = 0; r < step->n_rows; ++r) moves += step->kept_at[r] >= 0 && step->kept_at[r] != step->slot[r];
+    for (int r = 0; r < step->n_rows; ++r)
+      moves += step->kept_at[r] >= 0 && step->kept_at[r] != step->slot[r];
     if (moves == 0) return;
     pool_.run([&](int thread) {
       const auto [begin, end] = share(kv.shape.n_layers, thread);
       for (int64_t layer = begin; layer < end; ++layer)
-        for (int r = 0; r < step->n_rows; ++r)  // parents first: a row never moves onto one still to move
+        for (int r = 0; r < step->n_rows;
+             ++r)  // parents first: a row never moves onto one still to move
           if (step->kept_at[r] >= 0 && step->kept_at[r] != step->slot[r])
             move(kv, static_cast<int>(layer), step->sequence[r], step->slot[r], step->kept_at[r]);
     });
@@ -412,7 +459,8 @@ class CpuBackend final : public Backend {
 
  private:
   static constexpr int kWaveTiles = 16;
-  static constexpr int kFewRows = 4;  // row loops shorter than this are not worth waking threads for
+  static constexpr int kFewRows =
+      4;  // row loops shorter than this are not worth waking threads for
 
   // The contiguous part of n that belongs to a thread.
   std::pair<int64_t, int64_t> share(int64_t n, int thread) const {
@@ -432,7 +480,8 @@ class CpuBackend final : public Backend {
   }
 
   // Row `from` of the op's input, transformed and rounded into row `to` of the scratch.
-  void prepare_input(const Linear& op, const CpuMatrix& w, int64_t from, int64_t to, const InputScratch& s) {
+  void prepare_input(const Linear& op, const CpuMatrix& w, int64_t from, int64_t to,
+                     const InputScratch& s) {
     const int64_t n = w.cols;
     const float* x = op.x + from * (op.input == Linear::Input::kSwiGlu ? 2 * n : n);
     float* f = s.f32 + to * n;
@@ -445,7 +494,8 @@ class CpuBackend final : public Backend {
       case Linear::Input::kSilu: kernels_.silu(x, n, f); break;
     }
     const float* y = op.input == Linear::Input::kPlain ? x : f;
-    if (w.needs_q8) kernels_.quantize_q8(y, n, s.q8 + to * n, s.scale + to * (n / 32), s.sum + to * (n / 32));
+    if (w.needs_q8)
+      kernels_.quantize_q8(y, n, s.q8 + to * n, s.scale + to * (n / 32), s.sum + to * (n / 32));
     if (w.needs_bf16) kernels_.round_bf16(y, n, s.bf16 + to * round_up(n, 32));
   }
   static Activations activations(const Linear& /*op*/, const CpuMatrix& w, const InputScratch& s) {
@@ -462,27 +512,35 @@ class CpuBackend final : public Backend {
 
   static size_t element_size(const KvShape& s) { return s.type == DType::kF16 ? 2 : 4; }
   static size_t heads_of(const KvShape& s) {
-    return static_cast<size_t>(s.n_layers) * static_cast<size_t>(s.n_sequences) * static_cast<size_t>(s.n_kv_heads);
+    return static_cast<size_t>(s.n_layers) * static_cast<size_t>(s.n_sequences) *
+           static_cast<size_t>(s.n_kv_heads);
   }
   static size_t key_elements(const KvShape& s) {
     return static_cast<size_t>(round_up(s.capacity, kKeyBlock)) * static_cast<size_t>(s.head_dim);
   }
   static size_t value_elements(const KvShape& s) {
-    return static_cast<size_t>(round_up(s.capacity, kKeyBlock)) * static_cast<size_t>(round_up(s.head_dim, 16));
+    return static_cast<size_t>(round_up(s.capacity, kKeyBlock)) *
+           static_cast<size_t>(round_up(s.head_dim, 16));
   }
   static size_t head_index(const KvShape& s, int layer, int sequence, int head) {
-    return (static_cast<size_t>(layer) * static_cast<size_t>(s.n_sequences) + static_cast<size_t>(sequence)) *
-               static_cast<size_t>(s.n_kv_heads) + static_cast<size_t>(head);
+    return (static_cast<size_t>(layer) * static_cast<size_t>(s.n_sequences) +
+            static_cast<size_t>(sequence)) *
+               static_cast<size_t>(s.n_kv_heads) +
+           static_cast<size_t>(head);
   }
   static std::byte* keys(const KvCache& kv, int layer, int sequence, int head) {
-    return static_cast<std::byte*>(kv.k) + head_index(kv.shape, layer, sequence, head) * key_elements(kv.shape) * element_size(kv.shape);
+    return static_cast<std::byte*>(kv.k) + head_index(kv.shape, layer, sequence, head) *
+                                               key_elements(kv.shape) * element_size(kv.shape);
   }
   static std::byte* values(const KvCache& kv, int layer, int sequence, int head) {
-    return static_cast<std::byte*>(kv.v) + head_index(kv.shape, layer, sequence, head) * value_elements(kv.shape) * element_size(kv.shape);
+    return static_cast<std::byte*>(kv.v) + head_index(kv.shape, layer, sequence, head) *
+                                               value_elements(kv.shape) * element_size(kv.shape);
   }
 
-  void append(const KvCache& kv, int layer, int sequence, int head, int slot, const float* k, const float* v) {
-    const auto dim = static_cast<size_t>(kv.shape.head_dim), padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
+  void append(const KvCache& kv, int layer, int sequence, int head, int slot, const float* k,
+              const float* v) {
+    const auto dim = static_cast<size_t>(kv.shape.head_dim),
+               padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
     const auto at = static_cast<size_t>(slot);
     const size_t column = at / kKeyBlock * dim * kKeyBlock + at % kKeyBlock;
     if (kv.shape.type == DType::kF16) {
@@ -490,11 +548,14 @@ class CpuBackend final : public Backend {
       kernels_.round_f16(k, kv.shape.head_dim, rounded);
       auto* keys_at = reinterpret_cast<uint16_t*>(keys(kv, layer, sequence, head)) + column;
       for (size_t d = 0; d < dim; ++d) keys_at[d * kKeyBlock] = rounded[d];
-      kernels_.round_f16(v, kv.shape.head_dim, reinterpret_cast<uint16_t*>(values(kv, layer, sequence, head)) + at * padded);
+      kernels_.round_f16(
+          v, kv.shape.head_dim,
+          reinterpret_cast<uint16_t*>(values(kv, layer, sequence, head)) + at * padded);
     } else {
       auto* keys_at = reinterpret_cast<float*>(keys(kv, layer, sequence, head)) + column;
       for (size_t d = 0; d < dim; ++d) keys_at[d * kKeyBlock] = k[d];
-      std::memcpy(reinterpret_cast<float*>(values(kv, layer, sequence, head)) + at * padded, v, dim * 4);
+      std::memcpy(reinterpret_cast<float*>(values(kv, layer, sequence, head)) + at * padded, v,
+                  dim * 4);
     }
   }
 
@@ -506,12 +567,14 @@ class CpuBackend final : public Backend {
     std::memcpy(v + to * padded, v + from * padded, padded * sizeof(T));
   }
   static void move(const KvCache& kv, int layer, int sequence, int from, int to) {
-    const auto dim = static_cast<size_t>(kv.shape.head_dim), padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
+    const auto dim = static_cast<size_t>(kv.shape.head_dim),
+               padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
     for (int head = 0; head < kv.shape.n_kv_heads; ++head) {
       std::byte *k = keys(kv, layer, sequence, head), *v = values(kv, layer, sequence, head);
       const auto f = static_cast<size_t>(from), t = static_cast<size_t>(to);
       if (kv.shape.type == DType::kF16)
-        move_head(reinterpret_cast<uint16_t*>(k), reinterpret_cast<uint16_t*>(v), dim, padded, f, t);
+        move_head(reinterpret_cast<uint16_t*>(k), reinterpret_cast<uint16_t*>(v), dim, padded, f,
+                  t);
       else
         move_head(reinterpret_cast<float*>(k), reinterpret_cast<float*>(v), dim, padded, f, t);
     }

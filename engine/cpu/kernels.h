@@ -1,6 +1,7 @@
 // The CPU kernels: one table of functions for each instruction set, all of them computing the same
-// bits. `reference.cc` and `product_reference.cc` (plain loops, "scalar") say what every entry means;
-// the other tables are faster ways to the same bits. The tests compare every entry with the reference.
+// bits. `reference.cc` and `product_reference.cc` (plain loops, "scalar") say what every entry
+// means; the other tables are faster ways to the same bits. The tests compare every entry with the
+// reference.
 //
 // # The arithmetic contract (version kContractVersion)
 // Each number below is one fixed sequence of IEEE operations, whatever the number of rows, threads
@@ -29,7 +30,8 @@
 //   ascending order, then lanes j and j+8 are added, j and j+4, j and j+2, j and j+1.
 // **RMS norm**: lane sums of fma(x, x, lane); r = 1 / sqrt(sum / n + eps); y = (x * r) * weight.
 // **exp**: see exp.h; one polynomial, no libm. **SiLU**: x / (1 + exp(-x)).
-// **RoPE**: y[i] = fma(x[i], cos, -(x[j] * sin)), y[j] = fma(x[j], cos, x[i] * sin), j = i + dim / 2.
+// **RoPE**: y[i] = fma(x[i], cos, -(x[j] * sin)), y[j] = fma(x[j], cos, x[i] * sin), j = i + dim
+// / 2.
 // **Attention**: see attention() below.
 #pragma once
 
@@ -66,18 +68,18 @@ struct Product {
   int64_t rows, cols;              // of the matrix; a last panel is padded with zero weights
   int64_t panel_begin, panel_end;  // the panels to compute: rows [16 begin, min(16 end, rows))
   Activations x;
-  int m;                     // rows of x: 1 or more
-  float* y;                  // y[t * y_stride + n], t < m, n < rows
+  int m;     // rows of x: 1 or more
+  float* y;  // y[t * y_stride + n], t < m, n < rows
   int64_t y_stride;
-  bool accumulate;           // y += result (one add) instead of y = result
+  bool accumulate;  // y += result (one add) instead of y = result
 };
 
 using ProductFunction = void (*)(const Product&);
 
-// The contract as plain loops over the file's own layout, rows [row_begin, row_end) of y only. Every
-// type; the oracle of all others, and what runs where a type has no faster product.
-void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end, const Activations& x, int m,
-                       float* y, int64_t y_stride, bool accumulate);
+// The contract as plain loops over the file's own layout, rows [row_begin, row_end) of y only.
+// Every type; the oracle of all others, and what runs where a type has no faster product.
+void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
+                       const Activations& x, int m, float* y, int64_t y_stride, bool accumulate);
 
 // The products over panels of one instruction set, by DType; nullptr where there is none (yet).
 // The amx table falls back to the avx512 one, that to avx2.
@@ -87,43 +89,47 @@ extern const ProductFunction kProductsAmx[kDTypeCount];
 
 // ---- Rows -------------------------------------------------------------------------------------
 
-// Keys and values are cut into chunks of kChunk logical positions; a chunk's result is a function of
-// its query and its keys in logical order alone, and chunks are combined in ascending order.
+// Keys and values are cut into chunks of kChunk logical positions; a chunk's result is a function
+// of its query and its keys in logical order alone, and chunks are combined in ascending order.
 inline constexpr int kChunk = 256;
 // Keys stand transposed in blocks of kKeyBlock slots, so that lanes are keys and a score needs no
 // horizontal sum: it is the same wherever its key stands.
 inline constexpr int kKeyBlock = 16;
 inline constexpr int kMaxQueries = 8;
 
-// One chunk of the attention of up to kMaxQueries queries (rows x query heads) that share a KV head.
+// One chunk of the attention of up to kMaxQueries queries (rows x query heads) that share a KV
+// head.
 //   score(p) = fma chain over ascending d of q[d] * k[d], from 0; q is already scaled
 //   max      = the largest score of the chunk
 //   e(p)     = exp(score(p) - max)
 //   sum      = sum of e(p) in 16 virtual lanes by p mod 16
 //   o[d]     = fma chain over ascending p of e(p) * v(p)[d], from 0
 struct AttentionChunk {
-  DType type;      // of keys and values: kF16 or kF32
-  const void* k;   // (capacity / 16, head_dim, 16)
-  const void* v;   // (capacity, padded_dim)
+  DType type;     // of keys and values: kF16 or kF32
+  const void* k;  // (capacity / 16, head_dim, 16)
+  const void* v;  // (capacity, padded_dim)
   int head_dim;
   int padded_dim;  // head_dim rounded up to 16; the padding of v is zero
   int begin;       // first logical position of the chunk, a multiple of kChunk
   int committed;   // path[i] is the slot of position committed + i
   int n_queries;
   struct Query {
-    const float* q;       // (head_dim)
+    const float* q;  // (head_dim)
     const int32_t* path;
-    int direct;           // positions below stand in the slot of the same number
-    int length;           // it sees positions [0, length); length > begin
-    float* partial;       // written: max, sum, o[padded_dim]
+    int direct;      // positions below stand in the slot of the same number
+    int length;      // it sees positions [0, length); length > begin
+    float* partial;  // written: max, sum, o[padded_dim]
   } query[kMaxQueries];
 };
-inline int partial_size(int padded_dim) { return 2 + padded_dim; }
+inline int partial_size(int padded_dim) {
+  return 2 + padded_dim;
+}
 
 struct Kernels {
   Isa isa;
   const char* name;
-  const ProductFunction* products;  // by DType, over panels; nullptr: product_reference over the file
+  const ProductFunction*
+      products;  // by DType, over panels; nullptr: product_reference over the file
 
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
   // y = silu(gate) * up; gate_up: (2, n)
@@ -137,9 +143,11 @@ struct Kernels {
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
   void (*attention)(const AttentionChunk& chunk);
   // out[d] = O[d] / L after combining n partials, ascending, with (M, L, O) = the first and then
-  //   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o * b)
+  //   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o
+  //   * b)
   // partials: n of them, `stride` floats apart.
-  void (*combine)(const float* partials, int n, int64_t stride, int head_dim, int padded_dim, float* out);
+  void (*combine)(const float* partials, int n, int64_t stride, int head_dim, int padded_dim,
+                  float* out);
   SamplingOps sampling;
 };
 

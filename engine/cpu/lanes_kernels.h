@@ -45,22 +45,30 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
   const float mean = fold(sum) / static_cast<float>(n) + eps;
   const Lanes r = broadcast(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
   for (i = 0; i + 16 <= n; i += 16) store(y + i, (load(x + i) * r) * load(weight + i));
-  if (i < n) store_first(y + i, (load_first(x + i, n - i) * r) * load_first(weight + i, n - i), n - i);
+  if (i < n)
+    store_first(y + i, (load_first(x + i, n - i) * r) * load_first(weight + i, n - i), n - i);
 }
 
 void swiglu(const float* gate_up, int64_t n, float* y) {
   const Lanes one = broadcast(1.0f);
-  const auto silu_times = [one](Lanes gate, Lanes up) { return (gate / (one + exp(negate(gate)))) * up; };
+  const auto silu_times = [one](Lanes gate, Lanes up) {
+    return (gate / (one + exp(negate(gate)))) * up;
+  };
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(y + i, silu_times(load(gate_up + i), load(gate_up + n + i)));
-  if (i < n) store_first(y + i, silu_times(load_first(gate_up + i, n - i), load_first(gate_up + n + i, n - i)), n - i);
+  if (i < n)
+    store_first(y + i,
+                silu_times(load_first(gate_up + i, n - i), load_first(gate_up + n + i, n - i)),
+                n - i);
 }
 
 void silu(const float* x, int64_t n, float* y) {
   const Lanes one = broadcast(1.0f);
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(y + i, load(x + i) / (one + exp(negate(load(x + i)))));
-  if (i < n) store_first(y + i, load_first(x + i, n - i) / (one + exp(negate(load_first(x + i, n - i)))), n - i);
+  if (i < n)
+    store_first(y + i, load_first(x + i, n - i) / (one + exp(negate(load_first(x + i, n - i)))),
+                n - i);
 }
 
 void quantize_q8(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
@@ -127,13 +135,17 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim, float sc
 
 // ---- Attention --------------------------------------------------------------------------------
 
-inline Lanes load_kv(const uint16_t* p) { return load_f16(p); }
-inline Lanes load_kv(const float* p) { return load(p); }
+inline Lanes load_kv(const uint16_t* p) {
+  return load_f16(p);
+}
+inline Lanes load_kv(const float* p) {
+  return load(p);
+}
 
 // Scores of one block of 16 keys against `Q` queries: each key element is loaded and widened once.
 template <int Q, typename T>
-inline void score_block(const T* block, int head_dim, const AttentionChunk::Query* query, float (*scores)[kChunk + 32],
-                        int at) {
+inline void score_block(const T* block, int head_dim, const AttentionChunk::Query* query,
+                        float (*scores)[kChunk + 32], int at) {
   Lanes s[Q];
   for (int q = 0; q < Q; ++q) s[q] = broadcast(0.0f);
   for (int d = 0; d < head_dim; ++d) {
@@ -143,14 +155,17 @@ inline void score_block(const T* block, int head_dim, const AttentionChunk::Quer
   for (int q = 0; q < Q; ++q) store(scores[q] + at, s[q]);
 }
 
-// Scores of the slots [first, last), whole blocks of them, for all queries: scores[q][slot - first].
+// Scores of the slots [first, last), whole blocks of them, for all queries: scores[q][slot -
+// first].
 template <typename T>
 void score_slots(const AttentionChunk& c, int first, int last, float (*scores)[kChunk + 32]) {
   const T* keys = static_cast<const T*>(c.k);
   for (int slot = first; slot < last; slot += kKeyBlock) {
-    const T* block = keys + static_cast<size_t>(slot / kKeyBlock) * static_cast<size_t>(c.head_dim) * kKeyBlock;
+    const T* block =
+        keys + static_cast<size_t>(slot / kKeyBlock) * static_cast<size_t>(c.head_dim) * kKeyBlock;
     int q = 0;
-    for (; q + 8 <= c.n_queries; q += 8) score_block<8>(block, c.head_dim, c.query + q, scores + q, slot - first);
+    for (; q + 8 <= c.n_queries; q += 8)
+      score_block<8>(block, c.head_dim, c.query + q, scores + q, slot - first);
     if (q + 4 <= c.n_queries) {
       score_block<4>(block, c.head_dim, c.query + q, scores + q, slot - first);
       q += 4;
@@ -167,8 +182,8 @@ void score_slots(const AttentionChunk& c, int first, int last, float (*scores)[k
 // o += e(p) v(p) over positions [begin, end) that stand in slots of the same number, for Q queries
 // and J * 16 dimensions: each value is loaded and widened once for all queries.
 template <int Q, int J, typename T>
-inline void weigh_values(const T* values, int stride, int begin, int end, const float (*e)[kChunk + 32], int chunk_begin,
-                         float* const* o, int at) {
+inline void weigh_values(const T* values, int stride, int begin, int end,
+                         const float (*e)[kChunk + 32], int chunk_begin, float* const* o, int at) {
   Lanes sum[Q][J];
   for (int q = 0; q < Q; ++q)
     for (int j = 0; j < J; ++j) sum[q][j] = load(o[q] + at + 16 * j);
@@ -186,8 +201,8 @@ inline void weigh_values(const T* values, int stride, int begin, int end, const 
 }
 
 template <int J, typename T>
-void weigh_values_all(const AttentionChunk& c, int n, int begin, int end, const float (*e)[kChunk + 32], float* const* o,
-                      int at) {
+void weigh_values_all(const AttentionChunk& c, int n, int begin, int end,
+                      const float (*e)[kChunk + 32], float* const* o, int at) {
   const T* values = static_cast<const T*>(c.v);
   int q = 0;
   for (; q + kQueryTile <= n; q += kQueryTile)
@@ -221,8 +236,8 @@ void attention_chunk(const AttentionChunk& c) {
   }
   score_slots<T>(c, c.begin, direct_end, e);
 
-  // Nodes of a tree: their last positions stand somewhere behind the committed ones, among siblings.
-  // The scores of that whole tail are taken, 16 keys at a time, and picked by the path.
+  // Nodes of a tree: their last positions stand somewhere behind the committed ones, among
+  // siblings. The scores of that whole tail are taken, 16 keys at a time, and picked by the path.
   if (tree) {
     int last = c.committed;
     for (int q = 0; q < c.n_queries; ++q)
@@ -237,7 +252,8 @@ void attention_chunk(const AttentionChunk& c) {
       score_slots<T>(c, first, end, tail);
       for (int q = 0; q < c.n_queries; ++q) {
         const AttentionChunk::Query& query = c.query[q];
-        for (int p = query.direct > c.begin ? query.direct : c.begin; p < query.length && p < chunk_end; ++p) {
+        for (int p = query.direct > c.begin ? query.direct : c.begin;
+             p < query.length && p < chunk_end; ++p) {
           const int slot = query.path[p - c.committed];
           if (slot >= first && slot < end) e[q][p - c.begin] = tail[q][slot - first];
         }
@@ -277,9 +293,11 @@ void attention_chunk(const AttentionChunk& c) {
     const int end = query.length < chunk_end ? query.length : chunk_end;
     for (int p = shared_end > c.begin ? shared_end : c.begin; p < end; ++p) {
       const int slot = p < query.direct ? p : query.path[p - c.committed];
-      const T* row = static_cast<const T*>(c.v) + static_cast<size_t>(slot) * static_cast<size_t>(c.padded_dim);
+      const T* row = static_cast<const T*>(c.v) +
+                     static_cast<size_t>(slot) * static_cast<size_t>(c.padded_dim);
       const Lanes weight = broadcast(e[q][p - c.begin]);
-      for (int d = 0; d < c.padded_dim; d += 16) store(o[q] + d, fma(weight, load_kv(row + d), load(o[q] + d)));
+      for (int d = 0; d < c.padded_dim; d += 16)
+        store(o[q] + d, fma(weight, load_kv(row + d), load(o[q] + d)));
     }
   }
 }
@@ -291,7 +309,8 @@ void attention(const AttentionChunk& chunk) {
     attention_chunk<float>(chunk);
 }
 
-void combine(const float* partials, int n, int64_t stride, int head_dim, int padded_dim, float* out) {
+void combine(const float* partials, int n, int64_t stride, int head_dim, int padded_dim,
+             float* out) {
   constexpr int kMaxHeadDim = 1024;
   float o[kMaxHeadDim];
   for (int d = 0; d < padded_dim; d += 16) store(o + d, load(partials + 2 + d));
@@ -332,7 +351,9 @@ int32_t argmax(const float* x, int64_t n) {
 void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {
   const Lanes t = broadcast(divisor), shift = broadcast(largest / divisor);
   const Lanes up = broadcast(0x1p34f), down = broadcast(0x1p-34f);
-  const auto one = [&](Lanes v) { return where_nan(v, broadcast(0.0f), floor(exp(v / t - shift) * up) * down); };
+  const auto one = [&](Lanes v) {
+    return where_nan(v, broadcast(0.0f), floor(exp(v / t - shift) * up) * down);
+  };
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(out + i, one(load(x + i)));
   if (i < n) store_first(out + i, one(load_first(x + i, n - i)), n - i);

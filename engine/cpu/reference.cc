@@ -1,5 +1,5 @@
-// The scalar reference: every row kernel as plain loops. It says what the contract (kernels.h) means,
-// runs on any machine, and is what the tests hold the faster kernels against.
+// The scalar reference: every row kernel as plain loops. It says what the contract (kernels.h)
+// means, runs on any machine, and is what the tests hold the faster kernels against.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -63,7 +63,9 @@ void quantize_q8(const float* x, int64_t n, int8_t* q, float* scale, int32_t* su
       largest = std::max(largest, std::fabs(x[i]));
     }
     sum[b] = 0;
-    scale[b] = !finite ? std::numeric_limits<float>::quiet_NaN() : largest < 0x1p-100f ? 0.0f : largest / 127.0f;
+    scale[b] = !finite               ? std::numeric_limits<float>::quiet_NaN()
+               : largest < 0x1p-100f ? 0.0f
+                                     : largest / 127.0f;
     const float inverse = 127.0f / largest;
     for (int i = 0; i < 32; ++i) {
       q[i] = scale[b] > 0 ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
@@ -91,7 +93,8 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim, float sc
 
 void attention(const AttentionChunk& c) {
   const auto element = [&c](const void* base, size_t i) {
-    return c.type == DType::kF16 ? f16_to_f32(static_cast<const uint16_t*>(base)[i]) : static_cast<const float*>(base)[i];
+    return c.type == DType::kF16 ? f16_to_f32(static_cast<const uint16_t*>(base)[i])
+                                 : static_cast<const float*>(base)[i];
   };
   for (int n = 0; n < c.n_queries; ++n) {
     const AttentionChunk::Query& query = c.query[n];
@@ -120,7 +123,8 @@ void attention(const AttentionChunk& c) {
     for (int d = 0; d < c.padded_dim; ++d) {
       float o = 0.0f;
       for (int p = c.begin; p < end; ++p) {
-        const size_t at = static_cast<size_t>(slot_of(p)) * static_cast<size_t>(c.padded_dim) + static_cast<size_t>(d);
+        const size_t at = static_cast<size_t>(slot_of(p)) * static_cast<size_t>(c.padded_dim) +
+                          static_cast<size_t>(d);
         o = std::fma(e[p - c.begin], element(c.v, at), o);
       }
       query.partial[2 + d] = o;
@@ -128,7 +132,8 @@ void attention(const AttentionChunk& c) {
   }
 }
 
-void combine(const float* partials, int n, int64_t stride, int head_dim, int /*padded_dim*/, float* out) {
+void combine(const float* partials, int n, int64_t stride, int head_dim, int /*padded_dim*/,
+             float* out) {
   float m = partials[0], l = partials[1];
   for (int d = 0; d < head_dim; ++d) out[d] = partials[2 + d];
   for (int c = 1; c < n; ++c) {
@@ -163,7 +168,9 @@ void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* 
 
 }  // namespace
 
-const Kernels kScalarKernels = {Isa::kScalar, "scalar",  nullptr, rms_norm,  swiglu, silu,  quantize_q8,
-                                round_bf16,   round_f16, rotate,  attention, combine, {argmax, exp_scaled}};
+const Kernels kScalarKernels = {
+    Isa::kScalar,        "scalar",   nullptr,   rms_norm, swiglu,    silu,
+    quantize_q8,         round_bf16, round_f16, rotate,   attention, combine,
+    {argmax, exp_scaled}};
 
 }  // namespace chimera::cpu

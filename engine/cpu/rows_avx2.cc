@@ -5,7 +5,8 @@
 
 namespace chimera::cpu {
 
-const Kernels kAvx2Kernels = {Isa::kAvx2, "avx2",    kProductsAvx2, rms_norm,  swiglu, silu,  quantize_q8,
-                              round_bf16, round_f16, rotate,        attention, combine, {argmax, exp_scaled}};
+const Kernels kAvx2Kernels = {Isa::kAvx2, "avx2",      kProductsAvx2,       rms_norm,  swiglu,
+                              silu,       quantize_q8, round_bf16,          round_f16, rotate,
+                              attention,  combine,     {argmax, exp_scaled}};
 
 }  // namespace chimera::cpu

@@ -5,9 +5,11 @@
 
 namespace chimera::cpu {
 
-const Kernels kAvx512Kernels = {Isa::kAvx512, "avx512",  kProductsAvx512, rms_norm,  swiglu, silu,  quantize_q8,
-                                round_bf16,   round_f16, rotate,          attention, combine, {argmax, exp_scaled}};
-const Kernels kAmxKernels = {Isa::kAmx,  "amx",     kProductsAmx, rms_norm,  swiglu, silu,  quantize_q8,
-                             round_bf16, round_f16, rotate,       attention, combine, {argmax, exp_scaled}};
+const Kernels kAvx512Kernels = {Isa::kAvx512, "avx512",    kProductsAvx512,     rms_norm,  swiglu,
+                                silu,         quantize_q8, round_bf16,          round_f16, rotate,
+                                attention,    combine,     {argmax, exp_scaled}};
+const Kernels kAmxKernels = {Isa::kAmx, "amx",       kProductsAmx,        rms_norm,  swiglu,
+                             silu,      quantize_q8, round_bf16,          round_f16, rotate,
+                             attention, combine,     {argmax, exp_scaled}};
 
 }  // namespace chimera::cpu

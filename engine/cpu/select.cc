@@ -13,17 +13,20 @@ struct Entry {
   const Kernels* kernels;
 };
 // Best first.
-constexpr Entry kEntries[] = {
-    {"amx", &kAmxKernels}, {"avx512", &kAvx512Kernels}, {"avx2", &kAvx2Kernels}, {"scalar", &kScalarKernels}};
+constexpr Entry kEntries[] = {{"amx", &kAmxKernels},
+                              {"avx512", &kAvx512Kernels},
+                              {"avx2", &kAvx2Kernels},
+                              {"scalar", &kScalarKernels}};
 
 }  // namespace
 
 bool machine_has(Isa isa) {
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case Isa::kScalar: return true;
     case Isa::kAvx2: return avx2;
@@ -41,7 +44,8 @@ const Kernels& select_kernels() {
       if (has) return *entry.kernels;
     } else if (entry.name == std::string(wanted)) {
       if (has) return *entry.kernels;
-      throw Error("CHIMERA_ISA", "an instruction set of this machine", wanted, "unset it to use the best one");
+      throw Error("CHIMERA_ISA", "an instruction set of this machine", wanted,
+                  "unset it to use the best one");
     }
   }
   throw Error("CHIMERA_ISA", "scalar, avx2, avx512 or amx", std::string("'") + wanted + "'");

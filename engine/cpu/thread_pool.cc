@@ -18,7 +18,8 @@ inline void pause() {
 #endif
 }
 
-// Spins until done() holds, and after `limit` spins lets others run: what we wait for may need the core.
+// Spins until done() holds, and after `limit` spins lets others run: what we wait for may need the
+// core.
 template <typename F>
 void spin_until(int limit, const F& done) {
   for (int spins = 0; !done(); ++spins) {
@@ -38,7 +39,8 @@ int physical_cores() {
   std::set<std::string> cores;  // distinct sets of sibling threads
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
-    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                       "/topology/thread_siblings_list");
     std::string siblings;
     if (!std::getline(file, siblings)) siblings = std::to_string(cpu);
     cores.insert(siblings);
@@ -46,7 +48,8 @@ int physical_cores() {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
-ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)), spins_(size_ > physical_cores() ? 0 : kSpins) {
+ThreadPool::ThreadPool(int threads)
+    : size_(std::max(1, threads)), spins_(size_ > physical_cores() ? 0 : kSpins) {
   for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -72,7 +75,9 @@ void ThreadPool::run(Job job, void* context) {
 void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
+    for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen;
+         ++spins)
+      pause();
     generation_.wait(seen, std::memory_order_acquire);
     ++seen;
     if (stop_) return;

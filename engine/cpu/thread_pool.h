@@ -1,5 +1,5 @@
-// A small thread pool for work that comes every few microseconds: the caller is thread 0, the others
-// spin for a while between jobs before they sleep.
+// A small thread pool for work that comes every few microseconds: the caller is thread 0, the
+// others spin for a while between jobs before they sleep.
 #pragma once
 
 #include <atomic>
@@ -27,7 +27,9 @@ class ThreadPool {
   void run(Job job, void* context);
   template <typename F>
   void run(F&& f) {
-    run([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &f);
+    run([](void* context,
+           int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); },
+        &f);
   }
 
   // Inside a job: waits until every thread is here.
