@@ -11,7 +11,7 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-inline PhiloxBlock philox4x32(uint64_t key, uint64_t counter_low, uint64_t counter_high = 0) {
+constexpr PhiloxBlock philox4x32(uint64_t key, uint64_t counter_low, uint64_t counter_high = 0) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   uint32_t c0 = static_cast<uint32_t>(counter_low), c1 = static_cast<uint32_t>(counter_low >> 32);
   uint32_t c2 = static_cast<uint32_t>(counter_high), c3 = static_cast<uint32_t>(counter_high >> 32);
@@ -28,7 +28,7 @@ inline PhiloxBlock philox4x32(uint64_t key, uint64_t counter_low, uint64_t count
 }
 
 // Uniform in [0, 1) with 53 bits.
-inline double philox_uniform(uint64_t seed, uint64_t position) {
+constexpr double philox_uniform(uint64_t seed, uint64_t position) {
   const PhiloxBlock b = philox4x32(seed, position);
   const uint64_t bits = (uint64_t{b.word[0]} << 32 | b.word[1]) >> 11;
   return static_cast<double>(bits) * 0x1p-53;
