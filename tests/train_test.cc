@@ -274,10 +274,13 @@ TEST(Train, ResumedRunGivesTheSameBits) {
   EXPECT_EQ(a.vocabulary, b.vocabulary);
 
   // Of another run: refused, also where all shapes agree.
-  EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--positions", "600",
-                          "--batch", "20", "--vocabulary", "30", "--ffn", "16", "--rank", "4",
-                          "--seed", "2", "--resume", folder("half.safetensors.checkpoint")}),
-               Error);
+  EXPECT_THROW(
+      train_fit({"-m",      model,       "--data",       shard,
+                 "-o",      folder("x"), "--positions",  "600",
+                 "--batch", "20",        "--vocabulary", "30",
+                 "--ffn",   "16",        "--rank",       "4",
+                 "--seed",  "2",         "--resume",     folder("half.safetensors.checkpoint")}),
+      Error);
   EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--positions", "600",
                           "--batch", "20", "--vocabulary", "30", "--ffn", "24", "--rank", "4",
                           "--resume", folder("half.safetensors.checkpoint")}),
