@@ -67,7 +67,7 @@ $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
 	@echo "  $@"
 	@$(CXX) -o $@ $^ $(LDFLAGS)
 
-$(BUILD)/chimera_tests: $(call objects,$(TESTS)) $(BUILD)/libchimera.a
+$(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PROGRAM))) $(BUILD)/libchimera.a
 	@echo "  $@"
 	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
 

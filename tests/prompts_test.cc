@@ -8,7 +8,6 @@
 
 #include "engine/error.h"
 // The tests are linked with the library, which tools/ is no part of.
-#include "tools/prompts.cc"
 
 namespace chimera {
 namespace {
