@@ -9,6 +9,8 @@
 namespace chimera::cuda::test {
 namespace {
 
+static_assert(kChunk == cpu::kChunk, "the attention of an F32 cache is the CPU's");
+
 // A step of one sequence: `committed` positions, and rows with random parents (chain: each the
 // last's child). Prompt rows before first_new were computed earlier.
 void random_step(std::mt19937& random, Step* step, int committed, int rows, bool chain) {
