@@ -35,7 +35,8 @@ class ChimeraDrafter final : public Drafter {
         hidden_(tensors.config.hidden_size),
         model_(target, tensors, options.static_vocabulary, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    for (Sequence& s : sequences_) s.h.resize(static_cast<size_t>(hidden_));
+    for (Sequence& s : sequences_)
+      for (auto* v : {&s.h, &s.f, &s.g}) v->resize(static_cast<size_t>(hidden_));
     if (options.ngrams)
       indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
@@ -74,7 +75,8 @@ class ChimeraDrafter final : public Drafter {
       done += n;
       if (done == k.n_kept) {
         seq.h.assign(k.states + int64_t{done - 1} * hidden_, k.states + int64_t{done} * hidden_);
-        seq.root_row = n - 1;
+        seq.f.assign(model_.f(n - 1), model_.f(n - 1) + hidden_);
+        seq.g.assign(model_.feature(n - 1), model_.feature(n - 1) + hidden_);
         seq.expanded = k.committed;
       }
     }
@@ -88,9 +90,9 @@ class ChimeraDrafter final : public Drafter {
  private:
   struct Sequence {
     int64_t text = -1;
-    std::vector<float> h;  // the last known state of the target
-    int root_row = 0;      // of the draft step that observe() left
-    int expanded = 0;      // committed length that observe() saw; 0: nothing to draft from
+    std::vector<float> h;     // the last known state of the target
+    std::vector<float> f, g;  // the root's draft state and feature
+    int expanded = 0;         // committed length that observe() saw; 0: nothing to draft from
   };
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
@@ -191,16 +193,14 @@ class ChimeraDrafter final : public Drafter {
   // Grows the tree depth by depth with the draft model.
   void expand(const DraftContext& c, const Sequence& seq) {
     Step& step = model_.step();
-    // The root's f is in the row that observe() left.
-    step.first_new = seq.root_row;
-    propose(CandidateTree::kRoot, model_.logits(0, seq.h.data()));
-    // The tree hangs below the root's slot, which is committed: its rows start afresh, with the
-    // root's f and feature put aside as row 0's parent.
-    std::memcpy(model_.f(0), model_.f(seq.root_row), floats(1));
-    std::memcpy(model_.feature(0), model_.feature(seq.root_row), floats(1));
+    // Row 0 stands for the root, which observe() has run: it is no row of the sequence, so that the
+    // tree's rows are contiguous, and its slot is committed.
+    std::memcpy(model_.f(0), seq.f.data(), floats(1));
+    std::memcpy(model_.feature(0), seq.g.data(), floats(1));
     step.clear();
+    step.n_rows = 1;
     step.begin_sequence(c.sequence);
-    step.n_rows = 1;  // row 0 stands for the root; it is never run again
+    propose(CandidateTree::kRoot, model_.logits(0, seq.h.data()));
     const int depths = std::min(options_.depth, c.max_depth);
     double tokens = 1;  // that the tree is expected to give so far
     for (int depth = 1; depth < depths; ++depth) {
