@@ -14,8 +14,10 @@
 
 #include "engine/error.h"
 #include "engine/train/adamw.h"
-#include "engine/train/draft_gradient.h"
+#include "engine/train/batch_gradient.h"
+#include "engine/train/target_features.h"
 #include "loader/draft_file.h"
+#include "loader/feature_file.h"
 #include "loader/mapped_file.h"
 #include "loader/safetensors.h"
 #include "tests/support.h"
@@ -40,6 +42,8 @@ DraftConfig tiny_config() {
   return c;
 }
 
+// The target's answers are three tokens each: even ones, an odd one, and a part of them may lie
+// outside the draft's static vocabulary, the tokens below `draft`.
 TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d, int vocab,
                        int draft) {
   TrainingText t;
@@ -50,13 +54,11 @@ TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d,
     t.states.push_back(static_cast<float>(x));
   t.targets.resize(static_cast<size_t>(t.n_starts()));
   for (SoftTarget& target : t.targets) {
-    std::fill_n(target.index, SoftTarget::kMost, -1);
-    // Three tokens, the second outside the draft's vocabulary.
+    std::fill_n(target.token, SoftTarget::kMost, -1);
     const float p[3] = {0.5f, 0.3f, 0.1f};
     for (int j = 0; j < 3; ++j) {
-      target.index[j] =
-          j == 1 ? -1
-                 : static_cast<int32_t>((random() % static_cast<unsigned>(draft / 2)) * 2) + j / 2;
+      const auto even = static_cast<int32_t>((random() % static_cast<unsigned>(draft / 2)) * 2);
+      target.token[j] = j == 1 ? vocab - 1 : even + j / 2;
       target.probability[j] = p[j];
     }
   }
@@ -67,13 +69,15 @@ struct Tiny {
   DraftConfig config = tiny_config();
   int vocab = 13, draft = 10;
   std::vector<double> embedding, head, parameters;
+  std::vector<int32_t> vocabulary;
   std::vector<TrainingText> texts;
   std::vector<const TrainingText*> batch;
   explicit Tiny(const DraftConfig& c) : config(c) {
     std::mt19937 random(1);
     const auto d = static_cast<size_t>(config.hidden_size);
     embedding = random_values(random, static_cast<size_t>(vocab) * d, 1);
-    head = random_values(random, static_cast<size_t>(draft) * d, 0.5);
+    head = random_values(random, static_cast<size_t>(vocab) * d, 0.5);
+    for (int32_t i = draft; i-- > 0;) vocabulary.push_back(i);
     parameters = random_values(random, ParameterLayout(config).total, 0.4);
     texts.push_back(tiny_text(random, 9, 2, config.hidden_size, vocab, draft));
     texts.push_back(tiny_text(random, 4, 1, config.hidden_size, vocab, draft));  // one start
@@ -82,9 +86,10 @@ struct Tiny {
   }
 };
 
-void check_gradient(const DraftConfig& config, int threads) {
+void check_gradient(const DraftConfig& config, int dynamic_best) {
   Tiny tiny(config);
-  DraftGradient<double> model(config, tiny.embedding.data(), tiny.head.data(), tiny.draft, threads);
+  DraftGradient<double> model(config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
+                              tiny.vocabulary, dynamic_best, 1);
   std::vector<double> gradient(tiny.parameters.size());
   const Score score = model.run(tiny.parameters.data(), tiny.batch, 4, 0.8, gradient.data());
   EXPECT_EQ(score.starts, 5 + 1 + 5);
@@ -110,14 +115,45 @@ void check_gradient(const DraftConfig& config, int threads) {
 }
 
 TEST(Train, GradientOfEveryParameterIsThatOfFiniteDifferences) {
-  check_gradient(tiny_config(), 1);
+  check_gradient(tiny_config(), 0);
+}
+TEST(Train, GradientWithTheDynamicVocabulary) {
+  check_gradient(tiny_config(), 2);
 }
 TEST(Train, GradientOfThePaperForm) {  // no skip, no correction, RoPE on every head
   DraftConfig c = tiny_config();
   c.skip = false;
   c.head_rank = 0;
   c.rope_kv_heads = 2;
-  check_gradient(c, 1);
+  check_gradient(c, 0);
+}
+
+// Tokens of the text, and the target's best, are to be had although the static vocabulary lacks
+// them; the next text is without them again.
+TEST(Train, TheDynamicVocabularyIsThatOfTheBatch) {
+  Tiny tiny(tiny_config());
+  const int32_t rare = tiny.vocab - 1;  // the target's second best everywhere
+  const auto loss = [&](int best, const TrainingText& text) {
+    DraftGradient<double> model(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
+                                tiny.vocabulary, best, 1);
+    const TrainingText* one[] = {&text};
+    return model.run(tiny.parameters.data(), one, 1, 1, nullptr).weighted_loss(1);
+  };
+  TrainingText text = tiny.texts[0];
+  for (int32_t& token : text.tokens) token %= tiny.draft;
+  EXPECT_EQ(loss(1, text), loss(0, text));  // its best token is in the static vocabulary
+  EXPECT_GT(loss(2, text), loss(1, text));  // a part of the probability that had been dropped
+  TrainingText with = text;
+  with.tokens[0] = rare;  // seen by no rollout but as a slot
+  const double outside = loss(0, with);
+  EXPECT_GT(loss(1, with), outside);
+
+  DraftGradient<double> model(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
+                              tiny.vocabulary, 1, 1);
+  const TrainingText *first[] = {&with}, *second[] = {&text};
+  model.run(tiny.parameters.data(), first, 1, 1, nullptr);
+  EXPECT_EQ(model.run(tiny.parameters.data(), second, 1, 1, nullptr).weighted_loss(1),
+            loss(1, text));
 }
 
 // ---- Products ----------------------------------------------------------------------------------
@@ -170,14 +206,41 @@ TEST(Train, GradientInF32IsThatInF64) {
   };
   const std::vector<float> embedding = narrow(tiny.embedding), head = narrow(tiny.head),
                            parameters = narrow(tiny.parameters);
-  DraftGradient<double> wide(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.draft, 1);
-  DraftGradient<float> model(tiny.config, embedding.data(), head.data(), tiny.draft, 2);
+  DraftGradient<double> wide(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
+                             tiny.vocabulary, 2, 1);
+  DraftGradient<float> model(tiny.config, embedding.data(), head.data(), tiny.vocab,
+                             tiny.vocabulary, 2, 2);
   std::vector<double> expected(parameters.size());
   std::vector<float> gradient(parameters.size());
   wide.run(tiny.parameters.data(), tiny.batch, 4, 0.8, expected.data());
   model.run(parameters.data(), tiny.batch, 4, 0.8, gradient.data());
   for (size_t i = 0; i < gradient.size(); ++i)
     EXPECT_NEAR(gradient[i], expected[i], 1e-4 * (1 + std::abs(expected[i]))) << i;
+}
+
+// Micro-batches sum to the gradient of the whole, with the same bits for any number of threads.
+TEST(Train, MicroBatchesAreOneBatch) {
+  Tiny tiny(tiny_config());
+  const auto narrow = [](const std::vector<double>& v) {
+    return std::vector<float>(v.begin(), v.end());
+  };
+  const std::vector<float> embedding = narrow(tiny.embedding), head = narrow(tiny.head),
+                           parameters = narrow(tiny.parameters);
+  const auto run = [&](int threads, std::vector<MicroBatch> parts) {
+    BatchGradient model(tiny.config, embedding.data(), head.data(), tiny.vocab, tiny.vocabulary, 0,
+                        2, threads);
+    std::vector<float> gradient(parameters.size(), 7.0f);
+    const Score score = model.run(parameters.data(), parts, 4, 0.8, gradient.data());
+    EXPECT_EQ(score.starts, 11);
+    return gradient;
+  };
+  const TrainingText *a = &tiny.texts[0], *b = &tiny.texts[1], *c = &tiny.texts[2];
+  const std::vector<float> whole = run(1, {{a, b, c}}), parts = run(1, {{a, b}, {c}});
+  for (size_t i = 0; i < whole.size(); ++i)
+    EXPECT_NEAR(parts[i], whole[i], 1e-5 * (1 + std::abs(whole[i]))) << i;
+  EXPECT_EQ(run(2, {{a, b}, {c}}), parts);
+  EXPECT_EQ(run(4, {{a, b}, {c}}), parts);
+  EXPECT_EQ(run(2, {{a}, {b}, {c}}), run(1, {{a}, {b}, {c}}));
 }
 
 // A text without structure, learnt by heart: every answer of the target right, four steps ahead.
@@ -195,14 +258,14 @@ TEST(Train, OverfitsOneText) {
   TrainingText text = tiny_text(random, 40, 3, 32, vocab, vocab);
   for (int64_t i = 0; i < text.n_starts(); ++i) {
     SoftTarget& t = text.targets[static_cast<size_t>(i)];
-    std::fill_n(t.index, SoftTarget::kMost, -1);
-    t.index[0] = text.tokens[static_cast<size_t>(text.first_start + 2 + i)];
+    std::fill_n(t.token, SoftTarget::kMost, -1);
+    t.token[0] = text.tokens[static_cast<size_t>(text.first_start + 2 + i)];
     t.probability[0] = 1;
   }
   const ParameterLayout layout(config);
   AdamWState state =
       start_adamw(pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
-  DraftGradient<float> model(config, embedding.data(), embedding.data(), vocab, 1);
+  DraftGradient<float> model(config, embedding.data(), embedding.data(), vocab, {}, 1, 1);
   std::vector<float> gradient(layout.total);
   const TrainingText* batch[] = {&text};
   Score score;
@@ -226,8 +289,6 @@ TEST(Train, AStepThatIsNotFiniteChangesNothing) {
   EXPECT_EQ(state.values, std::vector<float>(layout.total, 1.0f));
 }
 
-// ---- The command -------------------------------------------------------------------------------
-
 struct Folder {
   std::filesystem::path path =
       std::filesystem::temp_directory_path() / ("chimera_train_" + std::to_string(getpid()));
@@ -235,6 +296,58 @@ struct Folder {
   ~Folder() { std::filesystem::remove_all(path); }
   std::string operator()(const std::string& name) const { return (path / name).string(); }
 };
+
+// ---- Features ----------------------------------------------------------------------------------
+
+// Recorded while the text is written, among others, with a prompt in pieces: the same bits as
+// those of the finished text; and the file gives back what it was given, in F16.
+TEST(Train, RecordedFeaturesAreThoseOfTheFinishedText) {
+  const std::string path = test::tiny("q8_0");
+  SKIP_WITHOUT(path);
+  const ModelFile model = load_model(path);
+  const auto backend = make_backend("cpu", {.threads = 2});
+  const Llama llama(*backend, model.tensors, {});
+  Session session(llama, {.context = 64, .n_sequences = 3, .prefill_rows = 4});
+  FeatureRecorder recorder(llama.config(), 3);
+  const std::vector<int32_t> prompts[] = {{1, 5, 9, 17, 3, 8}, {2, 7}, {4, 4, 4}};
+  for (int s = 0; s < 3; ++s) {
+    session.start(s, prompts[s], {});
+    recorder.start(s, static_cast<int>(prompts[s].size()));
+  }
+  for (int step = 0; step < 12; ++step) session.step(&recorder);
+
+  const Folder folder;
+  const std::string fingerprint = "0123456789abcdef";
+  TargetFeatures again(llama, 64, 2);
+  for (int s = 0; s < 3; ++s) {
+    const auto tokens = session.tokens(s);
+    const auto first_start = static_cast<int64_t>(prompts[s].size()) - 1;
+    const TrainingText expected = again.read(tokens, first_start),
+                       recorded = recorder.take(s, tokens);
+    EXPECT_EQ(recorded.states, expected.states);
+    EXPECT_EQ(recorded.first_start, first_start);
+    ASSERT_EQ(recorded.targets.size(), static_cast<size_t>(expected.n_starts()));
+    for (size_t i = 0; i < expected.targets.size(); ++i)
+      EXPECT_EQ(std::memcmp(&recorded.targets[i], &expected.targets[i], sizeof(SoftTarget)), 0);
+    FeatureFile(folder("features"), fingerprint, llama.config().hidden_size).append(s, recorded);
+  }
+  std::filesystem::resize_file(folder("features"),
+                               std::filesystem::file_size(folder("features")) - 1);
+  FeatureFile file(folder("features"), fingerprint, llama.config().hidden_size);
+  TrainingText text;
+  EXPECT_FALSE(file.read(2, session.tokens(2), 2, &text)) << "it was cut short";
+  EXPECT_FALSE(file.read(1, session.tokens(0), 1, &text)) << "it is of another text";
+  ASSERT_TRUE(file.read(1, session.tokens(1), 1, &text));
+  const TrainingText expected = again.read(session.tokens(1), 1);
+  for (size_t i = 0; i < expected.states.size(); ++i)
+    EXPECT_EQ(text.states[i], f16_to_f32(f32_to_f16(expected.states[i])));
+  EXPECT_EQ(std::memcmp(text.targets.data(), expected.targets.data(),
+                        expected.targets.size() * sizeof(SoftTarget)),
+            0);
+  EXPECT_THROW(FeatureFile(folder("features"), "another", llama.config().hidden_size), Error);
+}
+
+// ---- The command -------------------------------------------------------------------------------
 
 std::string write_shard(const Folder& folder) {
   const std::string path = folder("shard.jsonl");
@@ -265,7 +378,7 @@ TEST(Train, ResumedRunGivesTheSameBits) {
     return test::read_text(folder(name));
   };
   const std::string whole = fit("whole.safetensors", {});
-  const std::string half = fit("half.safetensors", {"--stop-after", "300"});
+  const std::string half = fit("half.safetensors", {"--stop-after", "300", "--threads", "1"});
   EXPECT_NE(half, whole);
   fit("rest.safetensors", {"--resume", folder("half.safetensors.checkpoint")});
   const DraftTensors a = load_draft(folder("whole.safetensors")),
@@ -337,11 +450,9 @@ TEST(Train, ForwardIsThatOfThePrototype) {
   const DraftTensors draft = load_prototype(folder + "prototype.safetensors");
   const ModelFile model = load_model(test::kSmolLm2);
   const TensorView& table = model.tensors.embedding;
-  std::vector<float> embedding(static_cast<size_t>(table.rows) * 576), head;
+  std::vector<float> embedding(static_cast<size_t>(table.rows) * 576);
   for (int64_t r = 0; r < table.rows; ++r)
     dequantize_row(table.type, table.row(r), 576, embedding.data() + r * 576);
-  for (const int32_t id : draft.vocabulary)
-    head.insert(head.end(), embedding.begin() + id * 576, embedding.begin() + (id + 1) * 576);
 
   TrainingText text;
   text.tokens = golden["ids"].get<std::vector<int32_t>>();
@@ -350,11 +461,11 @@ TEST(Train, ForwardIsThatOfThePrototype) {
     text.states.push_back(f16_to_f32(h));
   text.states.resize(static_cast<size_t>(text.n_positions()) * 576);
   SoftTarget none;
-  std::fill_n(none.index, SoftTarget::kMost, -1);
+  std::fill_n(none.token, SoftTarget::kMost, -1);
   text.targets.assign(static_cast<size_t>(text.n_starts()), none);
 
-  DraftGradient<float> gradient(draft.config, embedding.data(), head.data(),
-                                static_cast<int64_t>(draft.vocabulary.size()), 1);
+  DraftGradient<float> gradient(draft.config, embedding.data(), embedding.data(), table.rows,
+                                draft.vocabulary, 0, 1);
   const std::vector<float> parameters = pack_parameters(draft);
   const TrainingText* batch[] = {&text};
   gradient.run(parameters.data(), batch, 4, 0.8, nullptr);

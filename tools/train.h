@@ -6,6 +6,11 @@
 
 namespace chimera {
 
+// Where the features of a shard's texts are kept (feature_file.h).
+inline std::string features_path(const std::string& shard) {
+  return shard + ".features";
+}
+
 int train_data(const std::vector<std::string>& args);
 int train_fit(const std::vector<std::string>& args);
 

@@ -18,6 +18,8 @@
 #include <unordered_set>
 
 #include "engine/session.h"
+#include "engine/train/target_features.h"
+#include "loader/feature_file.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/model.h"
@@ -35,6 +37,7 @@ volatile std::sig_atomic_t interrupted = 0;
 struct Options {
   std::optional<std::string> model, prompts, output, shard;
   int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0;
+  bool features = false;
   uint64_t seed = 1;
 };
 
@@ -91,6 +94,10 @@ int train_data(const std::vector<std::string>& args) {
           {'m', "model", "FILE", "the target: GGUF or llama2.c", text(&o.model)},
           {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o.prompts)},
           {'o', "output", "FILE", "the shard to write or to go on with", text(&o.output)},
+          {0, "features", "",
+           "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
+           "fit need not run it again (1.4 KB a\ntoken for a hidden size of 576)",
+           on(&o.features)},
           {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
           {0, "limit", "N", "prompts of the file to use; 0: all", integer(&o.limit, 0, 100000000)},
@@ -130,6 +137,11 @@ int train_data(const std::vector<std::string>& args) {
   Session session(llama,
                   {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128});
 
+  std::optional<FeatureFile> features;
+  if (o.features)
+    features.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
+  training::FeatureRecorder recorder(llama.config(), o.sequences);
+
   std::vector<size_t> running(static_cast<size_t>(o.sequences),
                               SIZE_MAX);  // prompt of each sequence
   std::vector<size_t> prompt_len(static_cast<size_t>(o.sequences));
@@ -151,12 +163,13 @@ int train_data(const std::vector<std::string>& args) {
           continue;
         }
         session.start(s, ids, sampling_of(o.seed, candidate));
+        recorder.start(s, static_cast<int>(ids.size()));
         prompt = candidate;
         prompt_len[static_cast<size_t>(s)] = ids.size();
       }
       busy = busy || prompt != SIZE_MAX;
     }
-    if (!busy || !session.step(nullptr)) break;
+    if (!busy || !session.step(features ? &recorder : nullptr)) break;
     for (int s = 0; s < o.sequences; ++s) {
       size_t& prompt = running[static_cast<size_t>(s)];
       if (prompt == SIZE_MAX || session.emitted(s) == 0) continue;
@@ -171,6 +184,8 @@ int train_data(const std::vector<std::string>& args) {
       out << record.dump() << "\n" << std::flush;
       if (!out)
         throw Error(*o.output, "room to write", "none", "free some and run the same command again");
+      if (features && length >= 2)
+        features->append(static_cast<int64_t>(answers), recorder.take(s, text));
       session.stop(s);
       prompt = SIZE_MAX;
       ++answers;

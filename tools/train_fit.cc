@@ -2,18 +2,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <csignal>
-#include <cstdio>
 #include <cstring>
-#include <deque>
-#include <fstream>
-#include <mutex>
-#include <thread>
 
-#include "engine/philox.h"
 #include "engine/train/adamw.h"
-#include "engine/train/target_features.h"
+#include "engine/train/batch_gradient.h"
 #include "loader/draft_file.h"
 #include "loader/load.h"
 #include "loader/mapped_file.h"
@@ -22,6 +15,7 @@
 #include "tools/flags.h"
 #include "tools/output.h"
 #include "tools/train.h"
+#include "tools/training_texts.h"
 
 namespace chimera {
 
@@ -30,17 +24,14 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
-constexpr size_t kMostHeldOut = 48;  // texts
-constexpr size_t kTextsAhead = 8;    // whose features are computed while others are learnt
-constexpr size_t kLongestLine = 16 << 20;
+constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
 
 struct Options {
   std::optional<std::string> model, data, output, checkpoint, resume, init, licence;
-  int positions = 0, stop_after = 0, batch = 160, steps = 4, vocabulary = 8192, ffn = 512,
-      rank = 64, context = 1024;
+  int positions = 0, stop_after = 0, batch = 256, micro_batches = 2, steps = 4, vocabulary = 2048,
+      ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
-  bool follow = false;
   uint64_t seed = 1;
   std::optional<int> threads;
 };
@@ -49,11 +40,9 @@ Command command(Options* o) {
   return {
       "train fit",
       "-m MODEL --data SHARD[,SHARD...] -o DRAFT [FLAGS]",
-      "Trains a draft model on texts that the target wrote (chimera train data). One text after "
-      "the\n"
-      "other goes through the target while the draft learns from those before it. Ctrl-C saves "
-      "and\n"
-      "stops; --resume goes on.\n",
+      "Trains a draft model on texts that the target wrote (chimera train data). What the target\n"
+      "says of each token is read from SHARD.features; what is not there is computed, and added.\n"
+      "Ctrl-C saves and stops; --resume goes on.\n",
       {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
        {0, "data", "FILES", "shards of texts, separated by commas", text(&o->data)},
        {'o', "output", "DRAFT", "the draft: a safetensors file", text(&o->output)},
@@ -62,19 +51,19 @@ Command command(Options* o) {
         integer(&o->positions, 0, 2'000'000'000)},
        {0, "minutes", "M", "end after this time instead, whatever was reached by then",
         number(&o->minutes, 0, 1e6f)},
-       {0, "follow", "",
-        "look for new texts in the shards when all have been read,\nbefore reading them again",
-        on(&o->follow)},
        {0, "lr", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
        {0, "batch", "N", "positions a step, at least: whole texts are taken",
         integer(&o->batch, 1, 100'000)},
+       {0, "micro-batches", "N", "parts of a step, worked on side by side",
+        integer(&o->micro_batches, 1, 1024)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
-       {0, "threads", "N",
-        "CPU threads, shared by target and draft\n(default: one for each physical core)",
+       {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
        heading("The draft"),
-       {0, "vocabulary", "N", "tokens to choose from: the most frequent of the texts",
+       {0, "vocabulary", "N",
+        "tokens to choose from besides those of the context and\nthe target's best: the "
+        "most frequent of the answers",
         integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
@@ -87,18 +76,10 @@ Command command(Options* o) {
        {0, "stop-after", "N", "save and stop at this position; 0: at the end",
         integer(&o->stop_after, 0, 2'000'000'000)},
        {0, "resume", "FILE",
-        "go on from a checkpoint: the same bits as without a break\n(but for --minutes and "
-        "--follow)",
+        "go on from a checkpoint: the same bits as without a break\n(but for --minutes)",
         text(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
-
-// ---- Texts -------------------------------------------------------------------------------------
-
-struct Text {
-  std::vector<int32_t> ids;
-  int prompt_len = 0;
-};
 
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> parts(1);
@@ -109,54 +90,6 @@ std::vector<std::string> split(const std::string& list) {
       parts.back() += c;
   }
   return parts;
-}
-
-// Lines that cannot be used are counted; the last one may be half written.
-std::vector<Text> read_shard(const std::string& path, int vocab, int context) {
-  std::vector<Text> texts;
-  {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) throw Error(printable(path, 4096), "a readable file", std::strerror(errno));
-    int64_t number = 0, broken = 0, first_broken = 0;
-    for (std::string line; std::getline(file, line); ++number) {
-      if (line.empty() || line.starts_with("{\"chimera_data\"")) continue;
-      Text text;
-      bool good = line.size() <= kLongestLine;
-      if (good) {
-        const nlohmann::json json =
-            nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-        good = json.is_object() && json.contains("ids") && json["ids"].is_array() &&
-               json.contains("prompt_len") && json["prompt_len"].is_number_integer();
-        if (good) {
-          for (const auto& id : json["ids"]) {
-            good = good && id.is_number_integer() && id >= 0 && id < vocab;
-            if (good) text.ids.push_back(id.get<int32_t>());
-          }
-          good = good && json["prompt_len"] >= 1 && json["prompt_len"] <= text.ids.size();
-          if (good) text.prompt_len = json["prompt_len"].get<int>();
-        }
-      }
-      if (!good) {
-        if (broken++ == 0) first_broken = number + 1;
-        continue;
-      }
-      if (static_cast<int>(text.ids.size()) > context)
-        text.ids.resize(static_cast<size_t>(context));
-      // The first rollout starts from the prompt's last position and has a token to predict.
-      if (static_cast<int>(text.ids.size()) >= text.prompt_len + 2)
-        texts.push_back(std::move(text));
-    }
-    if (broken > 0) {
-      note("warning: " + printable(path, 4096) + ": " + count_text(broken, "line") +
-           " without ids and prompt_len, the first is line " + std::to_string(first_broken) +
-           (broken == 1 && first_broken == number ? " (the last: half written?)" : ""));
-    }
-  }
-  return texts;
-}
-
-int64_t starts_of(const Text& t) {
-  return static_cast<int64_t>(t.ids.size()) - 1 - t.prompt_len;
 }
 
 // The most frequent tokens of the answers, most frequent first; then by id.
@@ -175,116 +108,6 @@ std::vector<int32_t> frequent_tokens(std::span<const Text> texts, int vocab, int
   return ids;
 }
 
-// The texts of some shards, in the order of training: each pass in a random order of its own.
-class TextSource {
- public:
-  // follow: a pass after the first consists of what has been added to the shards meanwhile; of all
-  // texts only where there is nothing new.
-  TextSource(const std::vector<std::string>& paths, int vocab, int context, uint64_t seed,
-             bool follow)
-      : paths_(paths),
-        vocab_(vocab),
-        context_(context),
-        seed_(seed),
-        follow_(follow),
-        read_(paths.size()) {
-    read_more();
-    if (texts_.empty())
-      throw Error("--data", "texts with answers", "none", "make some with chimera train data");
-    const size_t n =
-        std::min(kMostHeldOut, std::max<size_t>(texts_.size() / 100, texts_.size() > 1 ? 1 : 0));
-    held_out_.assign(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
-    texts_.erase(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
-    begin_pass(0);
-  }
-  const std::vector<Text>& texts() const { return texts_; }
-  const std::vector<Text>& held_out() const { return held_out_; }
-
-  // The reference holds until the next call.
-  const Text& next() {
-    if (at_ == order_.size()) {
-      const size_t known = texts_.size();
-      if (follow_) read_more();
-      begin_pass(texts_.size() > known ? known : 0);
-    }
-    return texts_[order_[at_++]];
-  }
-
- private:
-  void read_more() {
-    for (size_t i = 0; i < paths_.size(); ++i) {
-      std::vector<Text> shard = read_shard(paths_[i], vocab_, context_);
-      for (; read_[i] < shard.size(); ++read_[i]) texts_.push_back(std::move(shard[read_[i]]));
-    }
-  }
-  void begin_pass(size_t first) {
-    at_ = 0;
-    order_.resize(texts_.size() - first);
-    for (size_t j = 0; j < order_.size(); ++j) order_[j] = first + j;
-    for (size_t j = order_.size(); j-- > 1;) {
-      const double u = philox_uniform(seed_, drawn_++);
-      std::swap(order_[j], order_[static_cast<size_t>(u * static_cast<double>(j + 1))]);
-    }
-  }
-
-  std::vector<std::string> paths_;
-  int vocab_, context_;
-  uint64_t seed_, drawn_ = 0;
-  bool follow_;
-  std::vector<size_t> read_;  // texts taken from each shard
-  std::vector<Text> texts_, held_out_;
-  std::vector<size_t> order_;
-  size_t at_ = 0;
-};
-
-// Computes features on its own thread, a few texts ahead of the one who takes them.
-class FeatureQueue {
- public:
-  FeatureQueue(training::TargetFeatures* target, TextSource* source)
-      : thread_([=, this] {
-          try {
-            for (;;) {
-              const Text& t = source->next();
-              training::TrainingText features = target->read(t.ids, t.prompt_len - 1);
-              std::unique_lock lock(mutex_);
-              changed_.wait(lock, [this] { return stop_ || ready_.size() < kTextsAhead; });
-              if (stop_) return;
-              ready_.push_back(std::move(features));
-              changed_.notify_all();
-            }
-          } catch (...) {
-            const std::lock_guard lock(mutex_);
-            error_ = std::current_exception();
-            changed_.notify_all();
-          }
-        }) {}
-  ~FeatureQueue() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-      changed_.notify_all();
-    }
-    thread_.join();
-  }
-  training::TrainingText take() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return !ready_.empty() || error_; });
-    if (ready_.empty()) std::rethrow_exception(error_);
-    training::TrainingText text = std::move(ready_.front());
-    ready_.pop_front();
-    changed_.notify_all();
-    return text;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<training::TrainingText> ready_;
-  std::exception_ptr error_;
-  bool stop_ = false;
-  std::thread thread_;  // last: it uses the rest
-};
-
 // ---- Checkpoints -------------------------------------------------------------------------------
 
 // Where a run stands, besides its weights.
@@ -292,16 +115,16 @@ struct Position {
   int64_t texts = 0, starts = 0, seconds = 0;
 };
 
-// What has to be the same for a resumed run to give the same bits. A run that ends by the clock or
-// follows shards that grow cannot promise that, and may be given more time and texts.
+// What has to be the same for a resumed run to give the same bits. A run that ends by the clock
+// cannot promise that, and may be given more time and texts.
 std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
                          const std::string& target) {
-  if (o.follow || o.minutes > 0) n_texts = 0, total = 0;
+  if (o.minutes > 0) n_texts = 0, total = 0;
   return nlohmann::ordered_json{
-      {"target", target},     {"texts", n_texts},    {"positions", total},
-      {"rate", o.rate},       {"batch", o.batch},
-      {"steps", o.steps},     {"seed", o.seed},      {"hidden_size", c.hidden_size},
-      {"ffn", c.ffn_size},    {"rank", c.head_rank}, {"ctx", o.context}}
+      {"target", target},  {"texts", n_texts},    {"positions", total},
+      {"rate", o.rate},    {"batch", o.batch},    {"micro_batches", o.micro_batches},
+      {"steps", o.steps},  {"seed", o.seed},      {"hidden_size", c.hidden_size},
+      {"ffn", c.ffn_size}, {"rank", c.head_rank}, {"ctx", o.context}}
       .dump();
 }
 
@@ -429,22 +252,20 @@ int train_fit(const std::vector<std::string>& args) {
 
   // The target, and what the draft reads of it.
   const int threads = o.threads.value_or(cpu::physical_cores());
-  // Target and draft work side by side: neither waits for the other's threads.
-  const int draft_threads = std::max(1, threads / 2),
-            target_threads = std::max(1, threads - draft_threads);
-  const auto backend = make_backend("cpu", {.threads = target_threads});
+  const auto backend = make_backend("cpu", {.threads = threads});
   const ModelFile model = load_model(*o.model);
   for (const std::string& warning : model.warnings) note("warning: " + warning);
   const LlamaTensors& t = model.tensors;
   const std::string target_name = printable(t.name);
   const std::string target_fingerprint = fingerprint(t, model.vocabulary);
   const int vocab = t.config.vocab_size;
-  TextSource source(split(*o.data), vocab, std::min(o.context, t.config.max_context), o.seed,
-                    o.follow);
+  const std::vector<std::string> shards = split(*o.data);
+  const int context = std::min(o.context, t.config.max_context);
+  TrainingTexts source(shards, vocab, context, o.seed);
   const std::vector<Text>& texts = source.texts();
   const std::vector<Text>& held_out = source.held_out();
   int64_t available = 0;
-  for (const Text& text : texts) available += starts_of(text);
+  for (const Text& text : texts) available += text.n_starts();
   const int64_t total = o.positions > 0 ? o.positions : available;
 
   DraftTensors draft;
@@ -483,15 +304,15 @@ int train_fit(const std::vector<std::string>& args) {
   std::vector<int32_t> all(static_cast<size_t>(vocab));
   for (int32_t i = 0; i < vocab; ++i) all[static_cast<size_t>(i)] = i;
   const std::vector<float> embedding = rows_as_f32(t.embedding, all);
-  const std::vector<float> head = rows_as_f32(t.output(), draft.vocabulary);
+  const std::vector<float> untied =
+      t.head.empty() ? std::vector<float>() : rows_as_f32(t.head, all);
   const Llama llama(*backend, t, [&](const TensorView& view) {
     model.file.drop({view.data, view.bytes()});
   });
-  training::TargetFeatures target(llama, draft.vocabulary,
-                                  std::min(o.context, llama.config().max_context), target_threads);
-  training::DraftGradient<float> gradient_of(draft.config, embedding.data(), head.data(),
-                                             static_cast<int64_t>(draft.vocabulary.size()),
-                                             draft_threads);
+  TextFeatures features(llama, target_fingerprint, shards, context, threads);
+  training::BatchGradient gradient_of(draft.config, embedding.data(),
+                                      untied.empty() ? embedding.data() : untied.data(), vocab,
+                                      draft.vocabulary, kTargetsBest, o.micro_batches, threads);
 
   note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " +
        std::to_string(available) + " positions, and " +
@@ -502,7 +323,7 @@ int train_fit(const std::vector<std::string>& args) {
   stop_on_interrupt();
   std::vector<training::TrainingText> validation;
   for (const Text& text : held_out) {
-    validation.push_back(target.read(text.ids, text.prompt_len - 1));
+    validation.push_back(features.read(text));
     if (interrupted) return 128 + SIGINT;
   }
 
@@ -516,11 +337,10 @@ int train_fit(const std::vector<std::string>& args) {
   };
   std::string validated;
   const auto save = [&] {
-    training::Score score;
-    for (const training::TrainingText& text : validation) {
-      const training::TrainingText* one[] = {&text};
-      score += gradient_of.run(state.averaged.data(), one, o.steps, kStepWeight, nullptr);
-    }
+    std::vector<training::MicroBatch> each;
+    for (const training::TrainingText& text : validation) each.push_back({&text});
+    const training::Score score =
+        gradient_of.run(state.averaged.data(), each, o.steps, kStepWeight, nullptr);
     validated = score_text(score, o.steps);
     at.seconds = seconds_before + static_cast<int64_t>(seconds_since(begin));
     save_checkpoint(checkpoint, state, at, draft.vocabulary, settings);
@@ -539,52 +359,58 @@ int train_fit(const std::vector<std::string>& args) {
 
   training::AdamWOptions adamw;
   adamw.rate = o.rate;
-  adamw.average = 0.995;
+  adamw.average = 0.999;
   std::vector<float> gradient(layout.total);
   training::Score recent;
   Clock::time_point told = begin, saved = begin;
   int64_t starts_told = at.starts;
-  {
-    FeatureQueue queue(&target, &source);
-    while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
-      std::vector<training::TrainingText> batch;
-      std::vector<const training::TrainingText*> pointers;
-      int64_t starts = 0;
-      while (starts < o.batch) {
-        batch.push_back(queue.take());
+  while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
+    // Whole texts, until a micro-batch has its share of the starts.
+    std::vector<training::TrainingText> batch;
+    std::vector<size_t> ends;
+    int64_t starts = 0;
+    for (int64_t i = 1; i <= o.micro_batches; ++i) {
+      while (starts < (o.batch * i + o.micro_batches - 1) / o.micro_batches) {
+        batch.push_back(features.read(source.next()));
         starts += batch.back().n_starts();
       }
-      for (const training::TrainingText& text : batch) pointers.push_back(&text);
-      const training::Score score =
-          gradient_of.run(state.values.data(), pointers, o.steps, kStepWeight, gradient.data());
-      const double rate = training::learning_rate(adamw, progress());
-      const double norm =
-          training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
-      if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
-        throw Error(
-            "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
-            "NaN or infinity",
-            "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --lr");
-      }
-      at.texts += static_cast<int64_t>(batch.size());
-      at.starts += starts;
-      recent += score;
-      if (const double s = seconds_since(told); s >= 10) {
-        const double speed = static_cast<double>(at.starts - starts_told) / s;
-        const double left = o.minutes > 0 ? (1 - progress()) * 60 * static_cast<double>(o.minutes)
-                                          : static_cast<double>(total - at.starts) / speed;
-        note(std::to_string(at.starts) +
-             (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") +
-             score_text(recent, o.steps) + ", " + fixed_text(speed, 0) + " positions/s, " +
-             duration_text(std::max(left, 0.0)) + " left");
-        recent = {};
-        told = Clock::now();
-        starts_told = at.starts;
-      }
-      if (seconds_since(saved) >= o.save_seconds) {
-        save();
-        saved = Clock::now();
-      }
+      ends.push_back(batch.size());
+    }
+    std::vector<training::MicroBatch> parts;
+    for (size_t i = 0, begin = 0; i < ends.size(); begin = ends[i++]) {
+      if (begin == ends[i]) continue;
+      parts.emplace_back();
+      for (size_t j = begin; j < ends[i]; ++j) parts.back().push_back(&batch[j]);
+    }
+    const training::Score score =
+        gradient_of.run(state.values.data(), parts, o.steps, kStepWeight, gradient.data());
+    const double rate = training::learning_rate(adamw, progress());
+    const double norm =
+        training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
+    if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
+      throw Error(
+          "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
+          "NaN or infinity",
+          "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --lr");
+    }
+    at.texts += static_cast<int64_t>(batch.size());
+    at.starts += starts;
+    recent += score;
+    if (const double s = seconds_since(told); s >= 10) {
+      const double speed = static_cast<double>(at.starts - starts_told) / s;
+      const double left = o.minutes > 0 ? (1 - progress()) * 60 * static_cast<double>(o.minutes)
+                                        : static_cast<double>(total - at.starts) / speed;
+      note(std::to_string(at.starts) +
+           (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") +
+           score_text(recent, o.steps) + ", " + fixed_text(speed, 0) + " positions/s, " +
+           duration_text(std::max(left, 0.0)) + " left");
+      recent = {};
+      told = Clock::now();
+      starts_told = at.starts;
+    }
+    if (seconds_since(saved) >= o.save_seconds) {
+      save();
+      saved = Clock::now();
     }
   }
   save();

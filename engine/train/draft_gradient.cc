@@ -37,13 +37,44 @@ Score& Score::operator+=(const Score& o) {
 
 template <typename T>
 DraftGradient<T>::DraftGradient(const DraftConfig& config, const T* embedding, const T* head,
-                                int64_t n, int threads)
+                                int64_t vocab, std::span<const int32_t> vocabulary,
+                                int dynamic_best, int threads)
     : config_(config),
       layout_(config),
       ops_(threads),
       embedding_(embedding),
       head_(head),
-      vocabulary_(n) {}
+      dynamic_best_(dynamic_best),
+      n_static_(vocabulary.size()),
+      vocabulary_(vocabulary.begin(), vocabulary.end()),
+      index_of_(static_cast<size_t>(vocab), -1) {
+  for (size_t i = 0; i < n_static_; ++i)
+    index_of_[static_cast<size_t>(vocabulary_[i])] = static_cast<int32_t>(i);
+}
+
+template <typename T>
+void DraftGradient<T>::choose_vocabulary(std::span<const TrainingText* const> texts) {
+  for (size_t i = n_static_; i < vocabulary_.size(); ++i)
+    index_of_[static_cast<size_t>(vocabulary_[i])] = -1;
+  vocabulary_.resize(n_static_);
+  const auto add = [&](int32_t token) {
+    if (token < 0 || index_of_[static_cast<size_t>(token)] >= 0) return;
+    index_of_[static_cast<size_t>(token)] = static_cast<int32_t>(vocabulary_.size());
+    vocabulary_.push_back(token);
+  };
+  if (dynamic_best_ > 0) {
+    for (const TrainingText* t : texts) {
+      for (const int32_t token : t->tokens) add(token);
+      for (const SoftTarget& target : t->targets)
+        std::for_each_n(target.token, std::min(dynamic_best_, SoftTarget::kMost), add);
+    }
+  }
+  const int64_t d = config_.hidden_size;
+  const auto known = static_cast<int64_t>(head_rows_.empty() ? 0 : n_static_);
+  need(head_rows_, static_cast<int64_t>(vocabulary_.size()) * d);
+  for (auto i = known; i < static_cast<int64_t>(vocabulary_.size()); ++i)
+    std::copy_n(head_ + vocabulary_[static_cast<size_t>(i)] * d, d, head_rows_.begin() + i * d);
+}
 
 template <typename T>
 int64_t DraftGradient<T>::at(int64_t start, int ahead) const {
@@ -402,6 +433,7 @@ template <typename T>
 Score DraftGradient<T>::run(const T* parameters, std::span<const TrainingText* const> texts,
                             int n_steps, double step_weight, T* gradient) {
   gather(texts, n_steps);
+  choose_vocabulary(texts);
   forward(parameters);
 
   const int64_t rows = steps_ * n_;
@@ -420,8 +452,9 @@ Score DraftGradient<T>::run(const T* parameters, std::span<const TrainingText* c
     }
   }
   need(du_, rows * config_.hidden_size);
-  ops_.cross_entropy(rows, config_.hidden_size, vocabulary_, u_.data(), head_, targets.data(),
-                     weights.data(), gradient != nullptr, du_.data(), scores.data());
+  ops_.cross_entropy(rows, config_.hidden_size, static_cast<int64_t>(vocabulary_.size()), u_.data(),
+                     head_rows_.data(), index_of_.data(), targets.data(), weights.data(),
+                     gradient != nullptr, du_.data(), scores.data());
   if (gradient != nullptr) backward(parameters, gradient);
 
   Score score;

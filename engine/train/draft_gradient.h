@@ -38,9 +38,12 @@ struct Score {
 template <typename T>
 class DraftGradient {
  public:
-  // embedding (vocab, d): E. head (n, d): the rows of LM that the draft chooses from. Not copied.
-  DraftGradient(const DraftConfig& config, const T* embedding, const T* head, int64_t n,
-                int threads);
+  // embedding (vocab, d): E. head (vocab, d): LM; it may be the same. Not copied.
+  // The draft chooses from `vocabulary` and, for the texts of a batch, from what would be in its
+  // dynamic vocabulary (draft_model.h): their tokens, and the target's dynamic_best likeliest ones
+  // at each position. 0: from `vocabulary` alone.
+  DraftGradient(const DraftConfig& config, const T* embedding, const T* head, int64_t vocab,
+                std::span<const int32_t> vocabulary, int dynamic_best, int threads);
 
   // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over
   // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout.
@@ -55,6 +58,7 @@ class DraftGradient {
 
  private:
   void gather(std::span<const TrainingText* const> texts, int n_steps);
+  void choose_vocabulary(std::span<const TrainingText* const> texts);
   void forward(const T* w);
   void backward(const T* w, T* dw);
   // Own slot j of every start: from f of step j - 1.
@@ -65,7 +69,11 @@ class DraftGradient {
   ParameterLayout layout_;
   Ops<T> ops_;
   const T *embedding_, *head_;
-  int64_t vocabulary_;
+  int dynamic_best_;
+  size_t n_static_;
+  std::vector<int32_t> vocabulary_;  // static, then dynamic
+  std::vector<int32_t> index_of_;    // (vocab): place in vocabulary_, -1
+  std::vector<T> head_rows_;         // (vocabulary_, d)
 
   // Of the batch: P positions, N starts, K steps.
   int64_t p_ = 0, n_ = 0;

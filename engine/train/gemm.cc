@@ -71,12 +71,9 @@ const TileKernel kTileScalar = {kScalarRows, kScalarCols, tile_scalar};
 const TileKernel& select_tile() {
   switch (cpu::select_kernels().isa) {
     case cpu::Isa::kAmx:
-    case cpu::Isa::kAvx512:
-      return kTileAvx512;
-    case cpu::Isa::kAvx2:
-      return kTileAvx2;
-    default:
-      return kTileScalar;
+    case cpu::Isa::kAvx512: return kTileAvx512;
+    case cpu::Isa::kAvx2: return kTileAvx2;
+    default: return kTileScalar;
   }
 }
 

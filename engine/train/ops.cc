@@ -407,8 +407,8 @@ void Ops<T>::attention_end_grad(const Attention& a) {
 
 template <typename T>
 void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
-                           const SoftTarget* const* target, const T* weight, bool want_grad, T* du,
-                           StepScore* score_of_row) {
+                           const int32_t* index_of, const SoftTarget* const* target,
+                           const T* weight, bool want_grad, T* du, StepScore* score_of_row) {
   logits_.resize(static_cast<size_t>(std::min(rows, kLogitRows) * vocab));
   for (int64_t first = 0; first < rows; first += kLogitRows) {
     const int64_t chunk = std::min(kLogitRows, rows - first);
@@ -424,13 +424,15 @@ void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, c
         }
         const SoftTarget& t = *target[r];
         const T largest = *std::max_element(x, x + vocab);
+        int32_t index[SoftTarget::kMost];
         T mass = 0, expected = 0;  // sum of p, and of p times its logit
         for (int j = 0; j < SoftTarget::kMost; ++j) {
-          if (t.index[j] < 0) continue;
+          index[j] = t.token[j] < 0 ? -1 : index_of[t.token[j]];
+          if (index[j] < 0) continue;
           mass += static_cast<T>(t.probability[j]);
-          expected += static_cast<T>(t.probability[j]) * x[t.index[j]];
+          expected += static_cast<T>(t.probability[j]) * x[index[j]];
         }
-        const bool correct = t.index[0] >= 0 && x[t.index[0]] == largest;
+        const bool correct = index[0] >= 0 && x[index[0]] == largest;
         exp_row(x, vocab, largest, x);
         T part[8] = {};
         for (int64_t c = 0; c + 8 <= vocab; c += 8) {
@@ -445,7 +447,7 @@ void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, c
         const T factor = weight[r] * mass / sum;
         for (int64_t c = 0; c < vocab; ++c) x[c] *= factor;
         for (int j = 0; j < SoftTarget::kMost; ++j) {
-          if (t.index[j] >= 0) x[t.index[j]] -= weight[r] * static_cast<T>(t.probability[j]);
+          if (index[j] >= 0) x[index[j]] -= weight[r] * static_cast<T>(t.probability[j]);
         }
       }
     });

@@ -15,11 +15,11 @@ namespace chimera::training {
 
 inline constexpr int kMaxSteps = 8;  // of a rollout
 
-// What the target answered at a position, over the draft's vocabulary.
+// What the target answered at a position: its most probable tokens, most probable first.
 struct SoftTarget {
   static constexpr int kMost = 32;
-  int32_t index[kMost];      // into the vocabulary, -1: outside
-  float probability[kMost];  // of the target; those outside count as dropped
+  int32_t token[kMost];  // -1: fewer than kMost
+  float probability[kMost];
 };
 
 struct StepScore {
@@ -108,13 +108,15 @@ class Ops {
   void attention_step_grad(const Attention& a, int k, const T* out, const T* dout);
   void attention_end_grad(const Attention& a);
 
-  // Cross entropy of softmax(u head^T) with `target` (index), each row times `weight`:
-  //   -sum p log softmax, over the target's probabilities inside the vocabulary.
-  // du (rows, n) = the gradient; score: unweighted, of rows whose weight is not 0. Target row of a
-  // row: target[r]; nullptr means that the row does not count.
+  // Cross entropy of softmax(u head^T) with the target's answer, each row times `weight`:
+  //   -sum p log softmax, over the target's probabilities inside the vocabulary; those outside are
+  //   dropped.
+  // head (vocab, n): the rows of a part of the target's vocabulary, where token t is row
+  // index_of[t], -1: outside. du (rows, n) = the gradient; score: unweighted, of rows whose weight
+  // is not 0. target[r]: of row r; nullptr means that the row does not count.
   void cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
-                     const SoftTarget* const* target, const T* weight, bool want_grad, T* du,
-                     StepScore* score_of_row);
+                     const int32_t* index_of, const SoftTarget* const* target, const T* weight,
+                     bool want_grad, T* du, StepScore* score_of_row);
 
  private:
   void gemm_shared(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc,

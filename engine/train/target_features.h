@@ -1,5 +1,9 @@
 // What the target says about a text, for the draft to learn from: its states at every position and
 // its likeliest next tokens where they are to be predicted.
+//
+// Two ways to the same values (a token's row has the same bits in any batch): FeatureRecorder takes
+// them from a session while it writes the text; TargetFeatures runs a finished text through the
+// target again.
 #pragma once
 
 #include <span>
@@ -10,22 +14,40 @@
 
 namespace chimera::training {
 
+// Watches the sequences of a session. (As a drafter that proposes nothing.)
+class FeatureRecorder final : public Drafter {
+ public:
+  FeatureRecorder(const LlamaConfig& target, int n_sequences);
+
+  std::string name() const override { return "none"; }
+  void draft(const DraftContext& /*context*/, Step* /*step*/) override {}
+  void observe(const KeptRows& kept) override;
+
+  // The sequence is about to start a text with a prompt of this many tokens.
+  void start(int sequence, int prompt_len);
+  // What has been recorded of the text of a sequence. It has at least prompt_len + 2 tokens.
+  TrainingText take(int sequence, std::span<const int32_t> tokens);
+
+ private:
+  int64_t hidden_;
+  std::vector<TrainingText> texts_;  // by sequence
+  std::vector<float> probability_;   // (vocab) scratch
+};
+
 class TargetFeatures {
  public:
-  // vocabulary: the token ids that the draft chooses from. Texts up to `context` tokens.
-  TargetFeatures(const Llama& target, std::span<const int32_t> vocabulary, int context,
-                 int threads);
+  // Texts up to `context` tokens.
+  TargetFeatures(const Llama& target, int context, int threads);
 
   int context() const { return session_.options().context; }
   // Runs the text through the target, teacher-forced; first_start: the last position before the
   // root of the first rollout, which is the last token of a prompt. The text has more than
   // first_start + 2 tokens.
-  TrainingText read(std::span<const int32_t> tokens, int first_start);
+  TrainingText read(std::span<const int32_t> tokens, int64_t first_start);
 
  private:
   Session session_;
   cpu::ThreadPool pool_;
-  std::vector<int32_t> index_of_;                // token -> index in the vocabulary, -1
   std::vector<std::vector<float>> probability_;  // scratch of a thread
 };
 
