@@ -240,18 +240,16 @@ int bench(const std::vector<std::string>& args) {
       text += line("%-22d  %-25.2f %s\n", p.at, 1e3 * p.seconds.median(), p.ratio.text(2).c_str());
     return text;
   };
-  std::string ops =
-      line("\n%-30s  %5s  %8s  %6s  %s\n", "a plain step", "calls", "us", "share", "GB/s");
-  double all = 0;
-  for (const StepCosts::Op& op : costs.by_op()) all += op.seconds.median();
-  for (const StepCosts::Op& op : costs.by_op())
-    ops +=
-        line("%-30s  %5d  %8.1f  %5.1f%%  %s\n", op.name.c_str(), op.calls,
-             1e6 * op.seconds.median(), 100 * op.seconds.median() / all,
-             op.weight_bytes > 0
-                 ? fixed_text(static_cast<double>(op.weight_bytes) / op.seconds.median() / 1e9, 1)
-                       .c_str()
-                 : "");
+  std::string ops = line("\n%-30s %5s", "ms a step", "calls");
+  for (const int rows : StepCosts::op_rows()) ops += line("  %9s", count_text(rows, "row").c_str());
+  ops += line("  %12s\n", "GB/s (1 row)");
+  for (const StepCosts::Op& op : costs.by_op()) {
+    ops += line("%-30s %5d", op.name.c_str(), op.calls);
+    for (const Series& seconds : op.seconds) ops += line("  %9.3f", 1e3 * seconds.median());
+    if (op.weight_bytes > 0)
+      ops += line("  %12.1f", static_cast<double>(op.weight_bytes) / op.seconds[0].median() / 1e9);
+    ops += "\n";
+  }
   print(model.name() + " on " + cpu_model() + ", " + backend.description() + "\n" +
         count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
         std::to_string(o.n) + " tokens each; median (lowest..highest) of " +

@@ -72,15 +72,27 @@ void StepCosts::measure_round() {
   }
   prefill_.add(prefill_tokens_ / seconds_since(begin));
 
-  backend_->start();
-  step_seconds(std::min(kOpsContext, static_cast<int>(text_.size())), 1);
-  for (const TimedBackend::Op& op : backend_->stop()) {
-    auto known =
-        std::find_if(by_op_.begin(), by_op_.end(), [&](const Op& o) { return o.name == op.name; });
-    if (known == by_op_.end())
-      known = by_op_.insert(
-          known, {op.name, static_cast<int>(op.calls / kSteps), {}, op.weight_bytes / kSteps});
-    known->seconds.add(op.seconds / kSteps);
+  time_ops();
+}
+
+std::span<const int> StepCosts::op_rows() {
+  static constexpr int kRows[] = {1, 4, 16, 64};
+  return kRows;
+}
+
+void StepCosts::time_ops() {
+  for (size_t i = 0; i < op_rows().size(); ++i) {
+    backend_->start();
+    step_seconds(std::min(kOpsContext, static_cast<int>(text_.size())), op_rows()[i]);
+    for (const TimedBackend::Op& op : backend_->stop()) {
+      auto known = std::find_if(by_op_.begin(), by_op_.end(),
+                                [&](const Op& o) { return o.name == op.name; });
+      if (known == by_op_.end())
+        known =
+            by_op_.insert(known, {op.name, static_cast<int>(op.calls / kSteps),
+                                  op.weight_bytes / kSteps, std::vector<Series>(op_rows().size())});
+      known->seconds[i].add(op.seconds / kSteps);
+    }
   }
 }
 

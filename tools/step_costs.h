@@ -1,6 +1,7 @@
 // What a step costs, by the things it depends on: rows of a pass, tokens of context, op.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,9 +21,9 @@ class StepCosts {
   };
   struct Op {
     std::string name;
-    int calls;            // a step
-    Series seconds;       // a step
-    size_t weight_bytes;  // a step
+    int calls;                    // a step
+    size_t weight_bytes;          // a step
+    std::vector<Series> seconds;  // a step, for each of op_rows()
   };
 
   // The model's backend must be `backend`.
@@ -32,12 +33,14 @@ class StepCosts {
 
   const std::vector<Point>& by_rows() const { return by_rows_; }        // after 32 tokens
   const std::vector<Point>& by_context() const { return by_context_; }  // one row
-  const std::vector<Op>& by_op() const { return by_op_; }               // one row, after 128 tokens
+  const std::vector<Op>& by_op() const { return by_op_; }               // after 128 tokens
+  static std::span<const int> op_rows();
   int prefill_tokens() const { return prefill_tokens_; }
   const Series& prefill_tokens_per_second() const { return prefill_; }
 
  private:
   double step_seconds(int context, int rows);
+  void time_ops();
 
   TimedBackend* backend_;
   Session session_;

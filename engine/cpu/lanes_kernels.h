@@ -154,6 +154,10 @@ inline Lanes load_kv(const uint16_t* p) {
 inline Lanes load_kv(const float* p) {
   return load(p);
 }
+template <typename T>
+inline void prefetch(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 
 // The sums of the two tiles below are arrays that the compiler keeps in registers only if every
 // loop over them is unrolled; left in memory, each multiply-add waits for a load and a store.
@@ -161,7 +165,7 @@ inline Lanes load_kv(const float* p) {
 // Scores of `B` blocks of 16 keys against `Q` queries: each key element is loaded and widened once
 // for all queries, and Q * B independent chains hide the latency of a multiply-add.
 template <int Q, int B, typename T>
-[[gnu::always_inline]] inline void score_tile(const T* block, int head_dim,
+[[gnu::always_inline]] inline void score_tile(const T* block, const T* values, int head_dim,
                                               const AttentionChunk::Query* query,
                                               float (*scores)[kChunk + 32], int at) {
   Lanes s[Q][B];
@@ -175,7 +179,11 @@ template <int Q, int B, typename T>
   for (int d = 0; d < head_dim; ++d) {
     Lanes key[B];
 #pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) key[b] = load_kv(block + (b * head_dim + d) * kKeyBlock);
+    for (int b = 0; b < B; ++b) {
+      key[b] = load_kv(block + (b * head_dim + d) * kKeyBlock);
+      prefetch(block + ((b + B) * head_dim + d) * kKeyBlock);
+      prefetch(values + (b * head_dim + d) * kKeyBlock);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const Lanes element = broadcast(x[q][d]);
@@ -197,17 +205,18 @@ void score_queries(const AttentionChunk& c, int first, int last, const Attention
   constexpr int kBlocks = kScoreTile / Q > 4 ? 4 : kScoreTile / Q;
   const size_t size = static_cast<size_t>(c.head_dim) * kKeyBlock;
   const T* block = static_cast<const T*>(c.k) + static_cast<size_t>(first / kKeyBlock) * size;
+  const T* values = static_cast<const T*>(c.v) + static_cast<size_t>(first) * c.padded_dim;
   const int end = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
   int at = 0;
-  for (; at + kBlocks * kKeyBlock <= end; at += kBlocks * kKeyBlock, block += kBlocks * size)
-    score_tile<Q, kBlocks>(block, c.head_dim, query, scores, at);
+  for (; at + kBlocks * kKeyBlock <= end; at += kBlocks * kKeyBlock, block += kBlocks * size, values += kBlocks * size)
+    score_tile<Q, kBlocks>(block, values, c.head_dim, query, scores, at);
   if constexpr (kBlocks > 2) {
-    for (; at + 2 * kKeyBlock <= end; at += 2 * kKeyBlock, block += 2 * size)
-      score_tile<Q, 2>(block, c.head_dim, query, scores, at);
+    for (; at + 2 * kKeyBlock <= end; at += 2 * kKeyBlock, block += 2 * size, values += 2 * size)
+      score_tile<Q, 2>(block, values, c.head_dim, query, scores, at);
   }
   if constexpr (kBlocks > 1) {
-    for (; at < end; at += kKeyBlock, block += size)
-      score_tile<Q, 1>(block, c.head_dim, query, scores, at);
+    for (; at < end; at += kKeyBlock, block += size, values += size)
+      score_tile<Q, 1>(block, values, c.head_dim, query, scores, at);
   }
 }
 
