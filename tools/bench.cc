@@ -13,6 +13,8 @@
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
+#include "tools/step_costs.h"
+#include "tools/timed_backend.h"
 
 namespace chimera {
 namespace {
@@ -62,26 +64,6 @@ Command command(Options* o) {
   command.flags.insert(command.flags.end() - 1, drafting.begin(), drafting.end());
   return command;
 }
-
-// One value for each round.
-class Series {
- public:
-  void add(double value) {
-    values_.insert(std::upper_bound(values_.begin(), values_.end(), value), value);
-  }
-  double median() const {
-    const size_t n = values_.size();
-    return (values_[(n - 1) / 2] + values_[n / 2]) / 2;
-  }
-  std::vector<double> spread() const { return {values_.front(), values_.back()}; }
-  std::string text(int decimals) const {
-    return fixed_text(median(), decimals) + " (" + fixed_text(values_.front(), decimals) + ".." +
-           fixed_text(values_.back(), decimals) + ")";
-  }
-
- private:
-  std::vector<double> values_;  // ascending
-};
 
 // What a drafter did in one round, all prompts together. The first token of a text is the prompt's.
 struct Total {
@@ -145,7 +127,7 @@ int bench(const std::vector<std::string>& args) {
   if (!o.model) throw UsageError("bench", "-m MODEL", "none", "see chimera bench --help");
 
   const int threads = o.threads.value_or(cpu::physical_cores());
-  const auto backend = make_backend("cpu", {.threads = threads});
+  TimedBackend backend(make_backend("cpu", {.threads = threads}));
   Model model(*o.model);
   std::vector<std::vector<int32_t>> prompts;
   size_t longest = 0;
@@ -156,8 +138,9 @@ int bench(const std::vector<std::string>& args) {
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
 
   const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
-  const Llama llama = prepare_weights(*backend, &model);
+  const Llama llama = prepare_weights(backend, &model);
   Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
+  StepCosts costs(llama, &backend);
   ReadBandwidth read_bandwidth(llama.weight_bytes(), threads);
   GenerateOptions options;
   options.max_tokens = o.n;
@@ -200,6 +183,7 @@ int bench(const std::vector<std::string>& args) {
       results[d].tokens_per_step.add(totals[d].tokens_per_step());
       results[d].speedup.add(totals[d].tokens_per_second() / totals[0].tokens_per_second());
     }
+    costs.measure_round();
     bandwidth.add(gb_per_second);
     share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(totals[0].steps) /
               totals[0].seconds / 1e9 / gb_per_second);
@@ -220,8 +204,8 @@ int bench(const std::vector<std::string>& args) {
     for (const Result& r : results) list.push_back(result(r));
     print_json({{"model", model.name()},
                 {"cpu", cpu_model()},
-                {"device", backend->name()},
-                {"isa", backend->isa()},
+                {"device", backend.name()},
+                {"isa", backend.isa()},
                 {"threads", threads},
                 {"prompts", prompts.size()},
                 {"tokens", o.n},
@@ -245,13 +229,37 @@ int bench(const std::vector<std::string>& args) {
                   r.speedup.text(2).c_str());
     table += buffer;
   }
-  print(model.name() + " on " + cpu_model() + ", " + backend->description() + "\n" +
+  const auto line = [&](const char* format, auto... values) {
+    char buffer[160];
+    std::snprintf(buffer, sizeof buffer, format, values...);
+    return std::string(buffer);
+  };
+  const auto curve = [&](const char* what, const std::vector<StepCosts::Point>& points) {
+    std::string text = line("\n%-22s  ms a step                 times the first\n", what);
+    for (const StepCosts::Point& p : points)
+      text += line("%-22d  %-25.2f %s\n", p.at, 1e3 * p.seconds.median(), p.ratio.text(2).c_str());
+    return text;
+  };
+  std::string ops = line("\n%-30s %5s", "ms a step", "calls");
+  for (const int rows : StepCosts::op_rows()) ops += line("  %9s", count_text(rows, "row").c_str());
+  ops += line("  %12s\n", "GB/s (1 row)");
+  for (const StepCosts::Op& op : costs.by_op()) {
+    ops += line("%-30s %5d", op.name.c_str(), op.calls);
+    for (const Series& seconds : op.seconds) ops += line("  %9.3f", 1e3 * seconds.median());
+    if (op.weight_bytes > 0)
+      ops += line("  %12.1f", static_cast<double>(op.weight_bytes) / op.seconds[0].median() / 1e9);
+    ops += "\n";
+  }
+  print(model.name() + " on " + cpu_model() + ", " + backend.description() + "\n" +
         count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
         std::to_string(o.n) + " tokens each; median (lowest..highest) of " +
         count_text(o.rounds, "round") + "\n\n" +
-        "drafter  tokens/s                  tokens/step          speedup\n" + table + "\nreading memory at " + bandwidth.text(1) +
-        " GB/s; plain decoding reads " + bytes_text(llama.weight_bytes()) +
-        " of weights a token,\n" + share.text(2) +
+        "drafter  tokens/s                  tokens/step          speedup\n" + table +
+        curve("rows of a pass", costs.by_rows()) + curve("tokens of context", costs.by_context()) +
+        ops + "\nprefill of " + std::to_string(costs.prefill_tokens()) +
+        " tokens: " + costs.prefill_tokens_per_second().text(0) + " tokens/s" +
+        "\nreading memory at " + bandwidth.text(1) + " GB/s; plain decoding reads " +
+        bytes_text(llama.weight_bytes()) + " of weights a token,\n" + share.text(2) +
         " of that speed. All texts were the same, token for token.\n");
   return 0;
 }

@@ -10,8 +10,9 @@
 namespace chimera::cpu {
 namespace {
 
-// Registers allow this many queries and 16-wide pieces of a head at once (lanes_kernels.h).
-constexpr int kQueryTile = 2, kHeadTile = 2;
+// What the registers hold at once (lanes_kernels.h): sums of kScoreTile queries x blocks of keys,
+// of at most kScoreQueries queries; of kQueryTile queries x kHeadTile 16-wide pieces of a head.
+constexpr int kScoreTile = 4, kScoreQueries = 4, kQueryTile = 2, kHeadTile = 2;
 
 struct Lanes {
   __m256 lo, hi;

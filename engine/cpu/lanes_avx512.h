@@ -9,8 +9,9 @@
 namespace chimera::cpu {
 namespace {
 
-// Registers allow this many queries and 16-wide pieces of a head at once (lanes_kernels.h).
-constexpr int kQueryTile = 4, kHeadTile = 4;
+// What the registers hold at once (lanes_kernels.h): sums of kScoreTile queries x blocks of keys,
+// of at most kScoreQueries queries; of kQueryTile queries x kHeadTile 16-wide pieces of a head.
+constexpr int kScoreTile = 16, kScoreQueries = 8, kQueryTile = 4, kHeadTile = 4;
 
 struct Lanes {
   __m512 v;

@@ -135,89 +135,144 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim, float sc
 
 // ---- Attention --------------------------------------------------------------------------------
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+// Calls f(Constant<n>), n from 1 to Most.
+template <int Most, typename F>
+void with_constant(int n, const F& f) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_constant<Most - 1>(n, f);
+  }
+  f(Constant<Most>{});
+}
+
 inline Lanes load_kv(const uint16_t* p) {
   return load_f16(p);
 }
 inline Lanes load_kv(const float* p) {
   return load(p);
 }
-
-// Scores of one block of 16 keys against `Q` queries: each key element is loaded and widened once.
-template <int Q, typename T>
-inline void score_block(const T* block, int head_dim, const AttentionChunk::Query* query,
-                        float (*scores)[kChunk + 32], int at) {
-  Lanes s[Q];
-  for (int q = 0; q < Q; ++q) s[q] = broadcast(0.0f);
-  for (int d = 0; d < head_dim; ++d) {
-    const Lanes key = load_kv(block + d * kKeyBlock);
-    for (int q = 0; q < Q; ++q) s[q] = fma(broadcast(query[q].q[d]), key, s[q]);
-  }
-  for (int q = 0; q < Q; ++q) store(scores[q] + at, s[q]);
+template <typename T>
+inline void prefetch(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
 }
 
-// Scores of the slots [first, last), whole blocks of them, for all queries: scores[q][slot -
-// first].
+// The sums of the two tiles below are arrays that the compiler keeps in registers only if every
+// loop over them is unrolled; left in memory, each multiply-add waits for a load and a store.
+
+// Scores of `B` blocks of 16 keys against `Q` queries: each key element is loaded and widened once
+// for all queries, and Q * B independent chains hide the latency of a multiply-add.
+template <int Q, int B, typename T>
+[[gnu::always_inline]] inline void score_tile(const T* block, const T* values, int head_dim,
+                                              const AttentionChunk::Query* query,
+                                              float (*scores)[kChunk + 32], int at) {
+  Lanes s[Q][B];
+  const float* x[Q];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+    x[q] = query[q].q;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) s[q][b] = broadcast(0.0f);
+  }
+  for (int d = 0; d < head_dim; ++d) {
+    Lanes key[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      key[b] = load_kv(block + (b * head_dim + d) * kKeyBlock);
+      prefetch(block + ((b + B) * head_dim + d) * kKeyBlock);
+      prefetch(values + (b * head_dim + d) * kKeyBlock);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Lanes element = broadcast(x[q][d]);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) s[q][b] = fma(element, key[b], s[q][b]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) store(scores[q] + at + b * kKeyBlock, s[q][b]);
+  }
+}
+
+// ... of the slots [first, last), whole blocks of them: scores[q][slot - first].
+template <int Q, typename T>
+void score_queries(const AttentionChunk& c, int first, int last, const AttentionChunk::Query* query,
+                   float (*scores)[kChunk + 32]) {
+  constexpr int kBlocks = kScoreTile / Q > 4 ? 4 : kScoreTile / Q;
+  const size_t size = static_cast<size_t>(c.head_dim) * kKeyBlock;
+  const T* block = static_cast<const T*>(c.k) + static_cast<size_t>(first / kKeyBlock) * size;
+  const T* values = static_cast<const T*>(c.v) + static_cast<size_t>(first) * c.padded_dim;
+  const int end = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  int at = 0;
+  for (; at + kBlocks * kKeyBlock <= end; at += kBlocks * kKeyBlock, block += kBlocks * size, values += kBlocks * size)
+    score_tile<Q, kBlocks>(block, values, c.head_dim, query, scores, at);
+  if constexpr (kBlocks > 2) {
+    for (; at + 2 * kKeyBlock <= end; at += 2 * kKeyBlock, block += 2 * size, values += 2 * size)
+      score_tile<Q, 2>(block, values, c.head_dim, query, scores, at);
+  }
+  if constexpr (kBlocks > 1) {
+    for (; at < end; at += kKeyBlock, block += size, values += size)
+      score_tile<Q, 1>(block, values, c.head_dim, query, scores, at);
+  }
+}
+
 template <typename T>
 void score_slots(const AttentionChunk& c, int first, int last, float (*scores)[kChunk + 32]) {
-  const T* keys = static_cast<const T*>(c.k);
-  for (int slot = first; slot < last; slot += kKeyBlock) {
-    const T* block =
-        keys + static_cast<size_t>(slot / kKeyBlock) * static_cast<size_t>(c.head_dim) * kKeyBlock;
-    int q = 0;
-    for (; q + 8 <= c.n_queries; q += 8)
-      score_block<8>(block, c.head_dim, c.query + q, scores + q, slot - first);
-    if (q + 4 <= c.n_queries) {
-      score_block<4>(block, c.head_dim, c.query + q, scores + q, slot - first);
-      q += 4;
-    }
-    switch (c.n_queries - q) {
-      case 3: score_block<3>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
-      case 2: score_block<2>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
-      case 1: score_block<1>(block, c.head_dim, c.query + q, scores + q, slot - first); break;
-      default: break;
-    }
+  for (int q = 0; q < c.n_queries; q += kScoreQueries) {
+    const AttentionChunk::Query* query = c.query + q;
+    const int n = c.n_queries - q;
+    if (n >= kScoreQueries)
+      score_queries<kScoreQueries, T>(c, first, last, query, scores + q);
+    else
+      with_constant<kScoreQueries - 1>(
+          n, [&](auto count) { score_queries<count.value, T>(c, first, last, query, scores + q); });
   }
 }
 
 // o += e(p) v(p) over positions [begin, end) that stand in slots of the same number, for Q queries
 // and J * 16 dimensions: each value is loaded and widened once for all queries.
 template <int Q, int J, typename T>
-inline void weigh_values(const T* values, int stride, int begin, int end,
-                         const float (*e)[kChunk + 32], int chunk_begin, float* const* o, int at) {
+void weigh_values(const T* values, int stride, int begin, int end, const float (*e)[kChunk + 32],
+                  int chunk_begin, float* const* o, int at) {
   Lanes sum[Q][J];
-  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[q][j] = load(o[q] + at + 16 * j);
+  }
   const T* row = values + static_cast<size_t>(begin) * static_cast<size_t>(stride) + at;
   for (int p = begin; p < end; ++p, row += stride) {
     Lanes v[J];
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) v[j] = load_kv(row + 16 * j);
+#pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const Lanes weight = broadcast(e[q][p - chunk_begin]);
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[q][j] = fma(weight, v[j], sum[q][j]);
     }
   }
-  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) store(o[q] + at + 16 * j, sum[q][j]);
+  }
 }
 
 template <int J, typename T>
-void weigh_values_all(const AttentionChunk& c, int n, int begin, int end,
-                      const float (*e)[kChunk + 32], float* const* o, int at) {
+void weigh_values_all(const AttentionChunk& c, int begin, int end, const float (*e)[kChunk + 32],
+                      float* const* o, int at) {
   const T* values = static_cast<const T*>(c.v);
-  int q = 0;
-  for (; q + kQueryTile <= n; q += kQueryTile)
-    weigh_values<kQueryTile, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
-  if constexpr (kQueryTile > 2) {
-    if (n - q == 3) {
-      weigh_values<3, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
-      return;
-    }
-    if (n - q == 2) {
-      weigh_values<2, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
-      return;
-    }
+  for (int q = 0; q < c.n_queries; q += kQueryTile) {
+    const int n = c.n_queries - q;
+    with_constant<kQueryTile>(n < kQueryTile ? n : kQueryTile, [&](auto count) {
+      weigh_values<count.value, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+    });
   }
-  if (n - q == 1) weigh_values<1, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
 }
 
 template <typename T>
@@ -286,8 +341,8 @@ void attention_chunk(const AttentionChunk& c) {
   const int n16 = c.padded_dim / 16;
   int j = 0;
   for (; j + kHeadTile <= n16; j += kHeadTile)
-    weigh_values_all<kHeadTile, T>(c, c.n_queries, c.begin, shared_end, e, o, 16 * j);
-  for (; j < n16; ++j) weigh_values_all<1, T>(c, c.n_queries, c.begin, shared_end, e, o, 16 * j);
+    weigh_values_all<kHeadTile, T>(c, c.begin, shared_end, e, o, 16 * j);
+  for (; j < n16; ++j) weigh_values_all<1, T>(c, c.begin, shared_end, e, o, 16 * j);
   for (int q = 0; q < c.n_queries; ++q) {
     const AttentionChunk::Query& query = c.query[q];
     const int end = query.length < chunk_end ? query.length : chunk_end;

@@ -1,0 +1,79 @@
+// Where the time of a step goes: a backend that hands every op to another one and times it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/backend.h"
+
+namespace chimera {
+
+class TimedBackend final : public Backend {
+ public:
+  // All calls of one op. Products are told apart by their shape and by what is done to their input.
+  struct Op {
+    std::string name;  // "norm, product 960 x 576"
+    int64_t calls = 0;
+    double seconds = 0;
+    size_t weight_bytes = 0;  // read by these calls
+  };
+
+  explicit TimedBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
+
+  // Times ops from now on, from zero. Off at first: the ops are passed on and nothing else is done.
+  void start();
+  // Stops, and returns the ops in the order in which they were first called.
+  std::vector<Op> stop();
+
+  std::string name() const override { return backend_->name(); }
+  std::string description() const override { return backend_->description(); }
+  std::string isa() const override { return backend_->isa(); }
+  int contract_version() const override { return backend_->contract_version(); }
+
+  std::shared_ptr<void> allocate(size_t bytes) override { return backend_->allocate(bytes); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    backend_->upload(device, host, bytes);
+  }
+  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
+    return backend_->prepare(stacked);
+  }
+  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
+    backend_->replace_row(matrix, tensor, row);
+  }
+  size_t kv_bytes(const KvShape& shape) const override { return backend_->kv_bytes(shape); }
+  KvCache bind_kv(const KvShape& shape, void* memory) const override {
+    return backend_->bind_kv(shape, memory);
+  }
+  void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
+               int64_t vocab) override {
+    backend_->reserve(max_rows, capacity, max_cols, heads, vocab);
+  }
+  size_t reserved_bytes() const override { return backend_->reserved_bytes(); }
+
+  void submit(uint64_t key, FunctionRef<void()> ops) override { backend_->submit(key, ops); }
+  void on_host(FunctionRef<void()> op) override { backend_->on_host(op); }
+
+  void embed(const Step* step, const Matrix& table, float* out) override;
+  void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n,
+                float* y) override;
+  void linear(const Step* step, const Linear& op) override;
+  void rope_append(const Step* step, float* qkv, const Heads& heads, const RopeTable& rope,
+                   const KvCache& kv, int layer) override;
+  void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv,
+                 int layer, float* out) override;
+  void copy_rows(const Step* step, const float* x, int64_t width, float* y) override;
+  void accept(Step* step, const float* logits, int32_t vocab) override;
+  void keep(const Step* step, const KvCache& kv) override;
+  void keep_rows(const Step* step, int64_t width, float* x) override;
+
+ private:
+  template <typename F>
+  void timed(const std::string& name, size_t weight_bytes, const F& call);
+
+  std::unique_ptr<Backend> backend_;
+  bool on_ = false;
+  std::vector<Op> ops_;
+};
+
+}  // namespace chimera
