@@ -1,7 +1,5 @@
 // chimera bench: how fast plain decoding is, how much of the memory's speed it gets, and what
 // drafting adds.
-#include <unistd.h>
-
 #include <algorithm>
 #include <iterator>
 
@@ -126,17 +124,6 @@ void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& d
       "THE TEXTS DIFFER, which must never happen: please report it with this command");
 }
 
-class Progress {
- public:
-  void show(const std::string& line) {
-    if (terminal_) std::fprintf(stderr, "\r\033[K%s", line.c_str());
-  }
-  ~Progress() { show(""); }
-
- private:
-  const bool terminal_ = isatty(STDERR_FILENO) != 0;
-};
-
 }  // namespace
 
 int bench(const std::vector<std::string>& args) {
@@ -249,9 +236,9 @@ int bench(const std::vector<std::string>& args) {
         count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
         std::to_string(o.n) + " tokens each; median (lowest..highest) of " +
         count_text(o.rounds, "round") + "\n\n" +
-        "drafter  tokens/s                  tokens/step          speedup\n" + table + "\nreading memory at " + bandwidth.text(1) +
-        " GB/s; plain decoding reads " + bytes_text(llama.weight_bytes()) +
-        " of weights a token,\n" + share.text(2) +
+        "drafter  tokens/s                  tokens/step          speedup\n" + table +
+        "\nreading memory at " + bandwidth.text(1) + " GB/s; plain decoding reads " +
+        bytes_text(llama.weight_bytes()) + " of weights a token,\n" + share.text(2) +
         " of that speed. All texts were the same, token for token.\n");
   return 0;
 }

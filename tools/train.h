@@ -8,5 +8,6 @@ namespace chimera {
 
 int train_data(const std::vector<std::string>& args);
 int train_fit(const std::vector<std::string>& args);
+int train_eval(const std::vector<std::string>& args);
 
 }  // namespace chimera
