@@ -5,9 +5,12 @@
 // where the cost of a pass is known, the number n that makes the most of it,
 //   max over n of (1 + p_1 + .. + p_n) / (drafting + seconds(1 + n)),   p_1 >= p_2 >= ..,
 // the tokens that the pass is expected to give for each second.
+//
+// A choice of n is the beginning of a choice of more, so that one tree measures all sizes.
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "engine/cost_curve.h"
@@ -24,17 +27,21 @@ class CandidateTree {
     float probability;  // of the path to it; never more than its parent's
     int row = -1;       // for the drafter's use
   };
-  static constexpr int kRoot = -1;
+  static constexpr int kRoot = -1, kNone = -2;
 
   CandidateTree() {
     nodes_.reserve(kMostNodes);
-    order_.reserve(kMostNodes);
+    chosen_.reserve(kMostNodes);
     row_of_.reserve(kMostNodes);
   }
 
-  void clear() { nodes_.clear(); }
+  void clear() {
+    nodes_.clear();
+    chosen_.clear();
+  }
   int size() const { return static_cast<int>(nodes_.size()); }
   Node& operator[](int i) { return nodes_[static_cast<size_t>(i)]; }
+  const Node& operator[](int i) const { return nodes_[static_cast<size_t>(i)]; }
   float probability_of(int node) const {
     return node == kRoot ? 1.0f : nodes_[static_cast<size_t>(node)].probability;
   }
@@ -42,40 +49,53 @@ class CandidateTree {
     return node == kRoot ? 0 : nodes_[static_cast<size_t>(node)].depth;
   }
 
-  // The child of `parent` with this token. If two drafters propose it, the higher probability
-  // counts. Returns kRoot - 1 if there are too many nodes already.
-  int add(int parent, int32_t token, float probability) {
+  // The child of `parent` with this token, kNone if there is none.
+  int find(int parent, int32_t token) const {
     for (int i = parent + 1; i < size(); ++i) {
-      Node& node = (*this)[i];
-      if (node.parent != parent || node.token != token) continue;
-      node.probability = std::max(node.probability, probability);
+      const Node& node = nodes_[static_cast<size_t>(i)];
+      if (node.parent == parent && node.token == token) return i;
+    }
+    return kNone;
+  }
+
+  // Adds a child, and returns it. If two drafters propose it, the higher probability counts.
+  // Returns kNone if there are too many nodes already.
+  int add(int parent, int32_t token, float probability) {
+    if (const int i = find(parent, token); i != kNone) {
+      (*this)[i].probability = std::max((*this)[i].probability, probability);
       return i;
     }
-    if (size() == kMostNodes) return kRoot - 1;
+    if (size() == kMostNodes) return kNone;
     nodes_.push_back({token, parent, depth_of(parent) + 1, probability});
     return size() - 1;
   }
 
-  // Writes the chosen candidates into the step, as rows below `root`, and returns how many.
-  // cost: nullptr for as many as fit into max_nodes. drafting: seconds spent on these candidates.
-  int write(Step* step, int root, int max_nodes, int max_depth, const CostCurve* cost,
-            double drafting) {
-    order_.clear();
+  // Chooses the candidates to verify, as many as fit into max_nodes where cost is nullptr.
+  // drafting: seconds spent on these candidates.
+  void choose(int max_nodes, int max_depth, const CostCurve* cost, double drafting) {
+    chosen_.clear();
     for (int i = 0; i < size(); ++i)
-      if ((*this)[i].depth <= max_depth) order_.push_back(i);
-    std::sort(order_.begin(), order_.end(), [this](int a, int b) {  // parents before children
+      if ((*this)[i].depth <= max_depth) chosen_.push_back(i);
+    std::sort(chosen_.begin(), chosen_.end(), [this](int a, int b) {  // parents before children
       const Node &x = (*this)[a], &y = (*this)[b];
       return x.probability != y.probability ? x.probability > y.probability : a < b;
     });
-    if (static_cast<int>(order_.size()) > max_nodes) order_.resize(static_cast<size_t>(max_nodes));
-    if (cost != nullptr && cost->known()) order_.resize(worthwhile(*cost, drafting));
+    if (chosen_.size() > static_cast<size_t>(max_nodes))
+      chosen_.resize(static_cast<size_t>(max_nodes));
+    if (cost != nullptr && cost->known()) chosen_.resize(worthwhile(*cost, drafting));
+  }
+
+  // What choose() chose, the most probable first.
+  std::span<const int> chosen() const { return chosen_; }
+
+  // Writes the chosen candidates into the step, as rows below `root`.
+  void write(Step* step, int root) {
     row_of_.assign(nodes_.size(), -1);
-    for (const int i : order_) {
+    for (const int i : chosen_) {
       const Node& node = (*this)[i];
       const int parent = node.parent == kRoot ? root : row_of_[static_cast<size_t>(node.parent)];
       row_of_[static_cast<size_t>(i)] = step->add_row(node.token, parent, true);
     }
-    return static_cast<int>(order_.size());
   }
 
  private:
@@ -84,8 +104,8 @@ class CandidateTree {
   size_t worthwhile(const CostCurve& cost, double drafting) const {
     double tokens = 1, best = 1 / (drafting + cost.seconds(1));
     size_t n = 0;
-    for (size_t i = 0; i < order_.size(); ++i) {
-      tokens += static_cast<double>(nodes_[static_cast<size_t>(order_[i])].probability);
+    for (size_t i = 0; i < chosen_.size(); ++i) {
+      tokens += static_cast<double>(nodes_[static_cast<size_t>(chosen_[i])].probability);
       const double rate = tokens / (drafting + cost.seconds(static_cast<int>(i) + 2));
       if (rate > best) {
         best = rate;
@@ -96,7 +116,7 @@ class CandidateTree {
   }
 
   std::vector<Node> nodes_;
-  std::vector<int> order_, row_of_;
+  std::vector<int> chosen_, row_of_;
 };
 
 }  // namespace chimera

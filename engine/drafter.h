@@ -50,6 +50,16 @@ class Drafter {
   virtual void observe(const KeptRows& /*kept*/) {}
 };
 
+class CandidateTree;
+
+// A drafter that gathers candidates and has the best of them verified.
+class TreeDrafter : public Drafter {
+ public:
+  // The candidates below the root, with a choice made. Valid until the next call.
+  virtual CandidateTree& candidates(const DraftContext& context) = 0;
+  void draft(const DraftContext& context, Step* step) override;
+};
+
 // Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
 // context: positions of a sequence at most. Allocates here and never again.
 struct NgramOptions {
@@ -57,7 +67,7 @@ struct NgramOptions {
   int min_match = 2;  // tokens that must agree
   int max_match = 6;
 };
-std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
-                                            int context);
+std::unique_ptr<TreeDrafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
+                                                int context);
 
 }  // namespace chimera

@@ -6,7 +6,7 @@
 namespace chimera {
 namespace {
 
-class NgramDrafter final : public Drafter {
+class NgramDrafter final : public TreeDrafter {
  public:
   NgramDrafter(const NgramOptions& options, int n_sequences, int context) : options_(options) {
     indexes_.assign(static_cast<size_t>(n_sequences),
@@ -14,18 +14,15 @@ class NgramDrafter final : public Drafter {
   }
   std::string name() const override { return "ngram"; }
 
-  void draft(const DraftContext& c, Step* step) override {
-    c.backend.on_host([&] { grow(c, step); });
-  }
-
- private:
-  void grow(const DraftContext& c, Step* step) {
+  CandidateTree& candidates(const DraftContext& c) override {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
                    options_.max_match, &tree_);
-    tree_.write(step, c.root, std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
+    tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
+    return tree_;
   }
 
+ private:
   NgramOptions options_;
   std::vector<NgramIndex> indexes_;
   CandidateTree tree_;
@@ -33,8 +30,12 @@ class NgramDrafter final : public Drafter {
 
 }  // namespace
 
-std::unique_ptr<Drafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
-                                            int context) {
+void TreeDrafter::draft(const DraftContext& context, Step* step) {
+  context.backend.on_host([&] { candidates(context).write(step, context.root); });
+}
+
+std::unique_ptr<TreeDrafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
+                                                int context) {
   return std::make_unique<NgramDrafter>(options, n_sequences, context);
 }
 

@@ -1,18 +1,14 @@
 #include "loader/safetensors.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "engine/dtype.h"
 #include "engine/error.h"
+#include "loader/output_file.h"
 #include "loader/text.h"
 
 namespace chimera {
@@ -273,39 +269,23 @@ void write_safetensors(const std::string& path, const std::vector<SafeOutput>& t
   std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   text.resize((text.size() + 7) / 8 * 8, ' ');
 
-  const std::string temporary = path + "." + std::to_string(getpid()) + ".part";
-  const std::string where = printable(path, 4096);
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(temporary.c_str(), "wb"),
-                                                       std::fclose);
-  if (!file) throw Error(where, "a file that can be written", std::strerror(errno));
-  bool good = true;
-  const auto write = [&](const void* bytes, size_t n) {
-    good = good && std::fwrite(bytes, 1, n, file.get()) == n;
-  };
+  OutputFile file(path);
   const uint64_t header_bytes = text.size();
-  write(&header_bytes, 8);
-  write(text.data(), text.size());
+  file.write(&header_bytes, 8);
+  file.write(text);
   std::vector<uint16_t> rounded;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const SafeOutput& t = tensors[i];
     if (t.type != SafeType::kBF16) {
-      write(t.values, counts[i] * 4);
+      file.write(t.values, counts[i] * 4);
       continue;
     }
     rounded.resize(counts[i]);
     for (size_t j = 0; j < counts[i]; ++j)
       rounded[j] = f32_to_bf16(static_cast<const float*>(t.values)[j]);
-    write(rounded.data(), counts[i] * 2);
+    file.write(rounded.data(), counts[i] * 2);
   }
-  good = good && std::fflush(file.get()) == 0 && fsync(fileno(file.get())) == 0;
-  const int error = errno;
-  if (std::fclose(file.release()) != 0) good = false;
-  if (!good || std::rename(temporary.c_str(), path.c_str()) != 0) {
-    const std::string reason = std::strerror(good ? errno : error);
-    std::remove(temporary.c_str());
-    throw Error(where, "a file that can be written", reason,
-                "free some space; what was there before is untouched");
-  }
+  file.commit();
 }
 
 }  // namespace chimera

@@ -409,7 +409,7 @@ TEST_F(CliTest, TrainData) {
   EXPECT_EQ(data("whole", {"--sequences", "2"}), whole);
   expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"}, 1, "made with the same model and settings");
   expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x", "--shard", "2/2"}, 2, "0 <= i < n");
-  expect_error({"train", "dance"}, 2, "expected data or fit");
+  expect_error({"train", "dance"}, 2, "expected data, fit or eval");
 }
 
 }  // namespace

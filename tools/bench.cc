@@ -1,7 +1,5 @@
 // chimera bench: how fast plain decoding is, how much of the memory's speed it gets, and what
 // drafting adds.
-#include <unistd.h>
-
 #include <algorithm>
 #include <iterator>
 
@@ -107,17 +105,6 @@ void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& d
       "the text of plain decoding", "another one with " + drafter,
       "THE TEXTS DIFFER, which must never happen: please report it with this command");
 }
-
-class Progress {
- public:
-  void show(const std::string& line) {
-    if (terminal_) std::fprintf(stderr, "\r\033[K%s", line.c_str());
-  }
-  ~Progress() { show(""); }
-
- private:
-  const bool terminal_ = isatty(STDERR_FILENO) != 0;
-};
 
 }  // namespace
 

@@ -39,6 +39,21 @@ FlagValue integer_between(T* target, int min, int max) {
   return value;
 }
 
+template <typename T>
+FlagValue number_between(T* target, float min, float max) {
+  FlagValue value;
+  value.expected = "a number from " + short_text(min) + " to " + short_text(max);
+  value.set = [=](std::string_view text) {
+    const auto n = parse_number<double>(text);
+    // Compared after rounding, and so that NaN fails.
+    const float x = n ? static_cast<float>(*n) : 0;
+    if (!n || !(x >= min && x <= max)) return false;
+    *target = x;
+    return true;
+  };
+  return value;
+}
+
 std::string synopsis(const Flag& flag) {
   std::string s = flag.letter ? std::string("-") + flag.letter + ", " : "    ";
   s += "--" + flag.name;
@@ -122,15 +137,13 @@ FlagValue integer(uint64_t* target) {
 }
 
 FlagValue number(float* target, float min, float max) {
-  const auto set = [=](std::string_view text) {
-    const auto n = parse_number<double>(text);
-    // Compared after rounding, and so that NaN fails.
-    const float x = n ? static_cast<float>(*n) : 0;
-    if (!n || !(x >= min && x <= max)) return false;
-    *target = x;
-    return true;
-  };
-  return {set, "a number from " + short_text(min) + " to " + short_text(max), short_text(*target)};
+  FlagValue value = number_between(target, min, max);
+  value.default_text = short_text(*target);
+  return value;
+}
+
+FlagValue number(std::optional<float>* target, float min, float max) {
+  return number_between(target, min, max);
 }
 
 FlagValue on(bool* target) {

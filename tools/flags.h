@@ -39,6 +39,7 @@ FlagValue integer(int* target, int min, int max);
 FlagValue integer(std::optional<int>* target, int min, int max);
 FlagValue integer(uint64_t* target);
 FlagValue number(float* target, float min, float max);
+FlagValue number(std::optional<float>* target, float min, float max);
 FlagValue on(bool* target);
 
 struct Flag {

@@ -1,5 +1,7 @@
 #include "tools/output.h"
 
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -21,6 +23,23 @@ void print_json(const nlohmann::ordered_json& object) {
 
 void note(const std::string& line) {
   std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+Progress::Progress()
+    : terminal_(isatty(STDERR_FILENO) != 0), start_(std::chrono::steady_clock::now()) {}
+
+void Progress::show(const std::string& line) {
+  if (terminal_) std::fprintf(stderr, "\r\033[K%s", line.c_str());
+}
+
+void Progress::bar(const std::string& label, double done) {
+  constexpr int kWidth = 20;
+  const auto full = static_cast<size_t>(done * kWidth);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  show(label + " [" + std::string(full, '#') + std::string(kWidth - full, '-') + "] " +
+       fixed_text(100 * done, 0) + "%" +
+       (done > 0.02 ? ", " + fixed_text(seconds * (1 - done) / done, 0) + " s left" : ""));
 }
 
 std::string bytes_text(size_t bytes) {

@@ -1,6 +1,7 @@
 // What the program says: results on standard output, everything else on standard error.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -19,6 +20,20 @@ void print_json(const nlohmann::ordered_json& object);
 
 // One line to standard error.
 void note(const std::string& line);
+
+// A line on standard error that says how far a command is: on a terminal only.
+class Progress {
+ public:
+  Progress();
+  ~Progress() { show(""); }
+  void show(const std::string& line);
+  // "mt_bench.jsonl [#######-------------] 35%, 20 s left". done: from 0 to 1, in equal steps.
+  void bar(const std::string& label, double done);
+
+ private:
+  bool terminal_;
+  std::chrono::steady_clock::time_point start_;
+};
 
 std::string fixed_text(double value, int decimals);           // "3.14"
 std::string bytes_text(size_t bytes);                         // "98.4 MB"

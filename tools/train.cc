@@ -15,6 +15,7 @@ constexpr char kHelp[] =
     "\n"
     "  data   the target answers the prompts; its answers are what there is to learn\n"
     "  fit    the draft learns from the answers\n"
+    "  eval   how good the draft is\n"
     "\n"
     "  chimera train STAGE --help   the flags of a stage\n";
 
@@ -25,8 +26,9 @@ int train(const std::vector<std::string>& args) {
   const std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
   if (stage == "data") return train_data(rest);
   if (stage == "fit") return train_fit(rest);
+  if (stage == "eval") return train_eval(rest);
   if (stage == "--help" || stage == "-h") return print(kHelp), 0;
-  throw UsageError("train", "data or fit", "'" + stage + "'", "see chimera train --help");
+  throw UsageError("train", "data, fit or eval", "'" + stage + "'", "see chimera train --help");
 }
 
 }  // namespace chimera

@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
+#include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
 
 namespace chimera {
@@ -27,9 +29,9 @@ inline float rough_exp(float x) {
   return std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23) * p;
 }
 
-class ChimeraDrafter final : public Drafter {
+class GrowingDrafter final : public ChimeraDrafter {
  public:
-  ChimeraDrafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options,
+  GrowingDrafter(const Llama& target, const DraftTensors& tensors, const ChimeraOptions& options,
                  int n_sequences, int context)
       : options_(options),
         hidden_(tensors.config.hidden_size),
@@ -43,6 +45,7 @@ class ChimeraDrafter final : public Drafter {
     for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
     dynamic_.reserve(DraftModel::kMaxDynamic);
     order_.reserve(1024);
+    probabilities_.reserve(1024);
   }
   std::string name() const override { return options_.ngrams ? "hybrid" : "chimera"; }
 
@@ -83,8 +86,36 @@ class ChimeraDrafter final : public Drafter {
     learn_vocabulary(k, first);
   }
 
-  void draft(const DraftContext& c, Step* target_step) override {
-    c.backend.on_host([&] { grow(c, target_step); });
+  CandidateTree& candidates(const DraftContext& c) override {
+    const Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
+    tree_.clear();
+    const int budget = std::min(c.max_nodes, options_.nodes);
+    if (budget <= 0 || c.max_depth <= 0) return tree_;
+    const Clock::time_point start = Clock::now();
+    if (options_.ngrams)
+      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
+                     kMaxMatch, &tree_);
+    if (ready(c, seq)) grow(c, seq, budget);
+    const double drafting = std::chrono::duration<double>(Clock::now() - start).count();
+    tree_.choose(budget, c.max_depth, c.cost, drafting);
+    return tree_;
+  }
+
+  void follow(const DraftContext& c, std::span<const int32_t> next,
+              FunctionRef<void(int, std::span<const float>, int)> visit) override {
+    const Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
+    if (!ready(c, seq)) return;
+    const float* logits = expand_root(c, seq);
+    for (int depth = 1; depth <= std::min(options_.depth, c.max_depth); ++depth) {
+      if (static_cast<size_t>(depth) > next.size()) return;
+      const int32_t token = next[static_cast<size_t>(depth - 1)];
+      const auto width = static_cast<size_t>(model_.logits_width());
+      visit(depth, {logits, width}, index_of(token));
+      if (static_cast<size_t>(depth) == next.size() || depth == options_.depth) return;
+      model_.step().first_new = model_.step().n_rows;
+      add_row(c, depth - 1, token);
+      logits = expand_rows(depth, seq);
+    }
   }
 
  private:
@@ -163,6 +194,15 @@ class ChimeraDrafter final : public Drafter {
                      : dynamic_[static_cast<size_t>(index - n)];
   }
 
+  // Where a token stands in the logits, -1: it cannot be proposed.
+  int index_of(int32_t token) const {
+    const auto fixed = model_.vocabulary();
+    if (const auto it = std::find(fixed.begin(), fixed.end(), token); it != fixed.end())
+      return static_cast<int>(it - fixed.begin());
+    const auto it = std::find(dynamic_.begin(), dynamic_.end(), token);
+    return it == dynamic_.end() ? -1 : static_cast<int>(fixed.size() + (it - dynamic_.begin()));
+  }
+
   // Adds the candidates below a node that was expanded, from its row of the logits.
   void propose(int parent, const float* logits) {
     const int width = model_.logits_width();
@@ -176,48 +216,72 @@ class ChimeraDrafter final : public Drafter {
                 tree_.probability_of(parent) * rough_exp(logits[best[i]] - largest) / sum);
   }
 
-  void grow(const DraftContext& c, Step* target_step) {
-    Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
-    const int budget = std::min(c.max_nodes, options_.nodes);
-    if (budget <= 0 || c.max_depth <= 0) return;
-    const Clock::time_point start = Clock::now();
-    tree_.clear();
-    if (options_.ngrams)
-      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
-                     kMaxMatch, &tree_);
-    if (seq.text == c.text && seq.expanded == static_cast<int>(c.tokens.size()) - 1) expand(c, seq);
-    const double drafting = std::chrono::duration<double>(Clock::now() - start).count();
-    tree_.write(target_step, c.root, budget, c.max_depth, c.cost, drafting);
+  // Whether observe() has seen the text as far as its root.
+  static bool ready(const DraftContext& c, const Sequence& seq) {
+    return seq.text == c.text && seq.expanded == static_cast<int>(c.tokens.size()) - 1;
   }
 
-  // Grows the tree depth by depth with the draft model.
-  void expand(const DraftContext& c, const Sequence& seq) {
+  // Starts the draft's step. Row 0 stands for the root, which observe() has run: it is no row of
+  // the sequence, so that the tree's rows are contiguous, and its slot is committed. Returns its
+  // logits.
+  const float* expand_root(const DraftContext& c, const Sequence& seq) {
     Step& step = model_.step();
-    // Row 0 stands for the root, which observe() has run: it is no row of the sequence, so that the
-    // tree's rows are contiguous, and its slot is committed.
     std::memcpy(model_.f(0), seq.f.data(), floats(1));
     std::memcpy(model_.feature(0), seq.g.data(), floats(1));
     step.clear();
     step.n_rows = 1;
+    step.token[0] = c.tokens.back();
     step.begin_sequence(c.sequence);
-    propose(CandidateTree::kRoot, model_.logits(0, seq.h.data()));
+    return model_.logits(0, seq.h.data());
+  }
+
+  // Adds a row for `token` after the token of row `parent`.
+  int add_row(const DraftContext& c, int parent, int32_t token) {
+    Step& step = model_.step();
+    const int row = step.add_row(token, parent == 0 ? -1 : parent, false);
+    int32_t* t = trigrams_ + 3 * (row - step.first_new);
+    t[2] = token;
+    t[1] = step.token[parent];
+    t[0] = parent == 0 ? c.tokens[c.tokens.size() - std::min<size_t>(2, c.tokens.size())]
+                       : step.token[std::max(0, step.parent[parent])];
+    std::memcpy(model_.previous_feature(row), model_.feature(parent), floats(1));
+    std::memcpy(model_.state(row), model_.f(parent), floats(1));
+    return row;
+  }
+
+  // Runs the rows added since step.first_new, which stand `depth` below the root; their logits.
+  const float* expand_rows(int depth, const Sequence& seq) {
+    const int first = model_.step().first_new;
+    model_.features(first, model_.step().n_rows - first, trigrams_);
+    model_.forward();
+    return model_.logits(depth, seq.h.data());
+  }
+
+  // Grows the tree depth by depth with the draft model.
+  void grow(const DraftContext& c, const Sequence& seq, int budget) {
+    Step& step = model_.step();
+    propose(CandidateTree::kRoot, expand_root(c, seq));
     const int depths = std::min(options_.depth, c.max_depth);
     double tokens = 1;  // that the tree is expected to give so far
     for (int depth = 1; depth < depths; ++depth) {
-      // Expand the most probable candidates of this depth, as far as the path to them was expanded.
+      // Expand the most probable candidates of this depth, as far as the path to them was expanded
+      // and what comes below them can still be among the best.
+      const float least = probability_of_place(budget);
       order_.clear();
       for (int i = 0; i < tree_.size(); ++i) {
         const CandidateTree::Node& node = tree_[i];
-        if (node.depth == depth &&
+        if (node.depth == depth && node.probability > least &&
             (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0))
           order_.push_back(i);
       }
       const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width),
                                      static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
       if (width == 0) return;
-      std::partial_sort(
-          order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width), order_.end(),
-          [this](int a, int b) { return tree_[a].probability > tree_[b].probability; });
+      std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width),
+                        order_.end(), [this](int a, int b) {
+                          const float x = tree_[a].probability, y = tree_[b].probability;
+                          return x != y ? x > y : a < b;
+                        });
       order_.resize(width);
       // Another depth pays if the tokens it may add are worth the time it takes.
       float mass = 0;
@@ -228,33 +292,28 @@ class ChimeraDrafter final : public Drafter {
         return;
       tokens += gain;
       const Clock::time_point start = Clock::now();
-      const int first = step.n_rows;
-      step.first_new = first;
-      int32_t trigrams[3 * DraftModel::kMaxRows];
-      for (size_t i = 0; i < width; ++i) {
-        CandidateTree::Node& node = tree_[order_[i]];
-        const int parent = node.parent < 0 ? 0 : tree_[node.parent].row;
-        const int row = node.row = step.add_row(node.token, parent == 0 ? -1 : parent, false);
-        const int32_t before = node.parent < 0 ? c.tokens.back() : tree_[node.parent].token;
-        int32_t* t = trigrams + 3 * i;
-        t[2] = node.token;
-        t[1] = before;
-        const int grandparent = node.parent < 0 ? -1 : tree_[node.parent].parent;
-        if (node.parent < 0)
-          t[0] = c.tokens[c.tokens.size() - std::min<size_t>(2, c.tokens.size())];
-        else
-          t[0] = grandparent < 0 ? c.tokens.back() : tree_[grandparent].token;
-        std::memcpy(model_.previous_feature(row), model_.feature(parent), floats(1));
-        std::memcpy(model_.state(row), model_.f(parent), floats(1));
+      step.first_new = step.n_rows;
+      for (const int i : order_) {
+        const int parent = tree_[i].parent;
+        tree_[i].row =
+            add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, tree_[i].token);
       }
-      model_.features(first, static_cast<int>(width), trigrams);
-      model_.forward();
-      const float* logits = model_.logits(depth, seq.h.data());
+      const float* logits = expand_rows(depth, seq);
       for (size_t i = 0; i < width; ++i)
         propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_width());
       const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
       depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
     }
+  }
+
+  // Of the n-th most probable candidate so far, 0 if there are fewer.
+  float probability_of_place(int n) {
+    if (tree_.size() < n) return 0;
+    probabilities_.clear();
+    for (int i = 0; i < tree_.size(); ++i) probabilities_.push_back(tree_[i].probability);
+    const auto place = probabilities_.begin() + (n - 1);
+    std::nth_element(probabilities_.begin(), place, probabilities_.end(), std::greater<>());
+    return *place;
   }
 
   ChimeraOptions options_;
@@ -267,15 +326,18 @@ class ChimeraDrafter final : public Drafter {
   size_t oldest_ = 0;
   CandidateTree tree_;
   std::vector<int> order_;
+  std::vector<float> probabilities_;
+  int32_t trigrams_[3 * DraftModel::kMaxRows];  // of the rows being added
   double depth_seconds_ = 0;  // what drafting one depth takes, averaged over the last ones
 };
 
 }  // namespace
 
-std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors,
-                                              const ChimeraOptions& options, int n_sequences,
-                                              int context) {
-  return std::make_unique<ChimeraDrafter>(target, tensors, options, n_sequences, context);
+std::unique_ptr<ChimeraDrafter> make_chimera_drafter(const Llama& target,
+                                                     const DraftTensors& tensors,
+                                                     const ChimeraOptions& options, int n_sequences,
+                                                     int context) {
+  return std::make_unique<GrowingDrafter>(target, tensors, options, n_sequences, context);
 }
 
 }  // namespace chimera

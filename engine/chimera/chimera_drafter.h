@@ -13,6 +13,7 @@
 
 #include "engine/chimera/draft_model.h"
 #include "engine/drafter.h"
+#include "engine/function_ref.h"
 
 namespace chimera {
 
@@ -24,9 +25,20 @@ struct ChimeraOptions {
   int static_vocabulary = 2048;
 };
 
+class ChimeraDrafter : public TreeDrafter {
+ public:
+  // For measuring: runs the draft model along the tokens that really follow, as far as its tree may
+  // reach. visit(depth, logits, truth), depth from 1: logits of the draft's vocabulary, index of
+  // the true token in them, -1 if it is not there.
+  virtual void follow(
+      const DraftContext& context, std::span<const int32_t> next,
+      FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;
+};
+
 // target and tensors: the tensors are no longer needed once this returns.
-std::unique_ptr<Drafter> make_chimera_drafter(const Llama& target, const DraftTensors& tensors,
-                                              const ChimeraOptions& options, int n_sequences,
-                                              int context);
+std::unique_ptr<ChimeraDrafter> make_chimera_drafter(const Llama& target,
+                                                     const DraftTensors& tensors,
+                                                     const ChimeraOptions& options, int n_sequences,
+                                                     int context);
 
 }  // namespace chimera

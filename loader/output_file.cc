@@ -1,0 +1,42 @@
+#include "loader/output_file.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "engine/error.h"
+#include "loader/text.h"
+
+namespace chimera {
+
+OutputFile::OutputFile(const std::string& path)
+    : path_(path),
+      temporary_(path + "." + std::to_string(getpid()) + ".part"),
+      file_(std::fopen(temporary_.c_str(), "wb"), std::fclose) {
+  if (!file_)
+    throw Error(printable(path_, 4096), "a file that can be written", std::strerror(errno));
+}
+
+OutputFile::~OutputFile() {
+  if (!file_) return;
+  file_.reset();
+  std::remove(temporary_.c_str());
+}
+
+void OutputFile::write(const void* bytes, size_t n) {
+  if (std::fwrite(bytes, 1, n, file_.get()) != n) fail(errno);
+}
+
+void OutputFile::commit() {
+  if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0) fail(errno);
+  if (std::rename(temporary_.c_str(), path_.c_str()) != 0) fail(errno);
+  file_.reset();
+}
+
+void OutputFile::fail(int error) const {
+  throw Error(printable(path_, 4096), "a file that can be written", std::strerror(error),
+              "free some space; what was there before is untouched");
+}
+
+}  // namespace chimera

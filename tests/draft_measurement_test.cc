@@ -1,0 +1,111 @@
+// What is said about trees without decoding with them is what decoding with them gives.
+#include "tools/draft_measurement.h"
+
+#include "loader/draft_file.h"
+#include "tests/support.h"
+
+namespace chimera::test {
+namespace {
+
+const std::string kDraft = "models/smollm2-135m-instruct.chimera.safetensors";
+
+// Tokens per pass of decoding all prompts, which must be as many as were simulated.
+PassCount decode(Session& session, Drafter* drafter,
+                 const std::vector<std::vector<int32_t>>& prompts, GenerateOptions options) {
+  PassCount count;
+  for (const auto& prompt : prompts) {
+    const Generation g = generate(session, drafter, prompt, options);
+    count.tokens += g.step_tokens;
+    count.passes += g.steps;
+    ++options.sampling.seed;
+  }
+  return count;
+}
+
+TEST(DraftMeasurement, IsWhatDecodingGives) {
+  SKIP_WITHOUT(kSmolLm2);
+  SKIP_WITHOUT(kDraft);
+  SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
+  const Loaded target = load(kSmolLm2, isas().back(), 1);
+  const DraftTensors draft = load_draft(kDraft);
+  const auto prompts = test_prompts(2, target.file.vocabulary);
+  constexpr int kContext = 256;
+  Session session(*target.model, {.context = kContext, .max_nodes = kLargestTree});
+  for (const float temperature : {0.0f, 1.0f}) {
+    const GenerateOptions options{40, {2}, {.temperature = temperature, .seed = 5}};
+    const ChimeraOptions chimera{.depth = 5, .width = 3};
+    const Measurement m = measure_draft(session, draft, chimera, prompts, options, [](double) {});
+    ASSERT_EQ(m.texts.size(), prompts.size());
+    double most = 0;
+    for (const int nodes : {1, 4, 16, kLargestTree})
+      for (const TreeSource source : {kNgramTree, kDraftTree, kHybridTree}) {
+        ChimeraOptions own = chimera;
+        own.nodes = nodes;
+        own.ngrams = source == kHybridTree;
+        std::unique_ptr<Drafter> drafter;
+        if (source == kNgramTree)
+          drafter = make_ngram_drafter({.nodes = nodes}, 1, kContext);
+        else
+          drafter = make_chimera_drafter(*target.model, draft, own, 1, kContext);
+        PassCount simulated;
+        for (const MeasuredText& text : m.texts)
+          count_passes(
+              text, [&](const MeasuredPosition& p) { return accepted_in(p.place[source], nodes); },
+              &simulated);
+        const PassCount decoded = decode(session, drafter.get(), prompts, options);
+        EXPECT_EQ(simulated.tokens, decoded.tokens) << drafter->name() << " " << nodes;
+        EXPECT_EQ(simulated.passes, decoded.passes)
+            << drafter->name() << ", " << nodes << " nodes, T " << temperature;
+        most = std::max(most, decoded.tokens_per_pass());
+      }
+    EXPECT_GT(most, 1.3) << "candidates must be accepted for this to prove anything";
+  }
+}
+
+TEST(DraftMeasurement, ReliabilityCountsWhatCameTrue) {
+  Reliability r;
+  for (int i = 0; i < 100; ++i) r.add(0.25, i < 30);
+  r.add(1.0, true);
+  r.add(0.0, false);
+  EXPECT_EQ(r.bins[5].n, 100);
+  EXPECT_EQ(r.bins[5].came_true, 30);
+  EXPECT_EQ(r.bins.back().n, 1);
+  EXPECT_EQ(r.bins.front().n, 1);
+  EXPECT_NEAR(r.expected_error(), 5.0 / 102, 1e-12);
+}
+
+TEST(DraftMeasurement, BestTemperatureIsBetweenTheMeasured) {
+  DepthAccuracy a;
+  a.known = 1;
+  for (size_t i = 0; i < a.loss.size(); ++i) {
+    const double t = DepthAccuracy::kTemperatures[i] - 0.87;
+    a.loss[i] = 2 + 3 * t * t;
+  }
+  EXPECT_NEAR(a.best_temperature(), 0.87, 1e-9);
+}
+
+// The most frequent paths, and how far a text goes along with them.
+TEST(DraftMeasurement, BestStaticTree) {
+  const auto position = [](std::vector<uint8_t> ranks) {
+    MeasuredPosition p;
+    p.rank.fill(kNotThere);
+    std::copy(ranks.begin(), ranks.end(), p.rank.begin());
+    return p;
+  };
+  RankPaths paths;
+  for (const auto& ranks :
+       {std::vector<uint8_t>{0, 0}, {0, 1}, {0, 1}, {2, 0}, {2}, {kNotThere, 0}})
+    paths.add(position(ranks));
+  paths.rank();
+  EXPECT_EQ(paths.positions(), 6);
+  ASSERT_EQ(paths.nodes().size(), 5u);
+  EXPECT_EQ(paths.nodes()[0].rank, 0);
+  EXPECT_EQ(paths.nodes()[0].count, 3);
+  EXPECT_EQ(paths.nodes()[1].count, 2);
+  EXPECT_EQ(paths.accepted(position({0, 1, 0}), 5), 2);
+  EXPECT_EQ(paths.accepted(position({0, 1}), 1), 1);
+  EXPECT_EQ(paths.accepted(position({1}), 5), 0);
+}
+
+}  // namespace
+}  // namespace chimera::test
