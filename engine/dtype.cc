@@ -224,4 +224,32 @@ void quantize_row_q8_0(const float* row, int64_t cols, std::byte* out) {
   }
 }
 
+// The rounding that minimises the error lies between the block's extremes and a range a little
+// narrower; three ranges are tried.
+void quantize_row_q4_1(const float* row, int64_t cols, std::byte* out) {
+  for (int64_t b = 0; b < cols / 32; ++b, row += 32, out += 20) {
+    const auto [low, high] = std::minmax_element(row, row + 32);
+    float least = INFINITY;
+    for (const float shrink : {0.0f, 0.04f, 0.08f}) {
+      const float margin = shrink * (*high - *low);
+      const uint16_t scale = f32_to_f16((*high - *low - 2 * margin) / 15.0f);
+      const uint16_t min = f32_to_f16(*low + margin);
+      const float d = f16_to_f32(scale), m = f16_to_f32(min), inverse = d > 0 ? 1 / d : 0.0f;
+      uint8_t q[32];
+      float error = 0;
+      for (int i = 0; i < 32; ++i) {
+        const float steps = std::clamp((row[i] - m) * inverse, 0.0f, 15.0f);
+        q[i] = static_cast<uint8_t>(steps + 0.5f);
+        const float off = static_cast<float>(q[i]) * d + m - row[i];
+        error += off * off;
+      }
+      if (!(error < least)) continue;
+      least = error;
+      std::memcpy(out, &scale, 2);
+      std::memcpy(out + 2, &min, 2);
+      for (int i = 0; i < 16; ++i) out[4 + i] = static_cast<std::byte>(q[i] | q[i + 16] << 4);
+    }
+  }
+}
+
 }  // namespace chimera

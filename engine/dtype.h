@@ -61,6 +61,8 @@ void dequantize_row(DType type, const std::byte* row, int64_t cols, float* out);
 
 // Rounds a row to Q8_0: d = max |w| / 127 as f16, q to nearest. cols: a multiple of 32.
 void quantize_row_q8_0(const float* row, int64_t cols, std::byte* out);
+// Rounds a row to Q4_1, for the draft model. cols: a multiple of 32.
+void quantize_row_q4_1(const float* row, int64_t cols, std::byte* out);
 
 // IEEE half and bfloat16 to f32 are exact; from f32 they round to nearest, ties to even.
 float f16_to_f32(uint16_t h);

@@ -16,10 +16,11 @@ TensorView view(DType type, const std::vector<std::byte>& data, int64_t rows, in
 }
 
 void round_row(DType type, const float* row, int64_t cols, std::byte* out) {
-  if (type == DType::kQ8_0)
-    quantize_row_q8_0(row, cols, out);
-  else
-    std::memcpy(out, row, static_cast<size_t>(cols) * 4);
+  switch (type) {
+    case DType::kQ4_1: quantize_row_q4_1(row, cols, out); return;
+    case DType::kQ8_0: quantize_row_q8_0(row, cols, out); return;
+    default: std::memcpy(out, row, static_cast<size_t>(cols) * 4);
+  }
 }
 
 }  // namespace
@@ -30,6 +31,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
       target_(target),
       config_(t.config),
       weight_type_(weight_type),
+      head_type_(weight_type == DType::kF32 ? DType::kF32 : DType::kQ8_0),
       head_scale_(t.head_scale) {
   const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
   if (d != target.config().hidden_size)
@@ -70,7 +72,6 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   rank_ = floats(rows * std::max(1, config_.head_rank));
   z_ = floats(rows * d);
 
-  // Weights in 8 bits; the draft's precision never touches the text.
   w1_ = prepare(t.w1, d, 3 * d);
   w2_ = prepare(t.w2, d, d);
   if (config_.skip) w3_ = prepare(t.w3, d, d);
@@ -105,9 +106,9 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
     backend_.embed(trigram_step_, target.head(), x_);
     std::memcpy(lm.data() + first * static_cast<size_t>(d), x_, n * static_cast<size_t>(d) * 4);
   }
-  head_ = prepare(lm, static_cast<int64_t>(vocabulary_.size()), d);
-  dynamic_rows_.resize(kMaxDynamic * row_bytes(weight_type, d));
-  const TensorView dynamic = view(weight_type, dynamic_rows_, kMaxDynamic, d);
+  head_ = prepare(lm, static_cast<int64_t>(vocabulary_.size()), d, head_type_);
+  dynamic_rows_.resize(kMaxDynamic * row_bytes(head_type_, d));
+  const TensorView dynamic = view(head_type_, dynamic_rows_, kMaxDynamic, d);
   dynamic_ = backend_.prepare({&dynamic, 1});
   logits_static_ = floats(rows * static_cast<int64_t>(vocabulary_.size()));
   logits_dynamic_ = floats(rows * kMaxDynamic);
@@ -134,17 +135,16 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
                    0);
 }
 
-std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows,
-                                            int64_t cols) {
+std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
+                                            DType type) {
   if (static_cast<int64_t>(w.size()) != rows * cols)
     throw Error("draft", std::to_string(rows) + " x " + std::to_string(cols) + " weights",
                 std::to_string(w.size()));
-  const size_t row = row_bytes(weight_type_, cols);
+  const size_t row = row_bytes(type, cols);
   std::vector<std::byte> rounded(static_cast<size_t>(rows) * row);
   for (int64_t r = 0; r < rows; ++r)
-    round_row(weight_type_, w.data() + r * cols, cols,
-              rounded.data() + static_cast<size_t>(r) * row);
-  const TensorView tensor = view(weight_type_, rounded, rows, cols);
+    round_row(type, w.data() + r * cols, cols, rounded.data() + static_cast<size_t>(r) * row);
+  const TensorView tensor = view(type, rounded, rows, cols);
   auto matrix = backend_.prepare({&tensor, 1});
   weight_bytes_ += matrix->bytes;
   return matrix;
@@ -163,9 +163,9 @@ void DraftModel::set_dynamic(int index, int32_t token) {
   trigram_step_->token[0] = token;
   backend_.embed(trigram_step_, target_.head(), x_);
   const int64_t d = config_.hidden_size;
-  round_row(weight_type_, x_, d,
-            dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(weight_type_, d));
-  backend_.replace_row(*dynamic_, view(weight_type_, dynamic_rows_, kMaxDynamic, d), index);
+  round_row(head_type_, x_, d,
+            dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(head_type_, d));
+  backend_.replace_row(*dynamic_, view(head_type_, dynamic_rows_, kMaxDynamic, d), index);
 }
 
 void DraftModel::features(int first, int n, const int32_t* trigrams) {

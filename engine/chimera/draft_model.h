@@ -20,11 +20,12 @@ class DraftModel {
  public:
   static constexpr int kMaxRows = 64;  // of a draft step
 
-  // Prepares the weights in 8 bits (or f32, to compare with exact values). static_vocabulary: how
-  // many of the tensors' most frequent tokens the heads choose from, besides the dynamic ones (see
-  // DynamicVocabulary).
+  // weight_type: what the weights are rounded to: 4 bits (which costs no acceptance that could be
+  // measured, and half the bytes of 8), or f32, to compare with exact values. The rows of the
+  // target's head are kept in 8 bits, or f32. static_vocabulary: how many of the tensors' most
+  // frequent tokens the heads choose from, besides the dynamic ones (set_dynamic).
   DraftModel(const Llama& target, const DraftTensors& tensors, int static_vocabulary,
-             int n_sequences, int context, DType weight_type = DType::kQ8_0);
+             int n_sequences, int context, DType weight_type = DType::kQ4_1);
 
   const DraftConfig& config() const { return config_; }
   std::span<const int32_t> vocabulary() const { return vocabulary_; }
@@ -62,14 +63,18 @@ class DraftModel {
   void set_committed(int sequence, int n) { step_->sequences[sequence].committed = n; }
 
  private:
-  std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols);
+  std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols) {
+    return prepare(w, rows, cols, weight_type_);
+  }
+  std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
+                                  DType type);
   const float* place(const std::vector<float>& vector);
   void concatenate(const float* a, const float* b, const float* weight, float* out) const;
 
   Backend& backend_;
   const Llama& target_;
   DraftConfig config_;
-  DType weight_type_;
+  DType weight_type_, head_type_;
   std::vector<int32_t> vocabulary_;
   size_t weight_bytes_ = 0;
   int n_dynamic_ = 0;
