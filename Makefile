@@ -73,7 +73,7 @@ $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
 
 $(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PROGRAM))) $(BUILD)/libchimera.a
 	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
+	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
 
 $(BUILD)/obj/%.o: %.cc
 	@mkdir -p $(@D)
