@@ -46,8 +46,9 @@ endif
 
 # Each of these first installs and fetches what is missing, then builds: in that order, since the
 # sources need the headers.
+run: export CHIMERA_PROMPT = $(value PROMPT)
 run: prepare
-	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$(PROMPT)" $(ARGS)
+	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$$CHIMERA_PROMPT" $(ARGS)
 
 test: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
