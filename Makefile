@@ -46,8 +46,9 @@ endif
 
 # Each of these first installs and fetches what is missing, then builds: in that order, since the
 # sources need the headers.
+run: export CHIMERA_PROMPT = $(value PROMPT)
 run: prepare
-	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$(PROMPT)" $(ARGS)
+	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$$CHIMERA_PROMPT" $(ARGS)
 
 test: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
@@ -73,7 +74,7 @@ $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
 
 $(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PROGRAM))) $(BUILD)/libchimera.a
 	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
+	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
 
 $(BUILD)/obj/%.o: %.cc
 	@mkdir -p $(@D)

@@ -96,8 +96,8 @@ struct RopeTable {
 
 struct Heads {
   int n_heads = 0, n_kv_heads = 0, head_dim = 0;
-  int rope_kv_heads =
-      -1;  // KV heads, and their query heads, that turn; the rest keep still. -1: all
+  // KV heads, and their query heads, that turn; the rest keep still. -1: all.
+  int rope_kv_heads = -1;
 };
 
 class Backend {
@@ -118,8 +118,8 @@ class Backend {
   // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
   virtual void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) = 0;
   virtual size_t kv_bytes(const KvShape& shape) const = 0;
-  virtual KvCache bind_kv(const KvShape& shape,
-                          void* memory) const = 0;  // memory: kv_bytes, zeroed
+  // memory: kv_bytes() of it, zeroed.
+  virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;
   // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and
   // products as wide as max_cols. Throws away what an earlier call reserved if that was less.
   virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,

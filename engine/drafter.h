@@ -29,8 +29,8 @@ struct KeptRows {
   Backend& backend;
   int sequence;
   int64_t text;  // as above
-  std::span<const int32_t>
-      tokens;  // the text, up to and including the token after the last kept row
+  // The text, up to and including the token after the last kept row.
+  std::span<const int32_t> tokens;
   int n_kept;
   int committed;        // positions kept in all; the kept rows are the last n_kept of them
   const float* states;  // (n_kept, hidden) after the target's final norm

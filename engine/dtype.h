@@ -47,11 +47,11 @@ const DTypeInfo& dtype_info(DType type);
 size_t row_bytes(DType type, int64_t cols);
 
 // How activations are rounded before they meet weights of this type: the first half of the
-// arithmetic contract (backend.h has the rest).
+// arithmetic contract (cpu/kernels.h has the rest).
 enum class Activation : uint8_t {
-  kF32,   // as they are                    (F32 and F16 weights)
-  kBF16,  // rounded to bf16                (BF16 weights)
-  kQ8,  // int8 in blocks of 32 with an f32 scale and the block's integer sum (all quantised types)
+  kF32,   // as they are                                  (F32 and F16 weights)
+  kBF16,  // rounded to bf16                              (BF16 weights)
+  kQ8,    // int8 in blocks of 32 with an f32 scale and the block's sum  (quantised weights)
 };
 Activation activation_for(DType type);
 

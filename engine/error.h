@@ -1,9 +1,7 @@
 // The one error type. Its text is one line: where, what was expected, what was found, what to do.
 //
-//   throw Error("model.gguf: tensor 'output.weight'", "49152 columns", "1024",
-//               "the file is damaged: download it again");
-//   -> model.gguf: tensor 'output.weight': expected 49152 columns, found 1024; the file is damaged:
-//   ...
+//   throw Error("m.gguf: tensor 'output.weight'", "49152 columns", "1024", "download it again");
+//   -> m.gguf: tensor 'output.weight': expected 49152 columns, found 1024; download it again
 //
 // Exceptions are used inside the library and caught at its boundary (tools/).
 #pragma once

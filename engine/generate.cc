@@ -15,7 +15,7 @@ const char* stop_name(Stop stop) {
 }
 
 Generation generate(Session& session, Drafter* drafter, std::span<const int32_t> prompt,
-                    const GenerateOptions& options, const std::function<bool(int32_t)>& token) {
+                    const GenerateOptions& options, const std::function<void(int32_t)>& token) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
@@ -29,33 +29,34 @@ Generation generate(Session& session, Drafter* drafter, std::span<const int32_t>
   g.ids.reserve(limit);
   session.start(0, prompt, options.sampling);
   const Clock::time_point start = Clock::now();
-  while (g.ids.size() < limit) {
+  bool done = false;
+  while (!done && g.ids.size() < limit) {
+    if (options.cancelled && options.cancelled()) {
+      g.stop = Stop::kCancelled;
+      break;
+    }
     const Clock::time_point step_start = Clock::now();
     session.step(drafter);
     if (session.emitted(0) == 0) continue;  // inside the prompt
-    const auto emitted = session.tokens(0).last(static_cast<size_t>(session.emitted(0)));
-    size_t used = 0;
-    bool done = false;
-    if (g.ids.empty()) g.prompt_seconds = seconds_since(start);
     const bool prompt_pass = g.ids.empty();
-    while (!done && used < emitted.size() && g.ids.size() < limit) {
-      const int32_t id = emitted[used++];
+    if (prompt_pass) g.prompt_seconds = seconds_since(start);
+    const size_t before = g.ids.size();
+    for (const int32_t id : session.tokens(0).last(static_cast<size_t>(session.emitted(0)))) {
       g.ids.push_back(id);
-      const bool eos = std::find(options.eos.begin(), options.eos.end(), id) != options.eos.end();
-      const bool go_on = !token || token(id);
-      if (eos || !go_on) {
-        g.stop = eos ? Stop::kEos : Stop::kCancelled;
+      if (token) token(id);
+      if (std::find(options.eos.begin(), options.eos.end(), id) != options.eos.end()) {
+        g.stop = Stop::kEos;
         done = true;
       }
+      if (done || g.ids.size() == limit) break;
     }
     if (!prompt_pass) {
       ++g.steps;
-      g.step_tokens += static_cast<int>(used);
+      g.step_tokens += static_cast<int>(g.ids.size() - before);
       g.drafted += session.drafted(0);
       g.step_seconds += seconds_since(step_start);
     }
     session.truncate(0, static_cast<int>(prompt.size() + g.ids.size()));
-    if (done) break;
   }
   session.stop(0);
   return g;

@@ -16,6 +16,7 @@ struct GenerateOptions {
   int max_tokens = -1;  // -1: until the context is full
   std::vector<int32_t> eos;
   Sampling sampling;
+  std::function<bool()> cancelled = nullptr;  // asked before every step, the prompt's too
 };
 
 struct Generation {
@@ -39,10 +40,9 @@ struct Generation {
 
 // Decodes sequence 0 of the session from a new prompt. The text ends where plain decoding would end
 // it: at the first end-of-text token or after max_tokens, inside an accepted path too. token(id) is
-// called for every generated token; it returns false to cancel. drafter: nullptr for plain
-// decoding.
+// called for every generated token. drafter: nullptr for plain decoding.
 Generation generate(Session& session, Drafter* drafter, std::span<const int32_t> prompt,
                     const GenerateOptions& options,
-                    const std::function<bool(int32_t)>& token = nullptr);
+                    const std::function<void(int32_t)>& token = nullptr);
 
 }  // namespace chimera

@@ -14,8 +14,8 @@
 
 namespace chimera {
 
-inline constexpr int kMatchesPerLength =
-    16;  // older occurrences looked at; a text of one token has many
+// Older occurrences looked at; a text of one token has many.
+inline constexpr int kMatchesPerLength = 16;
 
 class NgramIndex {
  public:
@@ -88,13 +88,12 @@ inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int3
     index.matches(tokens, n, [&](size_t position) {
       const int before = tree->size();
       int node = CandidateTree::kRoot;
-      // An older occurrence, or a shorter match, is believed only as far as the ones before it
-      // fail.
+      // An older occurrence, or a shorter match, counts only where the ones before it fail.
       float p = continuations == 0 ? 1.0f : 0.4f / static_cast<float>(continuations);
       for (size_t i = 1;
            i <= kDepth && position + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
-        p *= kProbability[std::min(n + static_cast<int>(i) - 1,
-                                   kLongest)];  // each token that agrees makes the match longer
+        // Each token that agrees makes the match longer.
+        p *= kProbability[std::min(n + static_cast<int>(i) - 1, kLongest)];
         node = tree->add(node, tokens[position + i], p);
       }
       continuations += tree->size() > before;  // a longer match comes up again as a shorter one

@@ -3,9 +3,9 @@
 //
 // In this order:
 //   1. temperature below 0.001: the largest logit, ties to the lowest id. Done.
-//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down to
-//   a
-//      multiple of 2^-34: then every sum below is exact in double, and so the same in any order.
+//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down
+//      to a multiple of 2^-34: then every sum below is exact in double (up to 2^19 tokens), and so
+//      the same in any order.
 //   3. top-k: keep the k largest e (0: all).
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches
 //      top_p * (sum of all that are left); 1 keeps all.

@@ -66,6 +66,13 @@ MemoryPlan Session::plan(const LlamaConfig& config, const Backend& backend,
   return lay_out(config, backend, options).plan;
 }
 
+void Session::reserve(const LlamaConfig& c, Backend& backend, const SessionOptions& options) {
+  const Layout l = lay_out(c, backend, options);
+  backend.reserve(l.max_rows, l.kv_shape.capacity,
+                  std::max({c.hidden_size, c.ffn_size, c.q_size()}),
+                  {c.n_heads, c.n_kv_heads, c.head_dim}, c.vocab_size);
+}
+
 Session::Session(const Llama& model, const SessionOptions& options)
     : model_(model), options_(options) {
   const LlamaConfig& c = model.config();
@@ -90,8 +97,7 @@ Session::Session(const Llama& model, const SessionOptions& options)
   fill_rope_table(c, options.context, cos.data(), sin.data());
   backend.upload(floats(l.rope_cos), cos.data(), table * 4);
   backend.upload(floats(l.rope_sin), sin.data(), table * 4);
-  backend.reserve(l.max_rows, l.kv_shape.capacity,
-                  std::max({c.hidden_size, c.ffn_size, c.q_size()}), model.heads(), c.vocab_size);
+  reserve(c, backend, options);
 
   texts_.resize(static_cast<size_t>(options.n_sequences));
   for (Text& text : texts_) text.tokens.reserve(static_cast<size_t>(options.context) + 1);

@@ -24,8 +24,8 @@ struct SessionOptions {
   int max_nodes = 0;      // candidates a sequence and step at most, without the root
   int prefill_rows = 64;  // prompt tokens a step; changes speed and memory, never a bit
   DType kv_type = DType::kF16;
-  std::vector<int> tap_layers =
-      {};  // layers whose residual stream is kept besides the final states
+  // Layers whose residual stream is kept besides the final states.
+  std::vector<int> tap_layers = {};
 };
 
 class Session {
@@ -33,9 +33,11 @@ class Session {
   // Allocates everything it will ever need. Throws Error if an option is out of range.
   Session(const Llama& model, const SessionOptions& options);
 
-  // What the constructor will allocate, weights apart.
+  // What the constructor will allocate, weights and the backend's scratch apart, and ...
   static MemoryPlan plan(const LlamaConfig& config, const Backend& backend,
                          const SessionOptions& options);
+  // ... what it asks of the backend, see Backend::reserve().
+  static void reserve(const LlamaConfig& config, Backend& backend, const SessionOptions& options);
 
   const SessionOptions& options() const { return options_; }
   const Llama& model() const { return model_; }
@@ -69,8 +71,8 @@ class Session {
   void measure_cost();
   const CostCurve& cost() const { return cost_; }
 
-  // The last step and what it computed; rows kept are the first n_kept of each sequence in
-  // states().
+  // The last step and what it computed; the rows kept are the first n_kept of each sequence in
+  // states() and taps().
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
   const float* taps() const { return activations_.taps; }
@@ -90,8 +92,8 @@ class Session {
     bool active = false;
     int emitted = 0, drafted = 0;
   };
-  int pending(
-      int sequence) const;  // tokens of the text that are not in the KV cache; 0: nothing to do
+  // Tokens of the text that are not in the KV cache; 0: nothing to do.
+  int pending(int sequence) const;
   void read_back(int sequence);
 
   const Llama& model_;

@@ -5,17 +5,39 @@
 #include <new>
 
 namespace {
+
 std::atomic<int64_t> count{0};
+
+void* counted(void* p) {
+  ++count;
+  return p != nullptr ? p : throw std::bad_alloc();
 }
 
+}  // namespace
+
+// The other forms (arrays, nothrow) call these.
 void* operator new(size_t n) {
-  ++count;
-  if (void* p = std::malloc(n ? n : 1)) return p;
-  throw std::bad_alloc();
+  return counted(std::malloc(n ? n : 1));
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
+void* operator new(size_t n, std::align_val_t alignment) {
+  const auto a = static_cast<size_t>(alignment);
+  return counted(std::aligned_alloc(a, (n + a - 1) / a * a));
+}
+void operator delete(void* p) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, size_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
 
 namespace chimera::test {
-int64_t allocation_count() { return count; }
+int64_t allocation_count() {
+  return count;
+}
 }  // namespace chimera::test

@@ -4,7 +4,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
@@ -12,7 +11,6 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
-#include <thread>
 
 namespace {
 
@@ -51,7 +49,9 @@ class CliTest : public testing::Test {
     return content.str();
   }
 
-  pid_t start(const Args& args, const std::string& standard_input = "") {
+  // stream: 1 or 2, which then goes into the pipe `writer` instead of the file.
+  pid_t start(const Args& args, const std::string& standard_input = "", int stream = 0,
+              int writer = -1) {
     write("in", standard_input);
     Args all = {binary()};
     all.insert(all.end(), args.begin(), args.end());
@@ -64,6 +64,7 @@ class CliTest : public testing::Test {
       dup2(open(in.c_str(), O_RDONLY), 0);
       dup2(open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 1);
       dup2(open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
+      if (stream > 0) dup2(writer, stream);
       execv(argv[0], argv.data());
       dprintf(2, "%s: not there; build it with make\n", argv[0]);
       _exit(127);
@@ -79,6 +80,8 @@ class CliTest : public testing::Test {
   Output chimera(const Args& args, const std::string& standard_input = "") {
     return finish(start(args, standard_input));
   }
+  std::pair<int, std::string> interrupted(int stream, const Args& args,
+                                          const std::string& standard_input = "");
   json object(const Args& args) {
     const Output o = chimera(args);
     EXPECT_EQ(o.code, 0) << o.err;
@@ -137,7 +140,8 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"run", "-m"}, 2, "-m: expected MODEL, found nothing");
   expect_error({"run", "-m", "-p", "x"}, 2, "-m: expected MODEL, found the flag -p");
   expect_error({"run", "--json=yes"}, 2, "--json: expected no value, found 'yes'");
-  expect_error({"run", "--drafter", "guess"}, 2, "expected none, ngram, chimera, hybrid or best, found 'guess'");
+  expect_error({"run", "--drafter", "guess"}, 2,
+               "expected none, ngram, chimera, hybrid or best, found 'guess'");
   expect_error({"run", "--device=gpu"}, 2, "expected cpu, cuda or auto, found 'gpu'");
   expect_error({"run", "-m", "x", "-p", "a", "-f", "b"}, 2, "expected -p or -f, found both");
   expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
@@ -299,19 +303,42 @@ TEST_F(CliTest, OutputThatCannotBeWritten) {
   EXPECT_EQ(read("err").find("chimera:"), std::string::npos) << read("err");
 }
 
+// Ctrl-C once something has come on standard output (1) or standard error (2): what that stream
+// holds in the end, and the exit code.
+std::pair<int, std::string> CliTest::interrupted(int stream, const Args& args,
+                                                 const std::string& standard_input) {
+  int ends[2];
+  EXPECT_EQ(pipe(ends), 0);
+  const pid_t pid = start(args, standard_input, stream, ends[1]);
+  close(ends[1]);
+  std::string text;
+  char buffer[4096];
+  for (ssize_t n; (n = ::read(ends[0], buffer, sizeof buffer)) > 0;) {
+    if (text.empty()) kill(pid, SIGINT);
+    text.append(buffer, static_cast<size_t>(n));
+  }
+  close(ends[0]);
+  return {finish(pid).code, text};
+}
+
 TEST_F(CliTest, CtrlCEndsTheText) {
   SKIP_IF_ABSENT(kSmolLm2);
   // So hot that an end of text is not to be expected.
-  const pid_t pid = start({"run", "-m", kSmolLm2, "-p", "Hi", "-n", "8000", "--temp", "100"});
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-  while (read("out").empty() && std::chrono::steady_clock::now() < deadline) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  }
-  kill(pid, SIGINT);
-  const Output o = finish(pid);
-  EXPECT_EQ(o.code, 130);
-  EXPECT_TRUE(o.out.ends_with("\n"));
-  EXPECT_NE(o.err.find("| generated: "), std::string::npos) << o.err;
+  const auto [code, out] =
+      interrupted(1, {"run", "-m", kSmolLm2, "-p", "Hi", "-n", "8000", "--temp", "100"});
+  EXPECT_EQ(code, 130);
+  EXPECT_TRUE(out.ends_with("\n"));
+  EXPECT_NE(read("err").find("| generated: "), std::string::npos) << read("err");
+}
+
+TEST_F(CliTest, CtrlCEndsAPrompt) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  std::string words;
+  for (int i = 0; i < 7000; ++i) words += "a ";
+  const auto [code, err] = interrupted(2, {"run", "-m", kSmolLm2}, words);
+  EXPECT_EQ(code, 130);
+  EXPECT_EQ(read("out"), "\n");
+  EXPECT_NE(err.find("| generated: 0 tokens"), std::string::npos) << err;
 }
 
 TEST_F(CliTest, ChatAndRaw) {
@@ -377,12 +404,15 @@ TEST_F(CliTest, Bench) {
   EXPECT_NE(table.out.find("All texts were the same"), std::string::npos) << table.out;
 }
 
-// What a draft learns from: answers that depend on the prompt alone, not on who else is in the batch.
+// What a draft learns from: answers that depend on the prompt alone, not on who else is in the
+// batch.
 TEST_F(CliTest, TrainData) {
   SKIP_IF_ABSENT(kStories);
-  const std::string prompts = write("prompts.txt", "Once upon a time\nLily saw a big dog\nThe sun\nOne day, Tim\n");
+  const std::string prompts =
+      write("prompts.txt", "Once upon a time\nLily saw a big dog\nThe sun\nOne day, Tim\n");
   const auto data = [&](const std::string& output, const Args& more) {
-    Args args = {"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / output, "-n", "24", "--max-prompt", "40", "--threads", "1"};
+    Args args = {"train",          "data", "-m", kStories,       "--prompts", prompts,     "-o",
+                 folder_ / output, "-n",   "24", "--max-prompt", "40",        "--threads", "1"};
     args.insert(args.end(), more.begin(), more.end());
     const Output o = chimera(args);
     EXPECT_EQ(o.code, 0) << o.err;
@@ -393,7 +423,8 @@ TEST_F(CliTest, TrainData) {
     EXPECT_EQ(json::parse(line)["chimera_data"], 1);
     while (std::getline(lines, line)) {
       const json record = json::parse(line);
-      EXPECT_TRUE(answers.emplace(record["prompt"], record["ids"].get<std::vector<int>>()).second) << "answered twice";
+      EXPECT_TRUE(answers.emplace(record["prompt"], record["ids"].get<std::vector<int>>()).second)
+          << "answered twice";
     }
     return answers;
   };
@@ -407,8 +438,12 @@ TEST_F(CliTest, TrainData) {
   const std::string text = read("whole");
   write("whole", text.substr(0, text.size() - 30));
   EXPECT_EQ(data("whole", {"--sequences", "2"}), whole);
-  expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"}, 1, "made with the same model and settings");
-  expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x", "--shard", "2/2"}, 2, "0 <= i < n");
+  expect_error(
+      {"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"},
+      1, "made with the same model and settings");
+  expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x",
+                "--shard", "2/2"},
+               2, "0 <= i < n");
   expect_error({"train", "dance"}, 2, "expected data, fit or eval");
 }
 

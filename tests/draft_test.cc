@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "engine/chimera/chimera_drafter.h"
+#include "loader/draft_file.h"
+#include "tests/allocation_counter.h"
 #include "tests/support.h"
 
 namespace chimera::test {
@@ -160,6 +162,38 @@ TEST(Draft, ChangesNoText) {
       }
   }
   EXPECT_GT(tau / runs, 1.6) << "the prototype drafts better than this";
+}
+
+// The draft in models/, needed by `make run`: it fits the model, changes no text, and after the
+// first step nothing is allocated, with a tree of fixed size and with one that follows the costs.
+TEST(Draft, TheOneThatShips) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  const DraftTensors tensors = load_draft("models/smollm2-135m-instruct.chimera.safetensors");
+  EXPECT_EQ(tensors.target_fingerprint, fingerprint(target.file.tensors, target.file.vocabulary));
+  const Message message{"user", "Count from one to twenty in words, twice. Then explain why."};
+  const std::vector<int32_t> prompt =
+      encode_chat(Tokenizer(target.file.vocabulary), ChatFormat::kChatMl, {&message, 1}, true);
+  for (const bool costs : {false, true}) {
+    Session session(*target.model, {.context = 256, .max_nodes = 16, .prefill_rows = 16});
+    if (costs) session.measure_cost();
+    for (const bool ngrams : {false, true}) {
+      const auto drafter =
+          make_chimera_drafter(*target.model, tensors, {.nodes = 16, .ngrams = ngrams}, 1, 256);
+      const Sampling sampling{
+          .temperature = 0.7f, .top_k = 100, .top_p = 0.95f, .min_p = 0.01f, .seed = 5};
+      const Generation plain =
+          generate(session, nullptr, prompt, {.max_tokens = 60, .eos = {}, .sampling = sampling});
+      session.start(0, prompt, sampling);
+      session.step(drafter.get());  // the first of several for the prompt
+      const int64_t before = allocation_count();
+      while (session.tokens(0).size() < prompt.size() + plain.ids.size())
+        session.step(drafter.get());
+      EXPECT_EQ(allocation_count() - before, 0) << drafter->name();
+      const auto text = session.tokens(0).subspan(prompt.size(), plain.ids.size());
+      EXPECT_TRUE(std::equal(text.begin(), text.end(), plain.ids.begin())) << drafter->name();
+    }
+  }
 }
 
 }  // namespace

@@ -196,6 +196,7 @@ TEST(LlamaGgufTest, RefusesModelsThatMakeNoSense) {  // bad_inputs 37 to 42, 17
       {"heads % kv", u32(a + "head_count_kv", 3), {"2 heads", "3 KV heads"}},
       {"odd head", u32(a + "head_count", 4), {"even head size", "found 1"}},
       {"odd key_length", u32(a + "key_length", 3), {"even head size", "found 3"}},
+      {"huge head", u32(a + "key_length", 1026), {"key_length", "from 1 to 1024", "found 1026"}},
       {"value_length", u32(a + "value_length", 4), {"value_length", "expected 2", "found 4"}},
       {"rope dims", u32(r + "dimension_count", 1), {"dimension_count", "expected 2", "found 1"}},
       {"negative", [=](auto& b) { b.set(l + "block_count", 5, raw(-1)); }, {"block_count", "-1"}},

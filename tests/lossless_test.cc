@@ -69,7 +69,17 @@ void expect_same(const float* a, const float* b, size_t n, const std::string& wh
   ASSERT_EQ(std::memcmp(a, b, n * 4), 0) << what << ": " << n << " values differ in bits";
 }
 
-// Every node of a random tree against the same text run token by token.
+// Appends the tree to the step as rows of a sequence and returns its first row.
+int add_tree(Step& step, int sequence, const Tree& tree) {
+  const int first = step.n_rows;
+  step.begin_sequence(sequence);
+  for (size_t i = 0; i < tree.token.size(); ++i)
+    step.add_row(tree.token[i], tree.parent[i] < 0 ? -1 : first + tree.parent[i], true);
+  return first;
+}
+
+// Every node of a random tree, between the trees of two other sequences, against the same text run
+// token by token.
 void check_tree(const Llama& model, std::mt19937& random, int committed, int nodes,
                 int prompt_chunk, int check_every, DType kv_type) {
   const int vocab = model.config().vocab_size;
@@ -78,16 +88,20 @@ void check_tree(const Llama& model, std::mt19937& random, int committed, int nod
   const std::vector<int32_t> prefix = random_tokens(random, committed, vocab);
   const Tree tree = random_tree(random, nodes, vocab);
   Session session(model, {.context = committed + nodes + 1,
+                          .n_sequences = 3,
                           .max_nodes = nodes,
                           .prefill_rows = prompt_chunk,
                           .kv_type = kv_type});
-  session.start(0, std::vector<int32_t>{0}, {});
-  commit(session, 0, prefix, prompt_chunk);
+  for (int s = 0; s < 3; ++s) {
+    session.start(s, std::vector<int32_t>{0}, {});
+    const int n = committed / (s + 1);
+    commit(session, s, s == 1 ? prefix : random_tokens(random, n, vocab), prompt_chunk);
+  }
   Step& step = session.edit_step();
   step.clear();
-  step.begin_sequence(0);
-  for (int i = 0; i < nodes; ++i)
-    step.add_row(tree.token[static_cast<size_t>(i)], tree.parent[static_cast<size_t>(i)], true);
+  add_tree(step, 0, random_tree(random, 1 + nodes / 5, vocab));
+  const auto first = static_cast<size_t>(add_tree(step, 1, tree));
+  add_tree(step, 2, random_tree(random, 1 + nodes / 3, vocab));
   session.forward();
   for (int i = static_cast<int>(random() % static_cast<unsigned>(check_every)); i < nodes;
        i += check_every) {
@@ -98,10 +112,9 @@ void check_tree(const Llama& model, std::mt19937& random, int committed, int nod
     const Alone alone = run_alone(model, text, kv_type);
     const std::string what = "node " + std::to_string(i) + " of " + std::to_string(nodes) +
                              " after " + std::to_string(committed);
-    expect_same(session.logits() + static_cast<size_t>(i) * width, alone.logits.data(), width,
-                what + ", logits");
-    expect_same(session.states() + static_cast<size_t>(i) * hidden, alone.states.data(), hidden,
-                what + ", states");
+    const size_t row = first + static_cast<size_t>(i);
+    expect_same(session.logits() + row * width, alone.logits.data(), width, what + ", logits");
+    expect_same(session.states() + row * hidden, alone.states.data(), hidden, what + ", states");
   }
 }
 

@@ -123,13 +123,21 @@ TEST_F(SessionTest, OptionsOutOfRangeAreRefused) {
     EXPECT_THROW(Session(model(), o), Error);
 }
 
-TEST_F(SessionTest, CancelStopsAtOnce) {
-  Session session(model(), {.context = 128});
-  int seen = 0;
-  const Generation g =
-      generate(session, nullptr, std::vector<int32_t>{1}, {}, [&](int32_t) { return ++seen < 5; });
-  EXPECT_EQ(g.ids.size(), 5u);
-  EXPECT_EQ(g.stop, Stop::kCancelled);
+TEST_F(SessionTest, CancelStopsBeforeTheNextStep) {
+  Session session(model(), {.context = 128, .prefill_rows = 16});
+  int seen = 0, asked = 0;
+  GenerateOptions options;
+  options.cancelled = [&] { return seen == 5; };
+  const Generation text =
+      generate(session, nullptr, std::vector<int32_t>{1}, options, [&](int32_t) { ++seen; });
+  EXPECT_EQ(text.ids.size(), 5u);
+  EXPECT_EQ(text.stop, Stop::kCancelled);
+
+  options.cancelled = [&] { return ++asked == 3; };  // inside the prompt
+  const Generation none = generate(session, nullptr, std::vector<int32_t>(100, 1), options);
+  EXPECT_TRUE(none.ids.empty());
+  EXPECT_EQ(none.stop, Stop::kCancelled);
+  EXPECT_EQ(session.last_step().sequences[0].committed, 2 * 16);
 }
 
 // The states that a draft model reads: after a step they belong to the rows kept, in order; a

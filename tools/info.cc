@@ -4,6 +4,7 @@
 
 #include "engine/session.h"
 #include "tools/commands.h"
+#include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -33,14 +34,6 @@ std::array<WeightType, kDTypeCount> count_weights(const LlamaTensors& t) {
     add({l.attn_norm, l.wq, l.wk, l.wv, l.wo, l.ffn_norm, l.w_gate, l.w_up, l.w_down});
   }
   return types;
-}
-
-// What Session's constructor reserves beside its plan.
-size_t scratch_bytes(Backend& backend, const LlamaConfig& c, const SessionOptions& o) {
-  const int rows = std::max(o.prefill_rows, o.max_nodes + 1);
-  backend.reserve(rows, o.context + rows, std::max({c.hidden_size, c.ffn_size, c.q_size()}),
-                  {c.n_heads, c.n_kv_heads, c.head_dim}, c.vocab_size);
-  return backend.reserved_bytes();
 }
 
 std::string row(std::string label, const std::string& value) {
@@ -80,9 +73,11 @@ int info(const std::vector<std::string>& args) {
   const auto backend = make_backend("cpu", {});
   const Model model(*path);
   const LlamaConfig& c = model.file.tensors.config;
-  SessionOptions options{.context = ctx.value_or(std::min(c.max_context, 2048)), .max_nodes = 8};
+  const SessionOptions options{.context = ctx.value_or(std::min(c.max_context, 2048)),
+                               .max_nodes = DrafterFlags::kMostNodes};
   const MemoryPlan plan = Session::plan(c, *backend, options);
-  const size_t scratch = scratch_bytes(*backend, c, options);
+  Session::reserve(c, *backend, options);
+  const size_t scratch = backend->reserved_bytes();
 
   const auto types = count_weights(model.file.tensors);
   int64_t parameters = 0;

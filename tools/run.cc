@@ -115,7 +115,7 @@ std::string read_prompt(const Options& o) {
     return read_all(file.get(), printable(*o.file, 4096));
   }
   if (isatty(STDIN_FILENO)) note("The prompt, please; Ctrl-D on a line of its own ends it.");
-  const std::string text = read_all(stdin, "standard input");
+  std::string text = read_all(stdin, "standard input");
   if (text.empty()) {
     throw UsageError("standard input", "a prompt", "nothing", "give one with -p TEXT or -f FILE");
   }
@@ -185,6 +185,7 @@ int run(const std::vector<std::string>& args) {
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
   if (!plain && !o.drafting.nodes) session.measure_cost();
   load_seconds += seconds_since(start);
+  end_text_on_interrupt();
   if (!o.json) {
     note(model.name() + " on " + backend->description() + ", loaded in " +
          fixed_text(load_seconds, 2) + " s");
@@ -200,11 +201,9 @@ int run(const std::vector<std::string>& args) {
     text += piece;
     if (!o.json && !piece.empty()) print(piece);
   };
-  end_text_on_interrupt();
-  const Generation g = generate(session, drafter.get(), prompt, options, [&](int32_t id) {
-    emit(decoder.push(id));
-    return interrupted == 0;
-  });
+  options.cancelled = [] { return interrupted != 0; };
+  const Generation g = generate(session, drafter.get(), prompt, options,
+                                [&](int32_t id) { emit(decoder.push(id)); });
   emit(decoder.finish());
   if (!text.ends_with('\n') && !o.json) print("\n");
 
