@@ -447,4 +447,51 @@ TEST_F(CliTest, TrainData) {
   expect_error({"train", "dance"}, 2, "expected data, fit or eval");
 }
 
+TEST_F(CliTest, TrainEval) {
+  const std::string draft = "models/smollm2-135m-instruct.chimera.safetensors";
+  SKIP_IF_ABSENT(kSmolLm2);
+  SKIP_IF_ABSENT(draft);
+  SKIP_IF_ABSENT(kStories);
+  const std::string one = write("one.txt", "Why is the sky blue?\nCount to ten.\n"),
+                    two = write("two<.txt", "Name three colours.\n"), svg = folder_ / "x.svg";
+  const Args args = {"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts",
+                     one + "," + two, "-n", "12", "--depth", "3", "--threads", "1"};
+  Args with_json = args;
+  with_json.insert(with_json.end(), {"--json", "--svg", svg});
+  const json o = object(with_json);
+  ASSERT_EQ(o["rows"].size(), 4u);  // two files at two temperatures
+  const json& row = o["rows"][0];
+  EXPECT_EQ(row["prompts"], "one.txt");
+  EXPECT_EQ(row["n_prompts"], 2);
+  EXPECT_EQ(row["temperature"], 0.0);
+  EXPECT_EQ(o["rows"][1]["temperature"], 1.0);
+  EXPECT_EQ(row["positions"], 22);
+  EXPECT_EQ(row["depths"].size(), 3u);
+  for (const std::string tree : {"ngram", "static", "dynamic", "hybrid"}) {
+    EXPECT_GE(row["tokens_per_pass"][tree]["4"], 1.0);
+    EXPECT_GE(row["tokens_per_pass"][tree]["60"], row["tokens_per_pass"][tree]["4"]);
+    EXPECT_LE(row["tokens_per_pass"][tree]["60"], tree == "static" || tree == "dynamic" ? 4.0 : 11.0);
+  }
+  EXPECT_FALSE(row["tokens_per_pass"].contains("chain")) << "all are deeper than --depth";
+  const std::string picture = read("x.svg");
+  EXPECT_TRUE(picture.starts_with("<svg ")) << picture.substr(0, 80);
+  EXPECT_TRUE(picture.ends_with("</svg>\n"));
+  EXPECT_NE(picture.find("two&lt;.txt"), std::string::npos);
+
+  const Output table = chimera(args);
+  EXPECT_EQ(table.code, 0);
+  EXPECT_EQ(table.err, "");
+  EXPECT_NE(table.out.find("two<.txt, temperature 1: 1 prompt, 11 positions"), std::string::npos)
+      << table.out;
+
+  expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft}, 2, "expected -m MODEL, --draft");
+  expect_error({"train", "eval", "-m", kStories, "--draft", draft, "--prompts", one}, 1,
+               "a draft for");
+  expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts", one + ",absent"}, 1,
+               "absent");
+  Args unwritable = args;
+  unwritable.insert(unwritable.end(), {"--svg", folder_ / "no" / "x.svg"});
+  expect_error(unwritable, 1, "a file that can be written");
+}
+
 }  // namespace
