@@ -11,8 +11,10 @@
 namespace chimera::test {
 namespace {
 
-// Emulated everywhere; on the device as well where there is one.
+// Emulated everywhere; on the device as well where there is one, or only there (gpu_check.sh).
 std::vector<std::string> devices() {
+  const char* only = std::getenv("CHIMERA_TEST_DEVICE");
+  if (only != nullptr) return {only};
   std::vector<std::string> names = {"emulated"};
   if (cuda_available()) names.push_back("cuda");
   return names;
