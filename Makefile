@@ -3,22 +3,30 @@
 # make bench      measure                  make clean
 #
 # DEBUG=1   SANITIZE=address,undefined
-# CUDA=1 is to come: cuda/ runs under the tests' emulator only, and the program links its stub.
+# CUDA=0|1  with the CUDA backend (default: where nvcc is found)   CUDA_ARCHS="80 89 90a"
 # PROMPT="..." ARGS="--temp 0.7 ..."  for make run
 
 PROMPT ?= Why is the sky blue? Answer in three sentences.
 ARGS   ?=
-CUDA   ?= 0
-ifeq (1,$(CUDA))
-$(error CUDA=1: the CUDA backend is not wired into the program yet; build with CUDA=0)
-endif
 CXX    ?= g++
 BUILD  ?= build$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(filter 1,$(DEBUG)),-debug)
 comma  := ,
 
+NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA   ?= $(if $(SANITIZE),0,$(if $(NVCC),1,0))
+# sm_80: A100; 89: RTX 40, L4; 90a: H100, H200. Later ones compile the PTX of 90 when they first run it.
+CUDA_ARCHS ?= 80 89 90a
+ifeq (1,$(CUDA))
+ifeq (,$(NVCC))
+$(error CUDA=1: expected nvcc on the PATH or in /usr/local/cuda/bin, found none; install the CUDA Toolkit or build with CUDA=0)
+endif
+CUDA_HOME := $(abspath $(dir $(realpath $(shell command -v $(lastword $(NVCC)))))/..)
+endif
+
 CXXFLAGS := -std=c++20 -I. -Wall -Wextra -Wpedantic -Werror -g -MMD -MP -ffp-contract=off \
             $(if $(filter 1,$(DEBUG)),-O0,-O2) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
-LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE))
+LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE)) \
+            $(if $(filter 1,$(CUDA)),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt)
 
 # Files of one instruction set carry its name; nothing else is compiled with its flags.
 FLAGS_avx2   := -mavx2 -mfma -mf16c
@@ -27,12 +35,19 @@ FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx51
                 -Wno-uninitialized -Wno-maybe-uninitialized
 FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
-LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) cuda/stub.cc
+# -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).
+NVCCFLAGS := -std=c++20 -I. -O3 -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
+             -Werror all-warnings -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
+             -DCHIMERA_CUDA_ARCHS='"$(CUDA_ARCHS), PTX 90"' -gencode arch=compute_90,code=compute_90 \
+             $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
+
+LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) \
+           $(if $(filter 1,$(CUDA)),cuda/cuda_backend.cu,cuda/stub.cc)
 PROGRAM := $(wildcard tools/*.cc)
 # The tests run the CUDA kernels on the CPU, on machines with a toolkit and without.
 TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
 
-objects  = $(patsubst %.cc,$(BUILD)/obj/%.o,$(1))
+objects  = $(addprefix $(BUILD)/obj/,$(addsuffix .o,$(basename $(1))))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 
 .PHONY: all run test test-full bench clean prepare
@@ -64,9 +79,15 @@ prepare:
 	@tools/fetch_model.sh || echo "continuing without the model"
 	@$(MAKE) -s --no-print-directory $(BUILD)/chimera $(if $(filter test%,$(MAKECMDGOALS)),$(BUILD)/chimera_tests)
 
-$(BUILD)/libchimera.a: $(call objects,$(LIBRARY))
+$(BUILD)/libchimera.a: $(call objects,$(LIBRARY)) $(BUILD)/cuda-$(CUDA)
 	@rm -f $@
-	@ar rcs $@ $^
+	@ar rcs $@ $(filter %.o,$^)
+
+# Changes with CUDA=, and so makes the library be put together anew.
+$(BUILD)/cuda-$(CUDA):
+	@mkdir -p $(@D)
+	@rm -f $(BUILD)/cuda-?
+	@touch $@
 
 $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
 	@echo "  $@"
@@ -80,6 +101,11 @@ $(BUILD)/obj/%.o: %.cc
 	@mkdir -p $(@D)
 	@echo "  $<"
 	@$(CXX) $(CXXFLAGS) $(call isa,$<) -c -o $@ $<
+
+$(BUILD)/obj/%.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  $<"
+	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 clean:
 	rm -rf build build-*

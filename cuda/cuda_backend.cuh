@@ -8,10 +8,11 @@
 // the end. Ops outside a submit() do both for themselves and wait (debugging, tests).
 //
 // # Graphs
-// Key 0 runs the ops as they come, with grids as large as the step. For other keys the first call
-// runs them so (which loads every kernel), the second captures them, and all further calls replay
-// the graph without running `ops` at all: what varies must be in the Step. Grids then fit the step
-// of the first call, rounded up to 8, 32, 64 or kMaxRows rows; a larger step captures anew.
+// Key 0 runs the ops as they come, with grids as large as the step. For other keys there is a graph
+// for each bucket of rows (up to 8, 32, 64, kMaxRows) that steps have had: the first step of a
+// bucket runs the ops as they come (which loads every kernel), the second captures them, and all
+// further ones replay the graph without running `ops` at all: what varies must be in the Step.
+// Grids fit the largest step of the bucket, and the longest context; blocks without work return.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +51,11 @@ class CudaMatrix final : public Matrix {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::string isa, std::string description)
-      : isa_(std::move(isa)), description_(std::move(description)), stream_(make_stream()) {
+  CudaBackend(std::string isa, std::string description, bool eager)
+      : isa_(std::move(isa)),
+        description_(std::move(description)),
+        eager_(eager),
+        stream_(make_stream()) {
     steps_.reserve(16);
   }
   ~CudaBackend() override {
@@ -70,6 +74,11 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<void> allocate(size_t bytes) override {
     return {allocate_managed(std::max<size_t>(bytes, 64)), [](void* p) { free_device(p); }};
+  }
+  std::shared_ptr<Step> make_step(int n_sequences) override {
+    auto* step = static_cast<Step*>(allocate_pinned(sizeof(Step)));
+    step->n_sequences = n_sequences;
+    return {step, [](Step* p) { free_pinned(p); }};
   }
   void upload(void* device, const void* host, size_t bytes) override {
     copy(stream_, device, host, bytes);
@@ -163,31 +172,25 @@ class CudaBackend final : public Backend {
   // ---- running ----
 
   void submit(uint64_t key, FunctionRef<void()> ops) override {
-    if (key == 0) return run(ops);
-    Recorded& r = recorded_[key];
-    for (const Sight& s : r.steps)  // a step that its grids do not fit
-      if (s.host->n_rows - s.host->first_new > s.max_rows || s.host->n_logits > s.max_logits ||
-          s.host->n_sequences > s.n_sequences) {
-        if (r.captured) free_graph(r.graph);
-        r = {};
-        break;
-      }
+    if (key == 0 || eager_) return run(ops);
+    std::vector<Recorded>& known = recorded_[key];
     bucketed_ = true;
     try {
-      if (!r.seen) {
+      const auto r = std::find_if(known.begin(), known.end(),
+                                  [this](const Recorded& r) { return fits(r.steps); });
+      if (r == known.end()) {
         run(ops);
-        r.seen = true;
+        known.push_back({last_steps_});
       } else {
-        if (!r.captured) {
+        if (!r->captured) {
           begin_capture(stream_);
           capturing_ = true;
           run(ops);
           capturing_ = false;
-          r.graph = end_capture(stream_);
-          r.captured = true;
-          r.steps = last_steps_;
+          r->graph = end_capture(stream_);
+          r->captured = true;
         }
-        replay(stream_, r.graph);
+        replay(stream_, r->graph);
         synchronize(stream_);
       }
     } catch (...) {
@@ -201,7 +204,7 @@ class CudaBackend final : public Backend {
 
   void on_host(FunctionRef<void()> op) override {
     if (capturing_)
-      throw Error("an op on the host", "submit() with key 0", "one that is captured as a graph");
+      throw Error("an op on the host", "submit() with key 0", "a list that is captured as a graph");
     if (submitted_) finish();
     // What it does with ops of its own runs as outside: each by itself.
     const bool submitted = std::exchange(submitted_, false),
@@ -315,10 +318,11 @@ class CudaBackend final : public Backend {
     int max_rows, max_logits, n_sequences;
     bool written = false;  // by the device
   };
+  // A list of ops for one bucket.
   struct Recorded {
-    bool seen = false, captured = false;
-    Graph graph{};
     std::vector<Sight> steps;
+    bool captured = false;
+    Graph graph{};
   };
 
   static const CudaMatrix& cast(const Matrix& m) { return static_cast<const CudaMatrix&>(m); }
@@ -330,11 +334,18 @@ class CudaBackend final : public Backend {
     return static_cast<size_t>(l.head_offset(s.n_sequences, 0)) * static_cast<size_t>(s.n_layers) *
            (s.type == DType::kF16 ? 2 : 4);
   }
-  int bucket(int n) const {
-    if (!bucketed_ || n == 0) return n;
+  // Rows that the grids of a graph are sized for.
+  int bucket(int rows) const {
+    if (rows == 0) return 0;
     for (const int size : {8, 32, 64})
-      if (n <= size) return size;
-    return Step::kMaxRows;
+      if (rows <= size) return std::max(rows, std::min(size, scratch_rows_));
+    return std::max(rows, std::min(+Step::kMaxRows, scratch_rows_));
+  }
+  bool fits(const std::vector<Sight>& steps) const {
+    return std::all_of(steps.begin(), steps.end(), [this](const Sight& s) {
+      return bucket(s.host->n_rows - s.host->first_new) == s.max_rows &&
+             s.host->n_sequences <= s.n_sequences;
+    });
   }
 
   void run(FunctionRef<void()> ops) {
@@ -373,19 +384,20 @@ class CudaBackend final : public Backend {
     auto* device = static_cast<Step*>(memory.get());
     copy(stream_, device, step, sizeof(Step));
     // A graph's logits: as many as its rows, so that a later step may want more of them.
-    const int live = step->n_rows - step->first_new,
-              rows = std::max(live, std::min(bucket(live), scratch_rows_));
+    const int live = step->n_rows - step->first_new, rows = bucketed_ ? bucket(live) : live;
     steps_.push_back({step, device, rows, bucketed_ ? rows : step->n_logits, step->n_sequences});
     return steps_.back();
   }
 
   void clear_graphs() {
-    for (auto& [key, r] : recorded_)
-      if (r.captured) free_graph(r.graph);
+    for (auto& [key, all] : recorded_)
+      for (const Recorded& r : all)
+        if (r.captured) free_graph(r.graph);
     recorded_.clear();
   }
 
   std::string isa_, description_;
+  bool eager_;
   Stream stream_;
 
   int scratch_rows_ = 0, max_chunks_ = 0;
@@ -398,7 +410,7 @@ class CudaBackend final : public Backend {
 
   std::map<const Step*, DeviceMemory> mirrors_;
   std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
-  std::map<uint64_t, Recorded> recorded_;
+  std::map<uint64_t, std::vector<Recorded>> recorded_;
   bool submitted_ = false, capturing_ = false, bucketed_ = false;
 };
 

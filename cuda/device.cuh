@@ -14,6 +14,8 @@
 // cores want them in registers (tape.cuh), so a lane's 16-byte load is its fragment.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -30,8 +32,6 @@
 #define UNROLL_BY(n) CHIMERA_PRAGMA(unroll n)
 #define CHIMERA_CUDA_BODY on_device
 #else
-#include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "cuda/emulator.h"
@@ -67,12 +67,47 @@ BOTH constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
+// One rounding each (nvcc divides and takes roots as IEEE 754 has it, unless told otherwise).
+BOTH float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+BOTH float divide(float a, float b) { return a / b; }
+BOTH float square_root(float x) { return ::sqrtf(x); }
+BOTH uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+BOTH float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+BOTH float infinity() { return float_of(0x7f800000u); }
+BOTH bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
+BOTH uint32_t pack(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+
 struct alignas(16) Words4 {  // what one 16-byte access moves
   uint32_t word[4];
 };
 struct alignas(8) Words2 {
   uint32_t word[2];
 };
+
+// ---- What the emulator and the tests take the arithmetic to be, on the host
+// ----------------------
+
+// a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second
+// rounding the only one that counts.
+inline uint16_t round_once_f16(double exact) {
+  float f = static_cast<float>(exact);
+  if (static_cast<double>(f) != exact && f == f) {
+    uint32_t u = bits_of(f);
+    const bool too_large = (static_cast<double>(f) > exact) == (exact > 0);
+    if (too_large) --u;  // toward zero, then the last bit says that something was lost
+    f = float_of(u | 1u);
+  }
+  return f32_to_f16(f);
+}
+// The emulator's mma, an element of it: c + sum over ascending k of a[k] * b[k], the sum in double,
+// rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
+// does not state; what it shares with this model is all that we use: an element depends on its own
+// row of A and column of B alone, and sums that are exact come out exact.)
+inline float mma_element(float c, const float* a, const float* b) {
+  double sum = 0;
+  for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  return static_cast<float>(static_cast<double>(c) + sum);
+}
 
 #if defined(__CUDACC__)
 
@@ -94,16 +129,10 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float square_root(float x) { return __fsqrt_rn(x); }
-DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-
-DEVICE float f16_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
-DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
-DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
-DEVICE uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+BOTH float f16_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+BOTH uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+BOTH float bf16_to_float(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
+BOTH uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 // Two f16 in one register. subtract_f16x2, multiply_add_f16x2: each half rounded once.
 DEVICE __half2 half2_of(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
@@ -192,29 +221,11 @@ DEVICE uint32_t shuffle_xor(uint32_t x, int mask,
   return shuffle_xor_emulated(x, mask, place);
 }
 
-DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
-DEVICE float divide(float a, float b) { return a / b; }
-DEVICE float square_root(float x) { return std::sqrt(x); }
-DEVICE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
-DEVICE float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+BOTH float f16_to_float(uint16_t h) { return f16_to_f32(h); }
+BOTH uint16_t float_to_f16(float x) { return f32_to_f16(x); }
+BOTH float bf16_to_float(uint16_t h) { return bf16_to_f32(h); }
+BOTH uint16_t float_to_bf16(float x) { return f32_to_bf16(x); }
 
-DEVICE float f16_to_float(uint16_t h) { return f16_to_f32(h); }
-DEVICE uint16_t float_to_f16(float x) { return f32_to_f16(x); }
-DEVICE float bf16_to_float(uint16_t h) { return bf16_to_f32(h); }
-DEVICE uint16_t float_to_bf16(float x) { return f32_to_bf16(x); }
-
-// a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second
-// rounding the only one that counts.
-DEVICE uint16_t round_once_f16(double exact) {
-  float f = static_cast<float>(exact);
-  if (static_cast<double>(f) != exact && f == f) {
-    uint32_t u = bits_of(f);
-    const bool too_large = (static_cast<double>(f) > exact) == (exact > 0);
-    if (too_large) --u;  // toward zero, then the last bit says that something was lost
-    f = float_of(u | 1u);
-  }
-  return f32_to_f16(f);
-}
 DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (int i = 0; i < 32; i += 16) {
@@ -240,15 +251,6 @@ DEVICE void copy_async_wait() {
   emulator::copy_wait(kInFlight);
 }
 
-// The emulator's mma, an element of it: c + sum over ascending k of a[k] * b[k], the sum in double,
-// rounded to f32 once. (The hardware aligns and truncates the products in a way that NVIDIA
-// does not state; what it shares with this model is all that we use: an element depends on its own
-// row of A and column of B alone, and sums that are exact come out exact.)
-DEVICE float mma_element(float c, const float* a, const float* b) {
-  double sum = 0;
-  for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
-  return static_cast<float>(static_cast<double>(c) + sum);
-}
 template <float (*kToFloat)(uint16_t)>
 void mma_emulated(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const emulator::Place& place) {
@@ -315,11 +317,6 @@ DEVICE float load_fresh(const float* p) { return *p; }
 
 DEVICE int lane_index() { return thread_index() % kLanes; }
 DEVICE int warp_index() { return thread_index() / kLanes; }
-DEVICE uint32_t pack(uint16_t low, uint16_t high) {
-  return low | static_cast<uint32_t>(high) << 16;
-}
-DEVICE float infinity() { return float_of(0x7f800000u); }
-DEVICE bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
 // Vector loads; the hardware traps where the address is not aligned to their size.
 #if defined(__CUDACC__)

@@ -4,8 +4,9 @@
 
 namespace chimera {
 
-std::unique_ptr<Backend> make_emulated_cuda_backend() {
-  return std::make_unique<cuda::CudaBackend>("emulated", "cuda kernels, emulated on the CPU");
+std::unique_ptr<Backend> make_emulated_cuda_backend(const BackendOptions& options) {
+  return std::make_unique<cuda::CudaBackend>("emulated", "cuda kernels, emulated on the CPU",
+                                             options.eager);
 }
 
 }  // namespace chimera

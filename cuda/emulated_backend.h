@@ -8,6 +8,6 @@
 
 namespace chimera {
 
-std::unique_ptr<Backend> make_emulated_cuda_backend();
+std::unique_ptr<Backend> make_emulated_cuda_backend(const BackendOptions& options);
 
 }  // namespace chimera

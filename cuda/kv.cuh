@@ -60,17 +60,17 @@ inline KvLayer kv_layer(const KvCache& kv, int layer) {
   return l;
 }
 
-DEVICE void store_kv(DType type, void* base, int64_t i, float x) {
+BOTH void store_kv(DType type, void* base, int64_t i, float x) {
   if (type == DType::kF16)
     static_cast<uint16_t*>(base)[i] = float_to_f16(x);
   else
     static_cast<float*>(base)[i] = x;
 }
-DEVICE float load_kv(DType type, const void* base, int64_t i) {
+BOTH float load_kv(DType type, const void* base, int64_t i) {
   return type == DType::kF16 ? f16_to_float(static_cast<const uint16_t*>(base)[i])
                              : static_cast<const float*>(base)[i];
 }
-DEVICE void move_kv(DType type, void* base, int64_t from, int64_t to) {
+BOTH void move_kv(DType type, void* base, int64_t from, int64_t to) {
   if (type == DType::kF16)
     static_cast<uint16_t*>(base)[to] = static_cast<uint16_t*>(base)[from];
   else

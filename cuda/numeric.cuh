@@ -7,7 +7,7 @@
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
-DEVICE float exp_contract(float x) {
+BOTH float exp_contract(float x) {
   if (is_nan(x)) return x;
   if (x < cpu::kExpLow) return 0.0f;
   if (x > cpu::kExpHigh) return infinity();
@@ -27,7 +27,7 @@ DEVICE float exp_contract(float x) {
   return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-DEVICE float silu(float x) { return divide(x, 1.0f + exp_contract(-x)); }
+BOTH float silu(float x) { return divide(x, 1.0f + exp_contract(-x)); }
 
 // Virtual lane i is held by lane i of a warp, lanes 16 to 31 hold anything; the sum is lane 0's.
 DEVICE float fold_16(float x) {
@@ -36,7 +36,7 @@ DEVICE float fold_16(float x) {
 }
 
 // f16, numbers beyond its range to the largest; NaN stays.
-DEVICE uint16_t saturate_f16(float x) {
+BOTH uint16_t saturate_f16(float x) {
   return float_to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
 }
 

@@ -8,6 +8,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <cstring>
 #else
 #include <cstdlib>
 #include <functional>
@@ -45,7 +47,8 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
   check(cudaGetLastError(), name);
 }
 
-// Memory of the device alone, and memory that the host may read and write as well.
+// Memory of the device alone; memory that the host may read and write as well, and that moves to
+// whoever touches it; memory of the host that the device copies from and to. All zeroed.
 inline void* allocate_device(size_t bytes) {
   void* p = nullptr;
   check(cudaMalloc(&p, bytes), "allocation");
@@ -64,6 +67,7 @@ inline void* allocate_managed(size_t bytes) {
 inline void* allocate_pinned(size_t bytes) {
   void* p = nullptr;
   check(cudaMallocHost(&p, bytes), "allocation");
+  std::memset(p, 0, bytes);
   return p;
 }
 inline void free_pinned(void* p) { cudaFreeHost(p); }

@@ -10,4 +10,6 @@ std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& /*options*/) {
   throw Error("device cuda", "a build with the CUDA backend", "one without", "use --device cpu");
 }
 
+double cuda_read_bandwidth(size_t /*bytes*/) { return 0; }
+
 }  // namespace chimera

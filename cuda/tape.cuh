@@ -103,10 +103,10 @@ BOTH constexpr Place16 place_b(int k, int column) { return {column * 4 + k % 8 /
 
 // ---- One number at a time: for embeddings, and what the tests hold the fast way against ---------
 
-DEVICE uint16_t load_u16(const std::byte* p) { return *reinterpret_cast<const uint16_t*>(p); }
+BOTH uint16_t load_u16(const std::byte* p) { return *reinterpret_cast<const uint16_t*>(p); }
 
 // The stored quant of (row, k), offset not taken off; k within the slab.
-DEVICE int tape_quant(DType type, const std::byte* slab, int row, int k) {
+BOTH int tape_quant(DType type, const std::byte* slab, int row, int k) {
   const SlabLayout l = slab_layout(type);
   const std::byte* part = slab + k / 32 * (l.low_bytes + l.high_bytes);
   const int tile = k % 32 / 16;
@@ -129,7 +129,7 @@ DEVICE int tape_quant(DType type, const std::byte* slab, int row, int k) {
 }
 
 // The 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K block; s: its 12 bytes.
-DEVICE void unpack_k_scale(const std::byte* s, int j, int* scale, int* minimum) {
+BOTH void unpack_k_scale(const std::byte* s, int j, int* scale, int* minimum) {
   const auto at = [&](int i) { return static_cast<int>(s[i]); };
   if (j < 4) {
     *scale = at(j) & 63;
@@ -144,7 +144,7 @@ DEVICE void unpack_k_scale(const std::byte* s, int j, int* scale, int* minimum) 
 struct ScaleMin {
   float scale, minimum;
 };
-DEVICE ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
+BOTH ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
   const std::byte* s = slab + slab_layout(type).scales;
   switch (type) {
     case DType::kQ4_K:
@@ -166,7 +166,7 @@ DEVICE ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
 }
 
 // Weight (row, k) of a matrix of `cols` columns, as dequantize_row() gives it.
-DEVICE float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t row, int64_t k) {
+BOTH float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t row, int64_t k) {
   if (type == DType::kF32)
     return reinterpret_cast<const float*>(
         tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows + row % kF32PanelRows];

@@ -7,15 +7,13 @@
 //   accept   sample along the tree as far as it agrees; says which rows are kept
 //   keep     move the kept keys, values and states to their final places
 //
-// All that varies between steps is in the Step, which lives in the backend's memory; the list of
-// ops and every pointer in them is the same each time. submit() brackets the list: the CPU runs it
-// as it comes; CUDA captures it on the first call for a key and replays the graph afterwards,
-// without coming back to the host in between. (Acceptance is an op for that reason.) Ops that only
-// the host can do go through on_host(), which is where such a graph would have to be cut.
+// All that varies between steps is in the Step (make_step()); the list of ops and every pointer in
+// them is the same each time. submit() brackets the list: the CPU runs it as it comes; CUDA
+// captures it as a graph and replays that afterwards, without coming back to the host in between.
+// (Acceptance is an op for that reason.) Ops that only the host can do go through on_host(), which
+// is where such a graph would have to be cut.
 //
 // # What comes later, and where it goes
-//   CUDA graphs     one per (depth, node bucket): the key of submit(). Grids are sized for the
-//                   capacity and leave early by n_rows.
 //   Chimera draft   the same linear(), rms_norm() and attention() over its own rows, cache and
 //                   states; a restricted head is a linear() over gathered rows; plus top-k and tree
 //                   growth as new ops. It reads the states that forward() leaves.
@@ -111,6 +109,9 @@ class Backend {
   // ---- memory ----
   // Zeroed, aligned to 64 bytes. Throws Error if there is not enough.
   virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
+  // A Step without rows, in memory that the host reads and writes as its own. (A Step in memory
+  // from allocate() works too, but slower.)
+  virtual std::shared_ptr<Step> make_step(int n_sequences) = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
   // for this machine. The views may be dropped afterwards.
@@ -121,12 +122,16 @@ class Backend {
   // memory: kv_bytes() of it, zeroed.
   virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;
   // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and
-  // products as wide as max_cols. Throws away what an earlier call reserved if that was less.
+  // products as wide as max_cols. Throws away what an earlier call reserved if that was less, and
+  // what submit() remembers.
   virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
                        int64_t vocab) = 0;
   virtual size_t reserved_bytes() const = 0;
 
   // ---- running ----
+  // Runs `ops`, or what they launched when they last ran with this key. Same key: the same ops with
+  // the same pointers, whatever their Steps hold; such a list has no on_host(). The address of the
+  // Step that a list is about is a good key. 0: any list, run as it comes.
   virtual void submit(uint64_t key, FunctionRef<void()> ops) = 0;
   virtual void on_host(FunctionRef<void()> op) = 0;
 
@@ -157,7 +162,8 @@ class Backend {
 };
 
 struct BackendOptions {
-  int threads = 0;  // CPU: 0 = one for each physical core
+  int threads = 0;     // CPU: 0 = one for each physical core
+  bool eager = false;  // CUDA: ops are launched one by one, never as a graph (for debugging)
 };
 // name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others,
 // and for "cuda" where this build or this machine has none.
@@ -166,5 +172,7 @@ std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOpti
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);   // engine/cpu
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);  // cuda/, or its stub
 bool cuda_available();                                                      // cuda/, or its stub
+// GB/s (1e9) at which the GPU reads `bytes` of its memory, as fast as it can.
+double cuda_read_bandwidth(size_t bytes);  // cuda/, or its stub
 
 }  // namespace chimera

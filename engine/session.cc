@@ -12,7 +12,7 @@ namespace {
 // Offsets of a session's buffers in its one allocation.
 struct Layout {
   MemoryPlan plan;
-  size_t step, kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, taps, logits;
+  size_t kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, taps, logits;
   int max_rows, max_logits;
   KvShape kv_shape;
 };
@@ -39,7 +39,6 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
   const int64_t rows = l.max_rows, positions = o.context, half = c.head_dim / 2;
   l.kv_shape = {o.kv_type,  c.n_layers,    c.n_kv_heads,
                 c.head_dim, o.n_sequences, o.context + l.max_rows};
-  l.step = l.plan.add("step", "1", sizeof(Step));
   l.kv =
       l.plan.add("kv cache",
                  "(" + std::to_string(c.n_layers) + " layers, " + std::to_string(o.n_sequences) +
@@ -83,8 +82,8 @@ Session::Session(const Llama& model, const SessionOptions& options)
   memory_ = backend.allocate(l.plan.total());
   auto* base = static_cast<std::byte*>(memory_.get());
   const auto floats = [base](size_t offset) { return reinterpret_cast<float*>(base + offset); };
-  step_ = reinterpret_cast<Step*>(base + l.step);
-  step_->n_sequences = options.n_sequences;
+  step_memory_ = backend.make_step(options.n_sequences);
+  step_ = step_memory_.get();
   kv_ = backend.bind_kv(l.kv_shape, base + l.kv);
   activations_ = {floats(l.hidden),    floats(l.qkv),
                   floats(l.attended),  floats(l.gate_up),
@@ -135,38 +134,43 @@ int Session::pending(int sequence) const {
   return static_cast<int>(text.tokens.size()) - step_->sequences[sequence].committed;
 }
 
-bool Session::step(Drafter* drafter) {
-  model_.backend().submit(0, [&] {
-    step_->clear();
-    // Rows for prompts: what the sequences that decode leave over. There is always some, since
-    // every sequence brings room for a root and its candidates.
-    int room = max_rows_;
-    for (int s = 0; s < options_.n_sequences; ++s)
-      if (pending(s) == 1) room -= options_.max_nodes + 1;
-    for (int s = 0; s < options_.n_sequences; ++s) {
-      Text& text = texts_[static_cast<size_t>(s)];
-      text.emitted = text.drafted = 0;
-      const int waiting = pending(s);
-      const int take = waiting > 1 ? std::min(waiting, room) : waiting;
-      if (take == 0) continue;
-      if (waiting > 1) room -= take;
-      step_->begin_sequence(s);
-      int row = -1;
-      for (int i = 0; i < take; ++i) {
-        const bool last = i + 1 == waiting;
-        row = step_->add_row(text.tokens[static_cast<size_t>(step_->sequences[s].committed + i)],
-                             row, last);
-        if (last) step_->set_root(row);
-      }
-      if (drafter != nullptr && waiting == 1) {
-        const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-        drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
-                        max_depth, cost_.known() ? &cost_ : nullptr},
-                       step_);
-        text.drafted = step_->n_rows - row - 1;
-      }
+void Session::fill_step(Drafter* drafter) {
+  step_->clear();
+  // Rows for prompts: what the sequences that decode leave over. There is always some, since
+  // every sequence brings room for a root and its candidates.
+  int room = max_rows_;
+  for (int s = 0; s < options_.n_sequences; ++s)
+    if (pending(s) == 1) room -= options_.max_nodes + 1;
+  for (int s = 0; s < options_.n_sequences; ++s) {
+    Text& text = texts_[static_cast<size_t>(s)];
+    text.emitted = text.drafted = 0;
+    const int waiting = pending(s);
+    const int take = waiting > 1 ? std::min(waiting, room) : waiting;
+    if (take == 0) continue;
+    if (waiting > 1) room -= take;
+    step_->begin_sequence(s);
+    int row = -1;
+    for (int i = 0; i < take; ++i) {
+      const bool last = i + 1 == waiting;
+      row = step_->add_row(text.tokens[static_cast<size_t>(step_->sequences[s].committed + i)], row,
+                           last);
+      if (last) step_->set_root(row);
     }
-    if (step_->n_rows == 0) return;
+    if (drafter != nullptr && waiting == 1) {
+      const int max_depth = options_.context - static_cast<int>(text.tokens.size());
+      drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
+                      max_depth, cost_.known() ? &cost_ : nullptr},
+                     step_);
+      text.drafted = step_->n_rows - row - 1;
+    }
+  }
+}
+
+// The host writes what the pass is about into the Step; the pass itself is always the same list.
+bool Session::step(Drafter* drafter) {
+  fill_step(drafter);
+  if (step_->n_rows == 0) return false;
+  model_.backend().submit(reinterpret_cast<uintptr_t>(step_), [this] {
     forward();
     accept_and_keep();
   });
@@ -179,7 +183,7 @@ bool Session::step(Drafter* drafter) {
                         activations_.states + int64_t{seq.first_row} * model_.config().hidden_size,
                         step_, activations_.logits, model_.config().vocab_size});
   }
-  return step_->n_rows > 0;
+  return true;
 }
 
 void Session::measure_cost() {
@@ -189,16 +193,17 @@ void Session::measure_cost() {
   for (const int rows : {1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64}) {
     if (rows > options_.max_nodes + 1 || spent > 0.4) break;
     double best = 0;
-    for (int repeat = 0; repeat < 4; ++repeat) {
+    for (int repeat = 0; repeat < 5; ++repeat) {
       step_->clear();
       step_->begin_sequence(0);
       for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
       const auto start = std::chrono::steady_clock::now();
-      forward();
+      model_.backend().submit(reinterpret_cast<uintptr_t>(step_) + 1, [this] { forward(); });
       const double seconds =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       spent += seconds;
-      if (repeat == 1 || (repeat > 1 && seconds < best)) best = seconds;  // the first one warms up
+      // The first two warm up: caches, or a graph.
+      if (repeat == 2 || (repeat > 2 && seconds < best)) best = seconds;
     }
     cost_.set(rows, best);
   }

@@ -94,6 +94,7 @@ class Session {
   };
   // Tokens of the text that are not in the KV cache; 0: nothing to do.
   int pending(int sequence) const;
+  void fill_step(Drafter* drafter);  // the rows of the next pass, candidates included
   void read_back(int sequence);
 
   const Llama& model_;
@@ -103,6 +104,7 @@ class Session {
   std::vector<Text> texts_;
   int64_t texts_started_ = 0;
   std::shared_ptr<void> memory_;
+  std::shared_ptr<Step> step_memory_;
   Step* step_ = nullptr;
   KvCache kv_;
   Activations activations_;

@@ -1,4 +1,4 @@
-// Products on the tensor cores, under the emulator, against the contract as plain loops.
+// Products on the tensor cores against the contract as plain loops.
 #include "tests/cuda_support.h"
 
 namespace chimera::cuda::test {
@@ -43,6 +43,7 @@ std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tok
           f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(), w.rows, w.cols,
           y.get(), w.rows, residual != nullptr, partials.get(), live, counters.get()},
          live + 1);
+  finish();
   for (const uint32_t c : counters) EXPECT_EQ(c, 0u);
   return {y.begin(), y.end()};
 }
@@ -85,7 +86,7 @@ TEST(CudaLinear, EveryTypeAtOddSizes) {
             random_input(random, static_cast<size_t>(c.tokens * m.view.cols), integers);
         const std::vector<float> y = run(m.view, x, c.tokens),
                                  expected = product_oracle(m.view, x, c.tokens);
-        ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size()))
+        ASSERT_TRUE(same_sums(y.data(), expected.data(), y.size(), integers || type == DType::kF32))
             << dtype_info(type).name << " " << c.rows << " x " << m.view.cols << ", " << c.tokens
             << " tokens";
       }
@@ -98,7 +99,7 @@ TEST(CudaLinear, AnyNumberOfColumns) {
       const RandomMatrix m = random_matrix(random, type, 19, cols, false);
       const std::vector<float> x = random_input(random, static_cast<size_t>(5 * cols), false);
       const std::vector<float> y = run(m.view, x, 5), expected = product_oracle(m.view, x, 5);
-      ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size()))
+      ASSERT_TRUE(same_sums(y.data(), expected.data(), y.size(), type == DType::kF32))
           << dtype_info(type).name << " " << cols;
     }
 }
@@ -111,9 +112,9 @@ TEST(CudaLinear, WidthIndependent) {
     const std::vector<float> x = random_input(random, static_cast<size_t>(64 * 1280), false);
     const std::vector<float> all = run(m.view, x, 64);
     // Threads in the other order: what a race would change.
-    emulator::set_order(emulator::Order::kDescending);
+    set_descending(true);
     const std::vector<float> other_way = run(m.view, x, 64);
-    emulator::set_order(emulator::Order::kAscending);
+    set_descending(false);
     ASSERT_TRUE(same_bits(other_way.data(), all.data(), all.size())) << dtype_info(type).name;
     for (const auto& [first, count] : {std::pair{0, 1}, {63, 1}, {17, 2}, {9, 8}, {3, 31}}) {
       const std::vector<float> some =
@@ -128,6 +129,7 @@ TEST(CudaLinear, InputsAndEpilogue) {
   std::mt19937 random(5);
   constexpr int64_t kRows = 40, kCols = 352;
   for (const DType type : {DType::kF32, DType::kBF16, DType::kQ5_1}) {
+    const bool exact = type == DType::kF32;
     const RandomMatrix m = random_matrix(random, type, kRows, kCols, false);
     const std::vector<float> x = random_input(random, 7 * 2 * kCols, false),
                              norm = random_input(random, kCols, false);
@@ -140,10 +142,11 @@ TEST(CudaLinear, InputsAndEpilogue) {
     }
     auto y = run(m.view, x, 7, Linear::Input::kRmsNorm, norm),
          expected = product_oracle(m.view, normed, 7);
-    ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "norm";
+    ASSERT_TRUE(same_sums(y.data(), expected.data(), y.size(), exact)) << "norm";
     y = run(m.view, x, 7, Linear::Input::kSwiGlu);
     expected = product_oracle(m.view, gated, 7);
-    ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "SwiGLU";
+    ASSERT_TRUE(same_sums(y.data(), expected.data(), y.size(), exact)) << "SwiGLU";
+    expected = y;
     y = run(m.view, x, 7, Linear::Input::kSwiGlu, {}, &residual);
     for (size_t i = 0; i < y.size(); ++i) expected[i] = residual[i] + expected[i];
     ASSERT_TRUE(same_bits(y.data(), expected.data(), y.size())) << "accumulate";

@@ -1,5 +1,10 @@
 // What the tests of the CUDA kernels share: random weights of every type, and the contract
-// (cuda/contract.cuh) as plain loops. The kernels run under the emulator, on every machine.
+// (cuda/contract.cuh) as plain loops.
+//
+// The same test files are compiled twice: by g++ into chimera_tests, where the kernels run under
+// the emulator, on every machine; by nvcc into gpu_tests, where they run on the GPU. The contract
+// leaves one thing to the hardware, the order of mma's sum: where it may show, the GPU's results
+// are compared with the oracle's within a tolerance, and everywhere else bit for bit.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,7 +20,25 @@
 #include "engine/cpu/kernels.h"
 #include "engine/error.h"
 
-namespace chimera::cuda::test {
+namespace chimera::cuda {
+inline namespace CHIMERA_CUDA_BODY {
+namespace test {
+
+#if defined(__CUDACC__)
+inline constexpr bool kOnDevice = true;
+inline void set_descending(bool /*descending*/) {}
+#else
+inline constexpr bool kOnDevice = false;
+// The order in which the emulator runs threads: what a race would show in.
+inline void set_descending(bool descending) {
+  emulator::set_order(descending ? emulator::Order::kDescending : emulator::Order::kAscending);
+}
+#endif
+
+// What was launched is done; the host may read the results.
+inline void finish() {
+  synchronize(nullptr);
+}
 
 inline const DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0,
                                   DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
@@ -26,7 +49,7 @@ template <typename T>
 class Buffer {
  public:
   explicit Buffer(size_t n)
-      : n_(n), p_(static_cast<T*>(allocate_device(std::max<size_t>(n, 1) * sizeof(T)))) {}
+      : n_(n), p_(static_cast<T*>(allocate_managed(std::max<size_t>(n, 1) * sizeof(T)))) {}
   explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { std::copy(v.begin(), v.end(), p_); }
   ~Buffer() { free_device(p_); }
   Buffer(const Buffer&) = delete;
@@ -67,21 +90,15 @@ inline RandomMatrix random_matrix(std::mt19937& random, DType type, int64_t rows
         std::memcpy(b, &f, 4);
         break;
       }
-      case DType::kF16:
-        put16(b, f32_to_f16(integers ? small() : normal(random)));
-        break;
-      case DType::kBF16:
-        put16(b, f32_to_bf16(integers ? small() : normal(random)));
-        break;
+      case DType::kF16: put16(b, f32_to_f16(integers ? small() : normal(random))); break;
+      case DType::kBF16: put16(b, f32_to_bf16(integers ? small() : normal(random))); break;
       case DType::kQ4_1:
       case DType::kQ5_1:
         put16(b + 2, f32_to_f16(integers ? small() : normal(random)));
         [[fallthrough]];
       case DType::kQ8_0:
       case DType::kQ4_0:
-      case DType::kQ5_0:
-        put16(b, scale());
-        break;
+      case DType::kQ5_0: put16(b, scale()); break;
       case DType::kQ4_K:
       case DType::kQ5_K:
         put16(b, scale());
@@ -178,4 +195,20 @@ inline ::testing::AssertionResult same_bits(const float* a, const float* b, size
   return ::testing::AssertionSuccess();
 }
 
-}  // namespace chimera::cuda::test
+// Results of mma: the oracle's bits under the emulator. On the device the order of its sums is its
+// own: exact sums (small integers) still have one result, others come near.
+inline ::testing::AssertionResult same_sums(const float* a, const float* expected, size_t n,
+                                            bool exact) {
+  if (exact || !kOnDevice) return same_bits(a, expected, n);
+  float largest = 0;
+  for (size_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(expected[i]));
+  for (size_t i = 0; i < n; ++i)
+    if (!(std::fabs(a[i] - expected[i]) <= 2e-3f * largest))
+      return ::testing::AssertionFailure()
+             << "at " << i << " of " << n << ": " << a[i] << " is far from " << expected[i];
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace test
+}  // namespace CHIMERA_CUDA_BODY
+}  // namespace chimera::cuda

@@ -30,7 +30,7 @@ struct Options {
   std::string drafter = "best", device = "auto", kv = "f16";
   DrafterFlags drafting;
   Sampling sampling;
-  bool chat = false, raw = false, json = false;
+  bool chat = false, raw = false, eager = false, json = false;
 };
 
 Command command(Options* o) {
@@ -65,7 +65,9 @@ Command command(Options* o) {
         choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "best"})},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
-       {0, "device", "NAME", "cpu, cuda or auto", choice(&o->device, {"cpu", "cuda", "auto"})},
+       {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
+        choice(&o->device, {"cpu", "cuda", "auto"})},
+       {0, "eager", "", "launch a step's ops one by one on the GPU, for debugging", on(&o->eager)},
        heading("Model and memory"),
        {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
        {0, "ctx", "N",
@@ -157,7 +159,7 @@ int run(const std::vector<std::string>& args) {
   // The prompt is read and measured before the weights are: most mistakes show at once.
   using Clock = std::chrono::steady_clock;
   Clock::time_point start = Clock::now();
-  const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
+  const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0), .eager = o.eager});
   Model model(*o.model);
   double load_seconds = seconds_since(start);
 

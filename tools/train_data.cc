@@ -39,6 +39,7 @@ struct Options {
   int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0;
   bool features = false;
   uint64_t seed = 1;
+  std::string device = "auto";
 };
 
 // Half of the answers greedy, half sampled: a draft serves both.
@@ -105,6 +106,8 @@ int train_data(const std::vector<std::string>& args) {
           {0, "shard", "I/N", "only prompts whose number is I modulo N", text(&o.shard)},
           {0, "seed", "S", "of the sampled answers", integer(&o.seed)},
           {0, "threads", "N", "0: one for each physical core", integer(&o.threads, 0, 1024)},
+          {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
+           choice(&o.device, {"cpu", "cuda", "auto"})},
       }};
   if (!parse(command, args)) return 0;
   if (!o.model || !o.prompts || !o.output)
@@ -131,7 +134,7 @@ int train_data(const std::vector<std::string>& args) {
   std::ofstream out(*o.output, std::ios::binary | std::ios::app);
   if (done.empty() && std::filesystem::file_size(*o.output) == 0) out << header << "\n";
 
-  const auto backend = make_backend("cpu", {o.threads});
+  const auto backend = make_backend(o.device, {.threads = o.threads});
   const int32_t eos = model.tokenizer.eos();
   const Llama llama = prepare_weights(*backend, &model);
   Session session(llama,

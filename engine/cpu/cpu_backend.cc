@@ -115,6 +115,12 @@ class CpuBackend final : public Backend {
   int contract_version() const override { return kContractVersion; }
 
   std::shared_ptr<void> allocate(size_t bytes) override { return map_memory(bytes); }
+  std::shared_ptr<Step> make_step(int n_sequences) override {
+    const auto memory = allocate(sizeof(Step));
+    auto* step = static_cast<Step*>(memory.get());
+    step->n_sequences = n_sequences;
+    return {memory, step};
+  }
   void upload(void* device, const void* host, size_t bytes) override {
     std::memcpy(device, host, bytes);
   }
