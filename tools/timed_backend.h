@@ -32,6 +32,9 @@ class TimedBackend final : public Backend {
   int contract_version() const override { return backend_->contract_version(); }
 
   std::shared_ptr<void> allocate(size_t bytes) override { return backend_->allocate(bytes); }
+  std::shared_ptr<Step> make_step(int n_sequences) override {
+    return backend_->make_step(n_sequences);
+  }
   void upload(void* device, const void* host, size_t bytes) override {
     backend_->upload(device, host, bytes);
   }
