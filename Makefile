@@ -33,6 +33,7 @@ FLAGS_avx2   := -mavx2 -mfma -mf16c
 # (g++ 12 warns inside its own AVX-512 headers.)
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512 \
                 -Wno-uninitialized -Wno-maybe-uninitialized
+FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
 # -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).

@@ -164,6 +164,7 @@ TEST(Train, ProductsOfEveryShapeAndTile) {
   std::vector<const TileKernel*> tiles = {&kTileScalar};
   if (cpu::machine_has(cpu::Isa::kAvx2)) tiles.push_back(&kTileAvx2);
   if (cpu::machine_has(cpu::Isa::kAvx512)) tiles.push_back(&kTileAvx512);
+  if (machine_has(Precision::kBF16)) tiles.push_back(&kTileAvx512Bf16);
   const auto integers = [&](int64_t n) {
     std::vector<float> v(static_cast<size_t>(n));
     for (float& x : v) x = static_cast<float>(static_cast<int>(random() % 9) - 4);
@@ -173,7 +174,7 @@ TEST(Train, ProductsOfEveryShapeAndTile) {
   for (const TileKernel* tile : tiles) {
     for (const int64_t m : {1, 13, 14, 29}) {
       for (const int64_t n : {1, 31, 33, 530}) {
-        for (const int64_t k : {1, 7, 321, 650}) {
+        for (const int64_t k : {1, 7, 34, 321, 650, 1300}) {
           const std::vector<float> a = integers(m * k), b = integers(k * n);
           for (int shape = 0; shape < 4; ++shape) {
             const Operand<float> x = shape & 1 ? transposed(a.data(), m) : by_rows(a.data(), k);

@@ -32,6 +32,7 @@ struct Options {
       ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
+  std::string precision = training::machine_has(training::Precision::kBF16) ? "bf16" : "f32";
   uint64_t seed = 1;
   std::optional<int> threads;
 };
@@ -57,6 +58,8 @@ Command command(Options* o) {
        {0, "micro-batches", "N", "parts of a step, worked on side by side",
         integer(&o->micro_batches, 1, 1024)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
+       {0, "precision", "P", "what products round their elements to; sums are f32",
+        choice(&o->precision, {"f32", "bf16"})},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
@@ -248,6 +251,10 @@ int train_fit(const std::vector<std::string>& args) {
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
   if (!o.data) throw UsageError("train fit", "--data FILES", "none", see_help);
   if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
+  const auto precision =
+      o.precision == "bf16" ? training::Precision::kBF16 : training::Precision::kF32;
+  if (!training::machine_has(precision))
+    throw Error("--precision", "f32, all that this processor has", "bf16");
   const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
 
   // The target, and what the draft reads of it.
@@ -312,9 +319,9 @@ int train_fit(const std::vector<std::string>& args) {
     model.file.drop({view.data, view.bytes()});
   });
   TextFeatures features(llama, target_fingerprint, shards, context, threads);
-  training::BatchGradient gradient_of(draft.config, embedding.data(),
-                                      untied.empty() ? embedding.data() : untied.data(), vocab,
-                                      draft.vocabulary, kTargetsBest, o.micro_batches, threads);
+  training::BatchGradient gradient_of(
+      draft.config, embedding.data(), untied.empty() ? embedding.data() : untied.data(), vocab,
+      draft.vocabulary, kTargetsBest, o.micro_batches, threads, precision);
 
   note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " +
        std::to_string(available) + " positions, and " +

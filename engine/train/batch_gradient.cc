@@ -6,14 +6,14 @@ namespace chimera::training {
 
 BatchGradient::BatchGradient(const DraftConfig& config, const float* embedding, const float* head,
                              int64_t vocab, std::span<const int32_t> vocabulary, int dynamic_best,
-                             int n_parallel, int threads)
+                             int n_parallel, int threads, Precision precision)
     : ops_(threads),
       pool_(std::clamp(threads, 1, n_parallel)),
       n_parameters_(ParameterLayout(config).total) {
   for (int i = 0; i < pool_.size(); ++i)
-    models_.push_back(std::make_unique<DraftGradient<float>>(config, embedding, head, vocab,
-                                                             vocabulary, dynamic_best,
-                                                             std::max(1, threads / pool_.size())));
+    models_.push_back(std::make_unique<DraftGradient<float>>(
+        config, embedding, head, vocab, vocabulary, dynamic_best,
+        std::max(1, threads / pool_.size()), precision));
 }
 
 Score BatchGradient::run(const float* parameters, std::span<const MicroBatch> batches, int n_steps,

@@ -18,7 +18,8 @@ class BatchGradient {
   // The arguments are those of DraftGradient. n_parallel: micro-batches to work on at once, if
   // there are threads for it; threads beyond that share the work inside one.
   BatchGradient(const DraftConfig& config, const float* embedding, const float* head, int64_t vocab,
-                std::span<const int32_t> vocabulary, int dynamic_best, int n_parallel, int threads);
+                std::span<const int32_t> vocabulary, int dynamic_best, int n_parallel, int threads,
+                Precision precision = Precision::kF32);
 
   // The loss is the mean over all starts. gradient: written, or nullptr for none.
   Score run(const float* parameters, std::span<const MicroBatch> batches, int n_steps,

@@ -38,10 +38,10 @@ Score& Score::operator+=(const Score& o) {
 template <typename T>
 DraftGradient<T>::DraftGradient(const DraftConfig& config, const T* embedding, const T* head,
                                 int64_t vocab, std::span<const int32_t> vocabulary,
-                                int dynamic_best, int threads)
+                                int dynamic_best, int threads, Precision precision)
     : config_(config),
       layout_(config),
-      ops_(threads),
+      ops_(threads, precision),
       embedding_(embedding),
       head_(head),
       dynamic_best_(dynamic_best),

@@ -43,7 +43,8 @@ class DraftGradient {
   // dynamic vocabulary (draft_model.h): their tokens, and the target's dynamic_best likeliest ones
   // at each position. 0: from `vocabulary` alone.
   DraftGradient(const DraftConfig& config, const T* embedding, const T* head, int64_t vocab,
-                std::span<const int32_t> vocabulary, int dynamic_best, int threads);
+                std::span<const int32_t> vocabulary, int dynamic_best, int threads,
+                Precision precision = Precision::kF32);
 
   // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over
   // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout.

@@ -1,4 +1,4 @@
-// Matrix products of the trainer in f32: C = A B, C += A B, with A and B read by rows or by
+// Matrix products of the trainer: C = A B, C += A B, with A and B read by rows or by
 // columns.
 //
 // The usual blocked form: A and B are copied into panels as tall (wide) as the tile that stays in
@@ -33,14 +33,29 @@ Operand<T> transposed(const T* data, int64_t width) {
   return {data, 1, width};
 }
 
-// A tile of C: `rows` x `cols` floats, from panels a (k, rows) and b (k, cols).
+// What products round their elements to; sums are f32.
+enum class Precision : uint8_t { kF32, kBF16 };
+bool machine_has(Precision precision);  // and the instruction set that the engine runs with
+
+// A tile of C: `rows` x `cols` floats, from a panel of `rows` lines of A and one of `cols` lines of
+// B. A panel holds, word after word in k, that word of every line; a word is k_per_word elements.
 struct TileKernel {
-  int rows, cols;
+  int rows, cols, k_per_word;
+  // Copies `count` lines (rows of A or columns of B) of length k into panels of `height` lines; the
+  // last panel and the last word are filled up with zeros.
+  void (*pack)(const float* data, int64_t line_stride, int64_t k_stride, int64_t count, int64_t k,
+               int height, float* out);
   // c (rows, cols) with stride ldc; accumulate: added to what is there.
-  void (*run)(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate);
+  void (*run)(int64_t words, const float* a, const float* b, float* c, int64_t ldc,
+              bool accumulate);
 };
-extern const TileKernel kTileScalar, kTileAvx2, kTileAvx512;
-const TileKernel& select_tile();  // of the instruction set that the engine runs with
+extern const TileKernel kTileScalar, kTileAvx2, kTileAvx512, kTileAvx512Bf16;
+// Of the instruction set that the engine runs with; kBF16 where machine_has() it.
+const TileKernel& select_tile(Precision precision);
+
+// Packs element by element: for tiles of one element a word.
+void pack_f32(const float* data, int64_t line_stride, int64_t k_stride, int64_t count, int64_t k,
+              int height, float* out);
 
 // Scratch of one thread.
 struct GemmScratch {

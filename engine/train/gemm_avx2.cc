@@ -9,6 +9,6 @@ constexpr int kTileRows = 6, kTileLanes = 1;
 
 namespace chimera::training {
 
-const TileKernel kTileAvx2 = {kTileRows, 16 * kTileLanes, tile};
+const TileKernel kTileAvx2 = {kTileRows, 16 * kTileLanes, 1, pack_f32, tile};
 
 }  // namespace chimera::training

@@ -9,6 +9,6 @@ constexpr int kTileRows = 14, kTileLanes = 2;
 
 namespace chimera::training {
 
-const TileKernel kTileAvx512 = {kTileRows, 16 * kTileLanes, tile};
+const TileKernel kTileAvx512 = {kTileRows, 16 * kTileLanes, 1, pack_f32, tile};
 
 }  // namespace chimera::training

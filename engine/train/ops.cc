@@ -46,9 +46,9 @@ void add_scaled(const T* x, T a, int64_t n, T* y) {
 }  // namespace
 
 template <typename T>
-Ops<T>::Ops(int threads)
+Ops<T>::Ops(int threads, Precision precision)
     : pool_(threads),
-      tile_(select_tile()),
+      tile_(select_tile(precision)),
       scratch_(static_cast<size_t>(pool_.size())),
       columns_(static_cast<size_t>(pool_.size())) {}
 

@@ -49,7 +49,7 @@ struct AttentionShape {
 template <typename T>
 class Ops {
  public:
-  explicit Ops(int threads);
+  explicit Ops(int threads, Precision precision = Precision::kF32);
   int threads() const { return pool_.size(); }
 
   // f(begin, end, thread) over contiguous shares of [0, n).
