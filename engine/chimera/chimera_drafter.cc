@@ -300,7 +300,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       }
       const float* logits = expand_rows(depth, seq);
       for (size_t i = 0; i < width; ++i)
-        propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_width());
+        propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_stride());
       const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
       depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
     }

@@ -62,8 +62,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   f_ = floats(rows * d);
   trigrams_ = floats(rows * 3 * d);
   hidden_ = floats(rows * d);
-  key_in_ = floats(rows * 2 * d);
-  value_in_ = floats(rows * 2 * d);
+  new_features_ = floats(rows * d);
   qkv_ = floats(rows * (config_.q_size() + 2 * config_.kv_size()));
   attended_ = floats(rows * config_.q_size());
   gated_ = floats(rows * 2 * config_.ffn_size);
@@ -76,8 +75,21 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   w2_ = prepare(t.w2, d, d);
   if (config_.skip) w3_ = prepare(t.w3, d, d);
   wq_ = prepare(t.wq, config_.q_size(), d);
-  wk_ = prepare(t.wk, config_.kv_size(), 2 * d);
-  wv_ = prepare(t.wv, config_.kv_size(), 2 * d);
+  // Half of a matrix that reads [state; feature], its input's norm included.
+  const auto half = [&](const std::vector<float>& w, const std::vector<float>& norm, int64_t part,
+                        std::vector<float>* out) {
+    for (int64_t r = 0; r < config_.kv_size(); ++r)
+      for (int64_t i = part * d; i < (part + 1) * d; ++i)
+        out->push_back(w[static_cast<size_t>(r * 2 * d + i)] * norm[static_cast<size_t>(i)]);
+  };
+  std::vector<float> of_state, key_of_feature, value_of_feature;
+  half(t.wk, t.key_norm, 0, &of_state);
+  half(t.wv, t.value_norm, 0, &of_state);
+  half(t.wk, t.key_norm, 1, &key_of_feature);
+  half(t.wv, t.value_norm, 1, &value_of_feature);
+  wkv_state_ = prepare(of_state, 2 * config_.kv_size(), d);
+  wk_feature_ = prepare(key_of_feature, config_.kv_size(), d);
+  wv_feature_ = prepare(value_of_feature, config_.kv_size(), d);
   wo_ = prepare(t.wo, d, config_.q_size());
   gate_up_ = prepare(t.gate_up, 2 * config_.ffn_size, d);
   down_ = prepare(t.down, d, config_.ffn_size);
@@ -86,33 +98,24 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
     head_up_.push_back(prepare(t.head_up[static_cast<size_t>(k)], d, config_.head_rank));
   }
   ones_ = place(std::vector<float>(static_cast<size_t>(d), 1.0f));
-  key_norm_ = place(t.key_norm);
-  value_norm_ = place(t.value_norm);
   attn_norm_ = place(t.attn_norm);
   ffn_norm_ = place(t.ffn_norm);
   out_norm_ = place(t.out_norm);
 
-  // The head's rows of the static vocabulary, gathered from the target's.
   vocabulary_.assign(t.vocabulary.begin(),
                      t.vocabulary.begin() +
                          std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(t.vocabulary.size()),
                                                   static_vocabulary));
-  std::vector<float> lm(vocabulary_.size() * static_cast<size_t>(d));
-  for (size_t first = 0; first < vocabulary_.size(); first += kMaxRows) {
-    const size_t n = std::min<size_t>(kMaxRows, vocabulary_.size() - first);
-    trigram_step_->clear();
-    trigram_step_->n_rows = static_cast<int32_t>(n);
-    std::copy_n(vocabulary_.begin() + static_cast<std::ptrdiff_t>(first), n, trigram_step_->token);
-    backend_.embed(trigram_step_, target.head(), x_);
-    std::memcpy(lm.data() + first * static_cast<size_t>(d), x_, n * static_cast<size_t>(d) * 4);
-  }
-  head_ = prepare(lm, static_cast<int64_t>(vocabulary_.size()), d, head_type_);
-  dynamic_rows_.resize(kMaxDynamic * row_bytes(head_type_, d));
-  const TensorView dynamic = view(head_type_, dynamic_rows_, kMaxDynamic, d);
-  dynamic_ = backend_.prepare({&dynamic, 1});
-  logits_static_ = floats(rows * static_cast<int64_t>(vocabulary_.size()));
-  logits_dynamic_ = floats(rows * kMaxDynamic);
-  logits_ = floats(rows * (static_cast<int64_t>(vocabulary_.size()) + kMaxDynamic));
+  const auto n_static = static_cast<int64_t>(vocabulary_.size());
+  head_rows_.resize(static_cast<size_t>(n_static + kMaxDynamic) * row_bytes(head_type_, d));
+  for (int64_t i = 0; i < n_static; ++i)
+    embed_head_row(static_cast<int>(i), vocabulary_[static_cast<size_t>(i)]);
+  const TensorView head = view(head_type_, head_rows_, n_static + kMaxDynamic, d);
+  head_ = backend_.prepare({&head, 1});
+  weight_bytes_ += head_->bytes;
+  logits_ = floats(rows * head_->rows);
+  kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
+  kept_features_.resize(kKeptFeatures * static_cast<size_t>(d));
 
   const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16,
                       1,
@@ -156,19 +159,56 @@ const float* DraftModel::place(const std::vector<float>& vector) {
   return static_cast<const float*>(memory_.back().get());
 }
 
-void DraftModel::set_dynamic(int index, int32_t token) {
-  n_dynamic_ = std::max(n_dynamic_, index + 1);
+// head_rows_[index] = the target's head row of a token.
+void DraftModel::embed_head_row(int index, int32_t token) {
   trigram_step_->clear();
   trigram_step_->n_rows = 1;
   trigram_step_->token[0] = token;
   backend_.embed(trigram_step_, target_.head(), x_);
   const int64_t d = config_.hidden_size;
   round_row(head_type_, x_, d,
-            dynamic_rows_.data() + static_cast<size_t>(index) * row_bytes(head_type_, d));
-  backend_.replace_row(*dynamic_, view(head_type_, dynamic_rows_, kMaxDynamic, d), index);
+            head_rows_.data() + static_cast<size_t>(index) * row_bytes(head_type_, d));
+}
+
+void DraftModel::set_dynamic(int index, int32_t token) {
+  n_dynamic_ = std::max(n_dynamic_, index + 1);
+  const int row = static_cast<int>(vocabulary_.size()) + index;
+  embed_head_row(row, token);
+  backend_.replace_row(*head_, view(head_type_, head_rows_, head_->rows, config_.hidden_size), row);
 }
 
 void DraftModel::features(int first, int n, const int32_t* trigrams) {
+  const auto d = static_cast<size_t>(config_.hidden_size);
+  const auto place_of = [](const Trigram& t) {
+    uint32_t h = 0;
+    for (const int32_t token : t.token) h = (h ^ static_cast<uint32_t>(token)) * 0x9E3779B1u;
+    return size_t{h >> 16} % kKeptFeatures;
+  };
+  int missing[kMaxRows], n_missing = 0;
+  int32_t tokens[3 * kMaxRows];
+  for (int i = 0; i < n; ++i) {
+    const Trigram t{{trigrams[3 * i], trigrams[3 * i + 1], trigrams[3 * i + 2]}};
+    const size_t at = place_of(t);
+    if (kept_trigrams_[at] == t) {
+      std::memcpy(feature(first + i), kept_features_.data() + at * d, d * 4);
+    } else {
+      std::copy_n(t.token, 3, tokens + 3 * n_missing);
+      missing[n_missing++] = i;
+    }
+  }
+  if (n_missing == 0) return;
+  compute_features(n_missing, tokens);
+  for (int j = 0; j < n_missing; ++j) {
+    const Trigram t{{tokens[3 * j], tokens[3 * j + 1], tokens[3 * j + 2]}};
+    const float* g = new_features_ + static_cast<size_t>(j) * d;
+    kept_trigrams_[place_of(t)] = t;
+    std::memcpy(kept_features_.data() + place_of(t) * d, g, d * 4);
+    std::memcpy(feature(first + missing[j]), g, d * 4);
+  }
+}
+
+// new_features_ of n trigrams.
+void DraftModel::compute_features(int n, const int32_t* trigrams) {
   const int64_t d = config_.hidden_size;
   trigram_step_->clear();
   trigram_step_->n_rows = 3 * n;
@@ -179,14 +219,14 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
   backend_.linear(trigram_step_, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
   backend_.linear(
       trigram_step_,
-      {.weights = w2_.get(), .x = hidden_, .y = feature(first), .input = Linear::Input::kSilu});
+      {.weights = w2_.get(), .x = hidden_, .y = new_features_, .input = Linear::Input::kSilu});
   if (config_.skip) {
     backend_.on_host([&] {
       for (int64_t i = 0; i < n; ++i)
         std::memcpy(x_ + i * d, trigrams_ + (3 * i + 2) * d, static_cast<size_t>(d) * 4);
     });
     backend_.linear(trigram_step_,
-                    {.weights = w3_.get(), .x = x_, .y = feature(first), .accumulate = true});
+                    {.weights = w3_.get(), .x = x_, .y = new_features_, .accumulate = true});
   }
 }
 
@@ -195,16 +235,16 @@ void DraftModel::forward() {
   using Input = Linear::Input;
   const int64_t d = config_.hidden_size, width = config_.q_size() + 2 * config_.kv_size();
   const Heads heads{config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
-  // Slots read [rms(state); rms(feature)]: of the previous token for the key, of the own one for the value.
-  backend_.rms_norm(step_, state_, ones_, kEps, d, hidden_);
-  backend_.rms_norm(step_, g_prev_, ones_, kEps, d, x_);
-  backend_.on_host([&] { concatenate(hidden_, x_, key_norm_, key_in_); });
-  backend_.rms_norm(step_, g_, ones_, kEps, d, x_);
-  backend_.on_host([&] { concatenate(hidden_, x_, value_norm_, value_in_); });
+  float *k = qkv_ + config_.q_size(), *v = k + config_.kv_size();
   backend_.linear(step_, {.weights = wq_.get(), .x = g_, .y = qkv_, .y_stride = width,
                           .input = Input::kRmsNorm, .norm_weight = attn_norm_, .eps = kEps});
-  backend_.linear(step_, {.weights = wk_.get(), .x = key_in_, .y = qkv_ + config_.q_size(), .y_stride = width});
-  backend_.linear(step_, {.weights = wv_.get(), .x = value_in_, .y = qkv_ + config_.q_size() + config_.kv_size(), .y_stride = width});
+  // Slots read [rms(state); rms(feature)]: of the previous token for the key, of the own one for the value.
+  backend_.linear(step_, {.weights = wkv_state_.get(), .x = state_, .y = k, .y_stride = width,
+                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps});
+  backend_.linear(step_, {.weights = wk_feature_.get(), .x = g_prev_, .y = k, .y_stride = width,
+                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
+  backend_.linear(step_, {.weights = wv_feature_.get(), .x = g_, .y = v, .y_stride = width,
+                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
   backend_.rope_append(step_, qkv_, heads, rope_, kv_, 0);
   backend_.attention(step_, qkv_, heads, kv_, 0, attended_);
   backend_.copy_rows(step_, g_, d, x_);
@@ -216,19 +256,8 @@ void DraftModel::forward() {
 }
 // clang-format on
 
-// out: (rows, 2 d) = [a; b] * weight for the step's new rows.
-void DraftModel::concatenate(const float* a, const float* b, const float* weight,
-                             float* out) const {
-  const int64_t d = config_.hidden_size;
-  for (int64_t r = step_->first_new; r < step_->n_rows; ++r)
-    for (int64_t i = 0; i < d; ++i) {
-      out[2 * r * d + i] = a[r * d + i] * weight[i];
-      out[(2 * r + 1) * d + i] = b[r * d + i] * weight[d + i];
-    }
-}
-
 const float* DraftModel::logits(int k, const float* h) {
-  const int64_t d = config_.hidden_size, first = step_->first_new, n = step_->n_rows - first;
+  const int64_t d = config_.hidden_size, first = step_->first_new;
   const auto head = static_cast<size_t>(std::min(k, config_.n_steps - 1));
   backend_.on_host([&] {
     for (int64_t r = first; r < step_->n_rows; ++r) {
@@ -246,19 +275,8 @@ const float* DraftModel::logits(int k, const float* h) {
                             .input = Linear::Input::kSilu,
                             .accumulate = true});
   }
-  const int64_t n_static = static_cast<int64_t>(vocabulary_.size()), width = logits_width();
-  backend_.linear(step_, {.weights = head_.get(), .x = z_, .y = logits_static_});
-  if (n_dynamic_ > 0)
-    backend_.linear(step_, {.weights = dynamic_.get(), .x = z_, .y = logits_dynamic_});
-  backend_.on_host([&] {
-    for (int64_t i = 0; i < n; ++i) {
-      std::memcpy(logits_ + i * width, logits_static_ + (first + i) * n_static,
-                  static_cast<size_t>(n_static) * 4);
-      std::memcpy(logits_ + i * width + n_static, logits_dynamic_ + (first + i) * kMaxDynamic,
-                  static_cast<size_t>(n_dynamic_) * 4);
-    }
-  });
-  return logits_;
+  backend_.linear(step_, {.weights = head_.get(), .x = z_, .y = logits_});
+  return logits_ + first * head_->rows;
 }
 
 }  // namespace chimera

@@ -36,7 +36,8 @@ class DraftModel {
   Step& step() { return *step_; }
 
   // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n,
-  // 3).
+  // 3). A feature depends on its trigram alone: those of the last few hundred are kept, since the
+  // tree of a step mostly holds the trigrams of the one before.
   void features(int first, int n, const int32_t* trigrams);
   float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }  // g_p
   float* previous_feature(int row) {
@@ -48,9 +49,11 @@ class DraftModel {
   // Fills f for the step's new rows [first_new, n_rows) and appends their slots.
   void forward();
   // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the
-  // last known state of the target. Row i of the result belongs to row first_new + i.
+  // last known state of the target. (rows, logits_width), rows logits_stride floats apart; row i
+  // belongs to row first_new + i.
   const float* logits(int k, const float* h);
   int logits_width() const { return static_cast<int>(vocabulary_.size()) + n_dynamic_; }
+  int logits_stride() const { return static_cast<int>(head_->rows); }
 
   // The dynamic part of the vocabulary: up to kMaxDynamic tokens, replaced oldest first.
   static constexpr int kMaxDynamic = 512;
@@ -69,7 +72,8 @@ class DraftModel {
   std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
                                   DType type);
   const float* place(const std::vector<float>& vector);
-  void concatenate(const float* a, const float* b, const float* weight, float* out) const;
+  void compute_features(int n, const int32_t* trigrams);
+  void embed_head_row(int index, int32_t token);
 
   Backend& backend_;
   const Llama& target_;
@@ -79,24 +83,36 @@ class DraftModel {
   size_t weight_bytes_ = 0;
   int n_dynamic_ = 0;
 
-  std::unique_ptr<Matrix> w1_, w2_, w3_, wq_, wk_, wv_, wo_, gate_up_, down_, head_;
+  std::unique_ptr<Matrix> w1_, w2_, w3_;
+  // The slots' products, taken apart by what they read; the norms' weights are multiplied in.
+  std::unique_ptr<Matrix> wq_, wkv_state_;           // (q, d), (2 kv, d): of h or f
+  std::unique_ptr<Matrix> wk_feature_, wv_feature_;  // (kv, d): of g_{p-1}, of g_p
+  std::unique_ptr<Matrix> wo_, gate_up_, down_;
   std::vector<std::unique_ptr<Matrix>> head_down_, head_up_;
-  std::unique_ptr<Matrix> dynamic_;
-  std::vector<std::byte> dynamic_rows_;  // (kMaxDynamic, d)
+  std::unique_ptr<Matrix> head_;      // (static + kMaxDynamic, d), from the target's head
+  std::vector<std::byte> head_rows_;  // the same in rows, for replace_row()
   std::vector<float> head_scale_;
-  const float *ones_, *key_norm_, *value_norm_, *attn_norm_, *ffn_norm_, *out_norm_;
+  const float *ones_, *attn_norm_, *ffn_norm_, *out_norm_;
   std::vector<std::shared_ptr<void>> memory_;
+
+  // Features of trigrams, by hash.
+  static constexpr size_t kKeptFeatures = 512;
+  struct Trigram {
+    int32_t token[3];
+    bool operator==(const Trigram&) const = default;
+  };
+  std::vector<Trigram> kept_trigrams_;
+  std::vector<float> kept_features_;  // (kKeptFeatures, d)
 
   Step *step_, *trigram_step_;
   KvCache kv_;
   RopeTable rope_;
-  float *g_, *g_prev_, *state_, *f_;        // (rows, d)
-  float *trigrams_, *hidden_;               // (rows, 3 d), (rows, d)
-  float *key_in_, *value_in_;               // (rows, 2 d)
-  float *qkv_, *attended_, *gated_;         // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
-  float *x_, *head_in_, *rank_, *z_;        // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
-  float *logits_static_, *logits_dynamic_;  // (rows, static), (rows, kMaxDynamic)
-  float* logits_;                           // (rows, both)
+  float *g_, *g_prev_, *state_, *f_;  // (rows, d)
+  float *trigrams_, *hidden_;         // (rows, 3 d), (rows, d)
+  float* new_features_;               // (rows, d)
+  float *qkv_, *attended_, *gated_;   // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
+  float *x_, *head_in_, *rank_, *z_;  // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
+  float* logits_;                     // (rows, static + kMaxDynamic)
 };
 
 }  // namespace chimera
