@@ -275,6 +275,8 @@ int train_fit(const std::vector<std::string>& args) {
       throw Error(printable(*o.init, 4096), "a draft for " + target_name,
                   "one for " + printable(draft.target_name), "train one from scratch");
     }
+    if (draft.vocabulary.size() > static_cast<size_t>(o.vocabulary))
+      draft.vocabulary.resize(static_cast<size_t>(o.vocabulary));  // most frequent first
   } else {
     DraftConfig c;
     c.hidden_size = t.config.hidden_size;
