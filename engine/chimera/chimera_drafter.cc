@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -10,6 +9,7 @@
 
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
+#include "engine/top_k.h"
 
 namespace chimera {
 namespace {
@@ -26,15 +26,6 @@ struct Yield {
   double expanded = 5, chosen = 2.5;  // sums of path probabilities
   double share() const { return chosen / expanded; }
 };
-
-// exp for softmax sums: 2^(x log2 e) with the fraction by a cubic, good to 1e-4. A draft may be
-// wrong.
-inline float rough_exp(float x) {
-  const float t = std::max(x, -80.0f) * 1.44269504f;
-  const float whole = std::floor(t), f = t - whole;
-  const float p = 1.0f + f * (0.6951786f + f * (0.2261178f + f * 0.0790208f));
-  return std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23) * p;
-}
 
 class GrowingDrafter final : public ChimeraDrafter {
  public:
@@ -177,7 +168,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       if (k.step->kept_at[r] < 0 || k.step->logits_index[r] < 0) continue;
       const float* logits = k.logits + int64_t{k.step->logits_index[r]} * k.vocab;
       int32_t best[kTargetsBest] = {};
-      const int n = top(logits, k.vocab, kTargetsBest, best);
+      const int n = top_k(logits, k.vocab, kTargetsBest, best);
       for (int i = 0; i < n; ++i) learn(best[i]);
       if (options_.recycling) {
         const int32_t token = k.step->token[r];
@@ -203,20 +194,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     dynamic_[oldest_] = token;
     model_.set_dynamic(static_cast<int>(oldest_), token);
     oldest_ = (oldest_ + 1) % DraftModel::kMaxDynamic;
-  }
-
-  // Indices of the n largest of x, largest first. One pass: most values fail the first comparison.
-  static int top(const float* x, int size, int n, int32_t* out) {
-    int found = 0;
-    float least = -INFINITY;
-    for (int i = 0; i < size; ++i) {
-      if (!(x[i] > least)) continue;
-      int at = found < n ? found++ : n - 1;
-      for (; at > 0 && x[out[at - 1]] < x[i]; --at) out[at] = out[at - 1];
-      out[at] = i;
-      if (found == n) least = x[out[n - 1]];
-    }
-    return found;
   }
 
   int32_t token_of(int index) const {
@@ -250,7 +227,7 @@ class GrowingDrafter final : public ChimeraDrafter {
                const Wanted& wanted, const Added& added) {
     const int width = model_.logits_width();
     int32_t best[StaticTree::kMostRanks] = {};
-    n = top(logits, width, n, best);
+    n = top_k(logits, width, n, best);
     // In between for temperatures between.
     const float mix = std::min(c.temperature, 1.0f);
     const auto mixed = [&](const std::vector<float>& greedy, const std::vector<float>& sampled) {
@@ -260,11 +237,10 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float scale = 1 / mixed(greedy_.temperature, sampled_.temperature);
     const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
-    float sum = 0;
-    for (int i = 0; i < width; ++i) sum += rough_exp((logits[i] - largest) * scale);
+    const float sum = sum_of_exp(logits, width, largest, scale);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
-      const float p = coverage * rough_exp((logits[best[i]] - largest) * scale) / sum;
+      const float p = coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
       added(i, tree_.add(parent, token_of(best[i]), tree_.probability_of(parent) * p));
     }
   }

@@ -1,71 +1,30 @@
 #include "engine/train/target_features.h"
 
 #include <algorithm>
+#include <cmath>
 
-#include "engine/cpu/kernels.h"
 #include "engine/error.h"
+#include "engine/top_k.h"
 
 namespace chimera::training {
 namespace {
 
 constexpr int kRows = 128;  // of a pass
 
-// The most probable tokens of softmax(logits), most probable first. scratch: (vocab).
-void soft_target(const float* logits, int64_t vocab, float* scratch, SoftTarget* target) {
-  static const cpu::Kernels& kernels = cpu::select_kernels();
-  const float largest = logits[kernels.sampling.argmax(logits, vocab)];
-  kernels.sampling.exp_scaled(logits, vocab, largest, 1.0f, scratch);
-  float part[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= vocab; i += 8) {
-    for (int j = 0; j < 8; ++j) part[j] += scratch[i + j];
-  }
-  float sum = 0;
-  for (; i < vocab; ++i) sum += scratch[i];
-  for (const float p : part) sum += p;
-
-  // The best so far, as a heap with the least probable on top. Nearly all tokens are far below it:
-  // a piece is looked at only if its largest logit is not.
-  struct Candidate {
-    float logit;
-    int32_t token;
-    bool operator<(const Candidate& o) const {
-      return logit > o.logit || (logit == o.logit && token < o.token);
-    }
-  };
-  constexpr int64_t kPiece = 32;
-  Candidate best[SoftTarget::kMost];
-  int n = 0;
-  for (int64_t first = 0; first < vocab; first += kPiece) {
-    const int64_t end = std::min(first + kPiece, vocab);
-    if (n == SoftTarget::kMost && end == first + kPiece) {
-      float most[4] = {logits[first], logits[first], logits[first], logits[first]};
-      for (int64_t t = first; t < end; t += 4) {
-        for (int j = 0; j < 4; ++j) most[j] = most[j] < logits[t + j] ? logits[t + j] : most[j];
-      }
-      if (!(std::max(std::max(most[0], most[1]), std::max(most[2], most[3])) > best[0].logit))
-        continue;
-    }
-    for (int64_t t = first; t < end; ++t) {
-      if (n == SoftTarget::kMost && !(logits[t] > best[0].logit)) continue;
-      if (n == SoftTarget::kMost) std::pop_heap(best, best + n--);
-      best[n++] = {logits[t], static_cast<int32_t>(t)};
-      std::push_heap(best, best + n);
-    }
-  }
-  std::sort_heap(best, best + n);
+// The most probable tokens of softmax(logits), most probable first.
+void soft_target(const float* logits, int64_t vocab, SoftTarget* target) {
+  const int n = top_k(logits, vocab, SoftTarget::kMost, target->token);
+  const float largest = logits[target->token[0]], sum = sum_of_exp(logits, vocab, largest, 1);
   for (int j = 0; j < SoftTarget::kMost; ++j) {
-    target->token[j] = j < n ? best[j].token : -1;
-    target->probability[j] = j < n ? scratch[best[j].token] / sum : 0.0f;
+    if (j >= n) target->token[j] = -1;
+    target->probability[j] = j < n ? std::exp(logits[target->token[j]] - largest) / sum : 0.0f;
   }
 }
 
 }  // namespace
 
 FeatureRecorder::FeatureRecorder(const LlamaConfig& target, int n_sequences)
-    : hidden_(target.hidden_size),
-      texts_(static_cast<size_t>(n_sequences)),
-      probability_(static_cast<size_t>(target.vocab_size)) {}
+    : hidden_(target.hidden_size), texts_(static_cast<size_t>(n_sequences)) {}
 
 void FeatureRecorder::start(int sequence, int prompt_len) {
   TrainingText& text = texts_[static_cast<size_t>(sequence)];
@@ -79,7 +38,7 @@ void FeatureRecorder::observe(const KeptRows& k) {
   const Step::Sequence& s = k.step->sequences[k.sequence];
   for (int r = s.first_row; r < s.first_row + s.n_rows; ++r) {
     if (k.step->kept_at[r] <= text.first_start) continue;
-    soft_target(k.logits + int64_t{k.step->logits_index[r]} * k.vocab, k.vocab, probability_.data(),
+    soft_target(k.logits + int64_t{k.step->logits_index[r]} * k.vocab, k.vocab,
                 &text.targets.emplace_back());
   }
 }
@@ -92,9 +51,7 @@ TrainingText FeatureRecorder::take(int sequence, std::span<const int32_t> tokens
 
 TargetFeatures::TargetFeatures(const Llama& target, int context, int threads)
     : session_(target, {.context = context, .max_nodes = kRows - 1, .prefill_rows = kRows}),
-      pool_(threads),
-      probability_(static_cast<size_t>(pool_.size()),
-                   std::vector<float>(static_cast<size_t>(target.config().vocab_size))) {}
+      pool_(threads) {}
 
 TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first_start) {
   const LlamaConfig& config = session_.model().config();
@@ -122,7 +79,6 @@ TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first
     pool_.run([&](int thread) {
       for (int i = thread; i < n_logits; i += pool_.size()) {
         soft_target(session_.logits() + int64_t{i} * config.vocab_size, config.vocab_size,
-                    probability_[static_cast<size_t>(thread)].data(),
                     &text.targets[static_cast<size_t>(first + i)]);
       }
     });

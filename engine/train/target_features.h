@@ -31,7 +31,6 @@ class FeatureRecorder final : public Drafter {
  private:
   int64_t hidden_;
   std::vector<TrainingText> texts_;  // by sequence
-  std::vector<float> probability_;   // (vocab) scratch
 };
 
 class TargetFeatures {
@@ -48,7 +47,6 @@ class TargetFeatures {
  private:
   Session session_;
   cpu::ThreadPool pool_;
-  std::vector<std::vector<float>> probability_;  // scratch of a thread
 };
 
 }  // namespace chimera::training
