@@ -169,7 +169,7 @@ TEST(Draft, ChangesNoText) {
 TEST(Draft, TheOneThatShips) {
   SKIP_WITHOUT(kSmolLm2);
   const Loaded target = load(kSmolLm2, isas().back(), 2);
-  const DraftTensors tensors = load_draft("models/smollm2-135m-instruct.chimera.safetensors");
+  const DraftTensors tensors = load_draft(kDraft);
   EXPECT_EQ(tensors.target_fingerprint, fingerprint(target.file.tensors, target.file.vocabulary));
   const Message message{"user", "Count from one to twenty in words, twice. Then explain why."};
   const std::vector<int32_t> prompt =

@@ -27,6 +27,7 @@ inline std::string shared(const std::string& path) {
   return "../shared/data/" + path;
 }
 inline const char* const kSmolLm2 = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+inline const char* const kDraft = "models/smollm2-135m-instruct.chimera.safetensors";
 
 #define SKIP_WITHOUT(path)                                                   \
   if (const std::string missing = (path); !std::filesystem::exists(missing)) \
