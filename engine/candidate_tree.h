@@ -88,6 +88,13 @@ class CandidateTree {
   // What choose() chose, the most probable first.
   std::span<const int> chosen() const { return chosen_; }
 
+  // Tokens that a pass over the chosen ones is expected to give, the root's own included.
+  double expected_tokens() const {
+    double tokens = 1;
+    for (const int i : chosen_) tokens += static_cast<double>((*this)[i].probability);
+    return tokens;
+  }
+
   // Writes the chosen candidates into the step, as rows below `root`.
   void write(Step* step, int root) {
     row_of_.assign(nodes_.size(), -1);

@@ -17,7 +17,7 @@ class NgramDrafter final : public TreeDrafter {
   CandidateTree& candidates(const DraftContext& c) override {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
-                   options_.max_match, &tree_);
+                   options_.max_match, c.temperature, &tree_);
     tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
     return tree_;
   }

@@ -159,7 +159,8 @@ void Session::fill_step(Drafter* drafter) {
     if (drafter != nullptr && waiting == 1) {
       const int max_depth = options_.context - static_cast<int>(text.tokens.size());
       drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
-                      max_depth, cost_.known() ? &cost_ : nullptr},
+                      max_depth, cost_.known() ? &cost_ : nullptr,
+                      step_->sequences[s].sampling.temperature},
                      step_);
       text.drafted = step_->n_rows - row - 1;
     }

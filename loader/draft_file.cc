@@ -49,12 +49,50 @@ void each_tensor(Tensors& t, const F& f) {
 }
 
 std::string write_config(const DraftConfig& c) {
-  return nlohmann::ordered_json{{"hidden_size", c.hidden_size}, {"n_heads", c.n_heads},
-                                {"n_kv_heads", c.n_kv_heads},   {"head_dim", c.head_dim},
-                                {"ffn_size", c.ffn_size},       {"n_steps", c.n_steps},
-                                {"head_rank", c.head_rank},     {"rope_kv_heads", c.rope_kv_heads},
-                                {"rope_base", c.rope_base},     {"skip", c.skip}}
-      .dump();
+  nlohmann::ordered_json json{{"hidden_size", c.hidden_size}, {"n_heads", c.n_heads},
+                              {"n_kv_heads", c.n_kv_heads},   {"head_dim", c.head_dim},
+                              {"ffn_size", c.ffn_size},       {"n_steps", c.n_steps},
+                              {"head_rank", c.head_rank},     {"rope_kv_heads", c.rope_kv_heads},
+                              {"rope_base", c.rope_base},     {"skip", c.skip}};
+  const auto short_numbers = [](const std::vector<float>& values) {
+    std::vector<double> numbers;
+    for (const float v : values) numbers.push_back(std::round(double{v} * 1000) / 1000);
+    return numbers;
+  };
+  for (const auto& [name, calibration] :
+       {std::pair{"greedy", &c.greedy}, std::pair{"sampled", &c.sampled}})
+    if (!calibration->temperature.empty())
+      json[name] = {{"temperature", short_numbers(calibration->temperature)},
+                    {"coverage", short_numbers(calibration->coverage)}};
+  return json.dump();
+}
+
+// An absent one is as good as one of ones.
+DraftCalibration take_calibration(nlohmann::json* config, const char* name,
+                                  const std::string& where) {
+  DraftCalibration calibration;
+  const auto found = config->find(name);
+  if (found == config->end()) return calibration;
+  const auto read = [&](const char* key, std::vector<float>* values, float most) {
+    bool good = found->is_object() && found->contains(key) && (*found)[key].is_array() &&
+                !(*found)[key].empty() && (*found)[key].size() <= 32;
+    for (size_t i = 0; good && i < (*found)[key].size(); ++i) {
+      const nlohmann::json& value = (*found)[key][i];
+      good = value.is_number() && value.get<float>() >= 0.01f && value.get<float>() <= most;
+      if (good) values->push_back(value.get<float>());
+    }
+    if (!good)
+      throw Error(where + ": " + name + ": " + key,
+                  "1 to 32 numbers from 0.01 to " + std::to_string(static_cast<int>(most)),
+                  printable(found->dump()), kTrainAgain);
+  };
+  read("temperature", &calibration.temperature, 100);
+  read("coverage", &calibration.coverage, 1);
+  if (found->size() != 2 || calibration.temperature.size() != calibration.coverage.size())
+    throw Error(where + ": " + name, "temperature and coverage of the same length",
+                printable(found->dump()), kTrainAgain);
+  config->erase(found);
+  return calibration;
 }
 
 DraftConfig read_config(const std::string& text, const std::string& where) {
@@ -101,6 +139,8 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
   c.skip = skip->get<bool>();
   json.erase("rope_base");
   json.erase("skip");
+  c.greedy = take_calibration(&json, "greedy", where);
+  c.sampled = take_calibration(&json, "sampled", where);
   if (!json.empty()) {
     throw Error(where, "what this version knows", chimera::quoted(json.begin().key()),
                 "use a newer version of chimera");

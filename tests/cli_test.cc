@@ -129,7 +129,7 @@ TEST_F(CliTest, Version) {
 }
 
 TEST_F(CliTest, UsageErrors) {
-  expect_error({"jump"}, 2, "expected run, info, bench or train, found 'jump'");
+  expect_error({"jump"}, 2, "expected run, info, bench, train or tune-tree, found 'jump'");
   expect_error({"run"}, 2, "run: expected -m MODEL, found none");
   expect_error({"bench"}, 2, "bench: expected -m MODEL, found none");
   expect_error({"info"}, 2, "info: expected MODEL, found none");
@@ -141,7 +141,7 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"run", "-m", "-p", "x"}, 2, "-m: expected MODEL, found the flag -p");
   expect_error({"run", "--json=yes"}, 2, "--json: expected no value, found 'yes'");
   expect_error({"run", "--drafter", "guess"}, 2,
-               "expected none, ngram, chimera, hybrid or best, found 'guess'");
+               "expected none, ngram, chimera, hybrid, static or best, found 'guess'");
   expect_error({"run", "--device=gpu"}, 2, "expected cpu, cuda or auto, found 'gpu'");
   expect_error({"run", "-m", "x", "-p", "a", "-f", "b"}, 2, "expected -p or -f, found both");
   expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
@@ -434,6 +434,27 @@ TEST_F(CliTest, TrainData) {
   auto parts = data("even", {"--shard", "0/2"});
   parts.merge(data("odd", {"--shard", "1/2"}));
   EXPECT_EQ(parts, whole);
+  // Joined, they are what one run makes, which can go on from there.
+  const std::string even = folder_ / "even", odd = folder_ / "odd", joined = folder_ / "joined";
+  const Output merged = chimera({"train", "merge", "--data", even + "," + odd, "-o", joined});
+  EXPECT_EQ(merged.code, 0) << merged.err;
+  EXPECT_EQ(merged.err, "4 answers of 2 shards\n");
+  EXPECT_EQ(read("joined").size(), read("whole").size());
+  EXPECT_EQ(data("joined", {}), whole);
+  const Output half = chimera({"train", "merge", "--data", odd, "-o", folder_ / "half"});
+  EXPECT_EQ(half.err, "note: 1 of 2 shards not given\n2 answers of 1 shard\n");
+  EXPECT_NE(read("half").find("\"shard\":\"1/2\""), std::string::npos);
+  data("other", {"--shard", "0/2", "--seed", "2"});
+  expect_error({"train", "merge", "--data", odd + "," + (folder_ / "other").string(), "-o", joined},
+               1, "merge shards of one model and the same settings only");
+  expect_error({"train", "merge", "--data", odd + "," + odd, "-o", joined}, 1, "each shard once");
+  expect_error({"train", "merge", "--data", prompts, "-o", joined}, 1,
+               "a shard of chimera train data");
+  expect_error({"train", "merge", "--data", odd}, 2, "-o SHARD");
+  write("other", read("odd").replace(read("odd").find("1/2"), 3, "2/2"));
+  expect_error({"train", "merge", "--data", odd + "," + (folder_ / "other").string(), "-o", joined},
+               1, "each prompt once");
+  EXPECT_EQ(read("joined").size(), read("whole").size()) << "what was there is untouched";
   // A run that was cut in the middle of a line goes on.
   const std::string text = read("whole");
   write("whole", text.substr(0, text.size() - 30));
@@ -444,7 +465,18 @@ TEST_F(CliTest, TrainData) {
   expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x",
                 "--shard", "2/2"},
                2, "0 <= i < n");
-  expect_error({"train", "dance"}, 2, "expected data, fit or eval");
+  const std::string broken = write("broken.jsonl", "{\"prompt\": \"Once\"}\n{\"prompt\"\n");
+  expect_error(
+      {"train", "data", "-m", kStories, "--prompts", broken, "-o", folder_ / "y", "--strict"}, 1,
+      "broken.jsonl: line 2: ");
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "y"));
+  const Output rest = chimera({"train", "data", "-m", kStories, "--prompts", broken, "-o",
+                               folder_ / "y", "-n", "3", "--max-prompt", "40"});
+  EXPECT_EQ(rest.code, 0);
+  EXPECT_NE(rest.err.find("broken.jsonl: 1 broken line left out: 2; the first: "),
+            std::string::npos)
+      << rest.err;
+  expect_error({"train", "dance"}, 2, "expected data, merge, fit or eval");
 }
 
 TEST_F(CliTest, TrainEval) {
@@ -454,8 +486,8 @@ TEST_F(CliTest, TrainEval) {
   SKIP_IF_ABSENT(kStories);
   const std::string one = write("one.txt", "Why is the sky blue?\nCount to ten.\n"),
                     two = write("two<.txt", "Name three colours.\n"), svg = folder_ / "x.svg";
-  const Args args = {"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts",
-                     one + "," + two, "-n", "12", "--depth", "3", "--threads", "1"};
+  const Args args = {"train",         "eval", "-m", kSmolLm2,  "--draft", draft,       "--prompts",
+                     one + "," + two, "-n",   "12", "--depth", "3",       "--threads", "1"};
   Args with_json = args;
   with_json.insert(with_json.end(), {"--json", "--svg", svg});
   const json o = object(with_json);
@@ -470,7 +502,8 @@ TEST_F(CliTest, TrainEval) {
   for (const std::string tree : {"ngram", "static", "dynamic", "hybrid"}) {
     EXPECT_GE(row["tokens_per_pass"][tree]["4"], 1.0);
     EXPECT_GE(row["tokens_per_pass"][tree]["60"], row["tokens_per_pass"][tree]["4"]);
-    EXPECT_LE(row["tokens_per_pass"][tree]["60"], tree == "static" || tree == "dynamic" ? 4.0 : 11.0);
+    EXPECT_LE(row["tokens_per_pass"][tree]["60"],
+              tree == "static" || tree == "dynamic" ? 4.0 : 11.0);
   }
   EXPECT_FALSE(row["tokens_per_pass"].contains("chain")) << "all are deeper than --depth";
   const std::string picture = read("x.svg");
@@ -484,7 +517,8 @@ TEST_F(CliTest, TrainEval) {
   EXPECT_NE(table.out.find("two<.txt, temperature 1: 1 prompt, 11 positions"), std::string::npos)
       << table.out;
 
-  expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft}, 2, "expected -m MODEL, --draft");
+  expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft}, 2,
+               "expected -m MODEL, --draft");
   expect_error({"train", "eval", "-m", kStories, "--draft", draft, "--prompts", one}, 1,
                "a draft for");
   expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts", one + ",absent"}, 1,
@@ -492,6 +526,32 @@ TEST_F(CliTest, TrainEval) {
   Args unwritable = args;
   unwritable.insert(unwritable.end(), {"--svg", folder_ / "no" / "x.svg"});
   expect_error(unwritable, 1, "a file that can be written");
+}
+
+TEST_F(CliTest, TuneTree) {
+  const std::string draft = "models/smollm2-135m-instruct.chimera.safetensors";
+  SKIP_IF_ABSENT(kSmolLm2);
+  SKIP_IF_ABSENT(draft);
+  const std::string prompts = write("a.txt", "Why is the sky blue?\nCount to ten.\n"),
+                    tree = folder_ / "tree";
+  const Output o = chimera({"tune-tree", "-m", kSmolLm2, "--draft", draft, "--prompts", prompts,
+                            "-o", tree, "-n", "40", "--nodes", "7", "--threads", "1"});
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_TRUE(o.out.starts_with("7 nodes, ")) << o.out;
+  const Args run = {"run", "-m", kSmolLm2, "-p", "Why is the sky blue?", "-n", "40", "--json"};
+  Args drafted = run;
+  drafted.insert(drafted.end(), {"--draft", draft, "--tree", tree});
+  const json a = object(run), b = object(drafted);
+  EXPECT_EQ(a["ids"], b["ids"]);
+  EXPECT_EQ(b["drafter"], "static");
+  EXPECT_LE(b["drafted"].get<int>(), 7 * b["steps"].get<int>());
+  EXPECT_GT(b["tokens_per_step"], 1.2);
+  expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", "3,2,0"}, 2, "--tree: expected widths");
+  expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", folder_ / "absent"}, 1, "absent");
+  expect_error(
+      {"run", "-m", kSmolLm2, "-p", "x", "--draft", draft, "--drafter", "static", "-n", "1"}, 2,
+      "--drafter static: expected a tree");
+  expect_error({"tune-tree", "-m", kSmolLm2, "--draft", draft}, 2, "-o TREE");
 }
 
 }  // namespace

@@ -102,6 +102,24 @@ TEST_F(DraftFile, IsReadBackAsWritten) {
   EXPECT_EQ(test::read_text(path), first);
 }
 
+TEST_F(DraftFile, Calibration) {
+  draft.config.sampled = {{0.9f, 1.125f}, {0.75f, 0.5f}};
+  save_draft(draft, path);
+  const DraftTensors t = load_draft(path);
+  EXPECT_TRUE(t.config.greedy.temperature.empty());
+  EXPECT_EQ(t.config.sampled.temperature, draft.config.sampled.temperature);
+  EXPECT_EQ(t.config.sampled.coverage, draft.config.sampled.coverage);
+  for (const auto& [from, to, message] : std::vector<std::array<std::string, 3>>{
+           {"1.125", "0.001", "sampled: temperature: expected 1 to 32 numbers from 0.01 to 100"},
+           {"0.75,", "1.75,", "sampled: coverage: expected 1 to 32 numbers from 0.01 to 1"},
+           {"[0.75,0.5]", "[0.75    ]", "temperature and coverage of the same length"},
+           {"[0.75,0.5]", "[        ]", "1 to 32 numbers"},
+           {"coverage", "coverago", "coverage"}}) {
+    replaced(from, to);
+    refused(message);
+  }
+}
+
 TEST_F(DraftFile, OfThePaperForm) {
   draft.config.skip = false, draft.config.head_rank = 0;
   draft.w3.clear();

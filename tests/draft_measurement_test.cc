@@ -1,8 +1,10 @@
 // What is said about trees without decoding with them is what decoding with them gives.
 #include "tools/draft_measurement.h"
 
+#include "engine/ngram_index.h"
 #include "loader/draft_file.h"
 #include "tests/support.h"
+#include "tools/tree_file.h"
 
 namespace chimera::test {
 namespace {
@@ -34,9 +36,25 @@ TEST(DraftMeasurement, IsWhatDecodingGives) {
   for (const float temperature : {0.0f, 1.0f}) {
     const GenerateOptions options{32, {2}, {.temperature = temperature, .seed = 5}};
     const ChimeraOptions chimera{.depth = 5, .width = 3};
-    const Measurement m = measure_draft(session, draft, chimera, prompts, options, [](double) {});
+    const Measurement m =
+        measure_draft(session, draft, chimera, true, prompts, options, [](double) {});
     ASSERT_EQ(m.texts.size(), prompts.size());
     double most = 0;
+    const StaticTree tree = read_tree("3,2,1,1,1");
+    {
+      ChimeraOptions own = chimera;
+      own.nodes = tree.size();
+      own.tree = tree;
+      const auto drafter = make_chimera_drafter(*target.model, draft, own, 1, kContext);
+      PassCount simulated;
+      for (const MeasuredText& text : m.texts)
+        count_passes(
+            text, [&](const MeasuredPosition& p) { return accepted_in(p, tree); }, &simulated);
+      const PassCount decoded = decode(session, drafter.get(), prompts, options);
+      EXPECT_EQ(simulated.tokens, decoded.tokens);
+      EXPECT_EQ(simulated.passes, decoded.passes) << "static, T " << temperature;
+      EXPECT_GT(decoded.tokens_per_pass(), 1.2);
+    }
     for (const int nodes : {4, kLargestTree})
       for (const TreeSource source : {kNgramTree, kDraftTree, kHybridTree}) {
         ChimeraOptions own = chimera;
@@ -60,6 +78,28 @@ TEST(DraftMeasurement, IsWhatDecodingGives) {
       }
     EXPECT_GT(most, 1.3) << "candidates must be accepted for this to prove anything";
   }
+}
+
+// A match is believed as far as those of its length came true in this text.
+TEST(DraftMeasurement, NgramsLearnFromTheText) {
+  NgramIndex same(2, 6, 256), other(2, 6, 256);
+  std::vector<int32_t> repeated, changed;
+  for (int i = 0; i < 100; ++i) {
+    repeated.push_back(i % 10);
+    changed.push_back(i % 3 == 2 ? 100 + i : i % 3);  // 0 1 x 0 1 y ..
+  }
+  same.update(1, repeated);
+  other.update(1, changed);
+  const float usual = NgramIndex(2, 6, 16).probability(6, 0);
+  EXPECT_GT(same.probability(6, 0), usual);
+  EXPECT_LT(other.probability(2, 0), 0.25f);
+  EXPECT_LT(other.probability(2, 1), other.probability(2, 0));
+  const float before = same.probability(2, 0);
+  same.update(1, repeated);  // nothing new
+  EXPECT_EQ(same.probability(2, 0), before);
+  same.update(2, changed);  // another text: all is forgotten
+  EXPECT_EQ(same.probability(2, 0), other.probability(2, 0));
+  EXPECT_EQ(same.probability(6, 0), usual);
 }
 
 TEST(DraftMeasurement, ReliabilityCountsWhatCameTrue) {

@@ -3,7 +3,10 @@
 // threads.
 #include <cstring>
 
+#include "engine/chimera/chimera_drafter.h"
+#include "loader/draft_file.h"
 #include "tests/support.h"
+#include "tools/tree_file.h"
 
 namespace chimera::test {
 namespace {
@@ -300,36 +303,59 @@ TEST(Lossless, WholeTextsThroughAcceptedPaths) {
   }
 }
 
-// The real model, first turns of MT-bench.
-void check_smollm2(size_t prompts, int tokens, const std::vector<uint64_t>& seeds) {
+// The real model and every kind of tree.
+void check_smollm2(const std::vector<std::string>& files, size_t prompts, int tokens,
+                   const std::vector<uint64_t>& seeds) {
+  const std::string draft_file = "models/smollm2-135m-instruct.chimera.safetensors";
   const Loaded l = load(kSmolLm2, isas().back(), 2);
-  const std::vector<std::vector<int32_t>> ids = test_prompts(prompts, l.file.vocabulary);
-  Session session(*l.model, {.context = 1024, .max_nodes = 8});
-  const auto ngram = make_ngram_drafter({}, 1, 1024);
-  double step_tokens = 0, steps = 0;
-  for (const auto& prompt : ids)
-    for (const float temperature : {0.0f, 0.7f, 1.0f})
-      for (const uint64_t seed : seeds) {
-        if (temperature == 0 && seed != seeds.front()) continue;
-        GenerateOptions options{tokens, {2}, {.temperature = temperature, .seed = seed}};
-        const Generation plain = generate(session, nullptr, prompt, options),
-                         tree = generate(session, ngram.get(), prompt, options);
-        ASSERT_EQ(tree.ids, plain.ids) << "T " << temperature << " seed " << seed;
-        ASSERT_EQ(tree.stop, plain.stop);
-        steps += tree.steps;
-        step_tokens += tree.step_tokens;
-      }
-  std::printf("tokens per step: %.2f\n", step_tokens / steps);
+  Session session(*l.model, {.context = 1024, .max_nodes = 60});
+  std::vector<std::unique_ptr<Drafter>> drafters;
+  drafters.push_back(make_ngram_drafter({}, 1, 1024));
+  if (std::filesystem::exists(draft_file)) {
+    DraftTensors draft = load_draft(draft_file);
+    const auto chimera = [&](const ChimeraOptions& options) {
+      drafters.push_back(make_chimera_drafter(*l.model, draft, options, 1, 1024));
+    };
+    chimera({.nodes = 8, .ngrams = false});
+    chimera({.nodes = 60, .depth = 8, .width = 8});
+    const StaticTree chain = read_tree("1,1,1,1"), bush = read_tree("4,2,1,1,1");
+    chimera({.nodes = chain.size(), .tree = chain});
+    chimera({.nodes = bush.size(), .tree = bush});
+    draft.config.greedy = {{0.5f, 0.8f}, {0.9f, 0.7f}};
+    draft.config.sampled = {{1.5f}, {0.5f}};
+    chimera({.nodes = 16});
+  }
+  std::map<std::string, std::pair<double, double>> taken;  // tokens, steps
+  for (const std::string& file : files)
+    for (const auto& prompt : test_prompts(prompts, l.file.vocabulary, file))
+      for (const float temperature : {0.0f, 0.7f, 1.0f})
+        for (const uint64_t seed : seeds) {
+          if (temperature == 0 && seed != seeds.front()) continue;
+          GenerateOptions options{tokens, {2}, {.temperature = temperature, .seed = seed}};
+          const Generation plain = generate(session, nullptr, prompt, options);
+          for (size_t d = 0; d < drafters.size(); ++d) {
+            const Generation tree = generate(session, drafters[d].get(), prompt, options);
+            const std::string name = std::to_string(d) + " " + drafters[d]->name();
+            ASSERT_EQ(tree.ids, plain.ids) << name << ", T " << temperature << " seed " << seed;
+            ASSERT_EQ(tree.stop, plain.stop) << name;
+            taken[name].first += tree.step_tokens;
+            taken[name].second += tree.steps;
+          }
+        }
+  for (const auto& [name, count] : taken) {
+    std::printf("%s: %.2f tokens per step\n", name.c_str(), count.first / count.second);
+    EXPECT_GT(count.first / count.second, name == "0 ngram" ? 1.0 : 1.2) << name;
+  }
 }
 TEST(Lossless, SmolLm2WholeTexts) {
   SKIP_WITHOUT(kSmolLm2);
   SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
-  check_smollm2(6, 48, {1});
+  check_smollm2({"mt_bench.jsonl", "gsm8k_80.jsonl"}, 1, 40, {1});
 }
 TEST(LosslessFull, SmolLm2WholeTexts) {
   SKIP_WITHOUT(kSmolLm2);
   SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
-  check_smollm2(80, 128, {1, 2, 3});
+  check_smollm2({"mt_bench.jsonl", "gsm8k_80.jsonl", "vicuna_bench.jsonl"}, 80, 128, {1, 2});
 }
 
 }  // namespace

@@ -155,5 +155,31 @@ TEST_F(PromptsTest, SharedSets) {
   EXPECT_TRUE(prompts[0][0].content.starts_with("Compose an engaging travel blog post"));
 }
 
+TEST_F(PromptsTest, BrokenLinesAreNamedAndLeftOut) {
+  const std::string path =
+      write("a.jsonl",
+            "{\"prompt\": \"one\"}\n{\"prompt\": 2}\n\n{\"prompt\": \"three\"\n"
+            "\xff\n{\"prompt\": \"five\"}\n");
+  testing::internal::CaptureStderr();
+  const std::vector<Prompt> prompts = load_prompts(path, BrokenLines::kLeaveOut);
+  const std::string said = testing::internal::GetCapturedStderr();
+  ASSERT_EQ(prompts.size(), 2u);
+  EXPECT_EQ(prompts[1][0].content, "five");
+  EXPECT_NE(said.find("a.jsonl: 3 broken lines left out: 2, 4, 5; the first: "), std::string::npos)
+      << said;
+  EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;
+  EXPECT_THROW(load_prompts(path, BrokenLines::kStop), Error);
+
+  std::string many;
+  for (int i = 0; i < 50; ++i) many += "{}\n";
+  testing::internal::CaptureStderr();
+  EXPECT_THROW(load_prompts(write("b.jsonl", many), BrokenLines::kLeaveOut), Error);
+  EXPECT_NE(testing::internal::GetCapturedStderr().find("50 broken lines left out: 1, 2, 3, "),
+            std::string::npos);
+  testing::internal::CaptureStderr();
+  load_prompts(write("c.jsonl", "{\"prompt\": \"one\"}\n"), BrokenLines::kLeaveOut);
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "");
+}
+
 }  // namespace
 }  // namespace chimera

@@ -92,10 +92,11 @@ inline std::vector<int32_t> random_tokens(std::mt19937& random, int n, int vocab
   return ids;
 }
 
-// First turns of MT-bench in SmolLM2's chat format.
-inline std::vector<std::vector<int32_t>> test_prompts(size_t n, const Vocabulary& vocabulary) {
+// First turns of MT-bench, or of another file of its kind, in SmolLM2's chat format.
+inline std::vector<std::vector<int32_t>> test_prompts(size_t n, const Vocabulary& vocabulary,
+                                                      const std::string& name = "mt_bench.jsonl") {
   const Tokenizer tokenizer(vocabulary);
-  std::ifstream file(shared("prompts/mt_bench.jsonl"));
+  std::ifstream file(shared("prompts/" + name));
   std::vector<std::vector<int32_t>> prompts;
   for (std::string line; prompts.size() < n && std::getline(file, line);) {
     const Message message{"user", nlohmann::json::parse(line)["turns"][0].get<std::string>()};

@@ -136,8 +136,9 @@ int bench(const std::vector<std::string>& args) {
 
   std::vector<Result> results;
   std::vector<std::unique_ptr<Drafter>> drafters;
-  for (const char* name : {"none", "ngram", "chimera", "hybrid"}) {
+  for (const char* name : {"none", "ngram", "chimera", "hybrid", "static"}) {
     if (drafters.size() == 2 && !draft) break;
+    if (name == std::string("static") && o.drafting.tree.empty()) break;
     drafters.push_back(make_drafter(name, o.drafting, draft, llama, context));
     results.emplace_back().drafter = name;
   }

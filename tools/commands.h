@@ -10,6 +10,7 @@ namespace chimera {
 int run(const std::vector<std::string>& args);
 int info(const std::vector<std::string>& args);
 int bench(const std::vector<std::string>& args);
-int train(const std::vector<std::string>& args);  // train.cc: data, fit, eval
+int tune_tree(const std::vector<std::string>& args);
+int train(const std::vector<std::string>& args);  // train.cc: data, merge, fit, eval
 
 }  // namespace chimera

@@ -8,6 +8,15 @@
 
 namespace chimera {
 
+int accepted_in(const MeasuredPosition& position, const StaticTree& tree) {
+  int node = -1, depth = 0;
+  for (; depth < kMostDepths; ++depth) {
+    node = tree.find(node, position.rank[static_cast<size_t>(depth)]);
+    if (node < 0) break;
+  }
+  return depth;
+}
+
 void RankPaths::add(const MeasuredPosition& position) {
   ++positions_;
   int node = -1;
@@ -80,6 +89,23 @@ double DepthAccuracy::best_temperature() const {
   return bend == 0 ? t : t + (fb * a * a - fa * b * b) / (2 * bend);
 }
 
+void DepthAccuracy::add(const DepthAccuracy& other) {
+  n += other.n;
+  known += other.known;
+  for (size_t i = 0; i < at_rank.size(); ++i) at_rank[i] += other.at_rank[i];
+  for (size_t i = 0; i < loss.size(); ++i) loss[i] += other.loss[i];
+}
+
+DraftCalibration calibration(const std::vector<DepthAccuracy>& depths) {
+  DraftCalibration c;
+  for (const DepthAccuracy& depth : depths) {
+    if (depth.known == 0) break;
+    c.temperature.push_back(static_cast<float>(depth.best_temperature()));
+    c.coverage.push_back(static_cast<float>(depth.coverage()));
+  }
+  return c;
+}
+
 int64_t Measurement::positions() const {
   int64_t n = 0;
   for (const MeasuredText& text : texts) n += static_cast<int64_t>(text.size());
@@ -91,18 +117,23 @@ namespace {
 // Stands where a drafter would and asks the drafters that are measured, but verifies nothing.
 class Spectator final : public Drafter {
  public:
-  Spectator(const Llama& target, const DraftTensors& tensors, ChimeraOptions options, int context,
-            Measurement* result)
+  Spectator(const Llama& target, const DraftTensors& tensors, ChimeraOptions options, bool trees,
+            int context, Measurement* result)
       : result_(result) {
     options.nodes = kLargestTree;
     options.ngrams = false;
     draft_ = make_chimera_drafter(target, tensors, options, 1, context);
-    options.ngrams = true;
-    hybrid_ = make_chimera_drafter(target, tensors, options, 1, context);
-    ngram_ = make_ngram_drafter({.nodes = kLargestTree}, 1, context);
+    if (trees) {
+      options.ngrams = true;
+      hybrid_ = make_chimera_drafter(target, tensors, options, 1, context);
+      options.recycling = true;
+      recycled_ = make_chimera_drafter(target, tensors, options, 1, context);
+      ngram_ = make_ngram_drafter({.nodes = kLargestTree}, 1, context);
+    }
     result_->depths.resize(static_cast<size_t>(std::min(options.depth, kMostDepths)));
   }
   std::string name() const override { return "spectator"; }
+  double depth_seconds() const { return draft_->depth_seconds(); }
 
   // The text that is going to be gone through.
   void watch(std::span<const int32_t> text, size_t prompt_size) {
@@ -113,7 +144,7 @@ class Spectator final : public Drafter {
 
   void observe(const KeptRows& kept) override {
     draft_->observe(kept);
-    hybrid_->observe(kept);
+    if (hybrid_) hybrid_->observe(kept), recycled_->observe(kept);
   }
 
   void draft(const DraftContext& at, Step*) override {
@@ -123,8 +154,8 @@ class Spectator final : public Drafter {
     context.cost = nullptr;
     const auto next = text_.subspan(at.tokens.size());
     MeasuredPosition& position = result_->texts.back().emplace_back();
-    TreeDrafter* const drafters[] = {ngram_.get(), draft_.get(), hybrid_.get()};
-    for (size_t source = 0; source < kTreeSources; ++source)
+    TreeDrafter* const drafters[] = {ngram_.get(), draft_.get(), hybrid_.get(), recycled_.get()};
+    for (size_t source = 0; hybrid_ && source < kTreeSources; ++source)
       watch_tree(drafters[source]->candidates(context), next, &position.place[source],
                  &result_->reliability[source]);
     position.rank.fill(kNotThere);
@@ -180,7 +211,7 @@ class Spectator final : public Drafter {
   }
 
   Measurement* result_;
-  std::unique_ptr<ChimeraDrafter> draft_, hybrid_;
+  std::unique_ptr<ChimeraDrafter> draft_, hybrid_, recycled_;
   std::unique_ptr<TreeDrafter> ngram_;
   std::span<const int32_t> text_;
   size_t prompt_size_ = 0;
@@ -189,11 +220,11 @@ class Spectator final : public Drafter {
 }  // namespace
 
 Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOptions options,
-                          const std::vector<std::vector<int32_t>>& prompts,
+                          bool trees, const std::vector<std::vector<int32_t>>& prompts,
                           const GenerateOptions& generation,
                           const std::function<void(double)>& progress) {
   Measurement result;
-  Spectator spectator(session.model(), draft, options, session.options().context, &result);
+  Spectator spectator(session.model(), draft, options, trees, session.options().context, &result);
   GenerateOptions own = generation;
   for (size_t i = 0; i < prompts.size(); ++i, ++own.sampling.seed) {
     progress(static_cast<double>(i) / static_cast<double>(prompts.size()));
@@ -206,6 +237,7 @@ Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOp
     session.stop(0);
   }
   progress(1);
+  result.depth_seconds = spectator.depth_seconds();
   return result;
 }
 

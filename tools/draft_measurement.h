@@ -19,7 +19,7 @@ namespace chimera {
 inline constexpr int kMostDepths = 16;     // further depths are not measured
 inline constexpr int kLargestTree = 60;    // nodes
 inline constexpr uint8_t kNotThere = 255;  // a rank or place
-enum TreeSource : size_t { kNgramTree, kDraftTree, kHybridTree, kTreeSources };
+enum TreeSource : size_t { kNgramTree, kDraftTree, kHybridTree, kRecycledTree, kTreeSources };
 
 // How the text goes on after one root, as far as it goes (kNotThere beyond).
 struct MeasuredPosition {
@@ -100,6 +100,10 @@ struct DepthAccuracy {
   static constexpr double kTemperatures[] = {.4, .5, .6, .7, .8, .9, 1, 1.15, 1.3, 1.5};
   std::array<double, std::size(kTemperatures)> loss{};
   double best_temperature() const;
+  double coverage() const {
+    return n > 0 ? static_cast<double>(known) / static_cast<double>(n) : 1;
+  }
+  void add(const DepthAccuracy& other);
 };
 
 struct Measurement {
@@ -107,13 +111,18 @@ struct Measurement {
   std::array<Reliability, kTreeSources> reliability;  // of trees of kReliabilityNodes
   static constexpr int kReliabilityNodes = 16;
   std::vector<DepthAccuracy> depths;  // [0]: children of the root
+  double depth_seconds = 0;           // what drafting one depth takes
   int64_t positions() const;
 };
 
+// What makes the draft's probabilities true on such texts.
+DraftCalibration calibration(const std::vector<DepthAccuracy>& depths);
+
 // Decodes the prompts, up to `tokens` each, with the sampling's seed counted up from one to the
 // next. progress(share done, from 0 to 1).
+// trees: also of the trees that grow by probabilities, which takes most of the time.
 Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOptions options,
-                          const std::vector<std::vector<int32_t>>& prompts,
+                          bool trees, const std::vector<std::vector<int32_t>>& prompts,
                           const GenerateOptions& generation,
                           const std::function<void(double)>& progress);
 

@@ -2,6 +2,7 @@
 
 #include "loader/draft_file.h"
 #include "loader/text.h"
+#include "tools/tree_file.h"
 
 namespace chimera {
 
@@ -13,6 +14,10 @@ std::vector<Flag> DrafterFlags::flags() {
        "measured at the start)",
        integer(&nodes, 1, 255)},
       {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
+      {0, "tree", "SPEC",
+       "a static tree for the draft model: its widths such as\n3,2,1, or a file (chimera "
+       "tune-tree)",
+       tree_value(&tree)},
       {0, "width", "N", "guesses that the draft model goes on from at each depth",
        integer(&width, 1, 32)}};
 }
@@ -34,12 +39,17 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
   if (name == "ngram") return make_ngram_drafter({.nodes = flags.most_nodes()}, 1, context);
   if (!draft)
     throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
-  return make_chimera_drafter(target, *draft,
-                              {.nodes = flags.most_nodes(),
-                               .depth = flags.depth,
-                               .width = flags.width,
-                               .ngrams = name == "hybrid"},
-                              1, context);
+  ChimeraOptions options{.nodes = flags.most_nodes(),
+                         .depth = flags.depth,
+                         .width = flags.width,
+                         .ngrams = name == "hybrid"};
+  if (name == "static") {
+    if (flags.tree.empty())
+      throw UsageError("--drafter static", "a tree", "none", "give one with --tree SPEC");
+    options.tree = flags.tree;
+    options.nodes = flags.tree.size();
+  }
+  return make_chimera_drafter(target, *draft, options, 1, context);
 }
 
 }  // namespace chimera

@@ -1,6 +1,7 @@
 // Drafters by name, for run and bench.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,10 +16,11 @@ namespace chimera {
 
 struct DrafterFlags {
   std::optional<std::string> draft;  // path of a draft model
+  StaticTree tree{};                 // empty: none
   std::optional<int> nodes;          // not given: what this machine makes the most of
   int depth = 6, width = 4;
 
-  int most_nodes() const { return nodes.value_or(kMostNodes); }
+  int most_nodes() const { return std::max(nodes.value_or(kMostNodes), tree.size()); }
   static constexpr int kMostNodes = 31;
 
   // The flags that set them.
@@ -29,8 +31,9 @@ struct DrafterFlags {
 // both. To be called before the target's weights are prepared, while its file is open.
 std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags);
 
-// "none" (nullptr), "ngram", "chimera" (the draft model alone) or "hybrid" (both in one tree).
-// Throws UsageError for the last two without a draft model.
+// "none" (nullptr), "ngram", "chimera" (the draft model alone), "hybrid" (both in one tree) or
+// "static" (the draft model's guesses in the shape of --tree). Throws UsageError for the last three
+// without a draft model, and for "static" without a tree.
 std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
                                       const std::optional<DraftTensors>& draft, const Llama& target,
                                       int context);

@@ -22,6 +22,8 @@ struct EvalRow {
   int64_t prompts = 0;
   Measurement measurement;
   std::vector<TreeCurve> curves;
+  int tree_nodes = 0;  // of the tree that was given
+  double tree_tokens_per_pass = 0;
 };
 
 // Draws an SVG file: a row of three panels for each. Throws Error; there is never half a file.

@@ -104,6 +104,20 @@ FlagValue text(std::optional<std::string>* target) {
   return {set, "", ""};
 }
 
+FlagValue texts(std::vector<std::string>* target) {
+  const auto set = [=](std::string_view text) {
+    target->assign(1, "");
+    for (const char c : text) {
+      if (c == ',')
+        target->emplace_back();
+      else
+        target->back() += c;
+    }
+    return true;
+  };
+  return {set, "", ""};
+}
+
 FlagValue choice(std::string* target, std::vector<std::string> choices) {
   std::string expected;
   for (size_t i = 0; i < choices.size(); ++i) {

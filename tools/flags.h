@@ -34,6 +34,7 @@ struct FlagValue {
   std::string default_text;                   // empty: --help shows none
 };
 FlagValue text(std::optional<std::string>* target);
+FlagValue texts(std::vector<std::string>* target);  // separated by commas
 FlagValue choice(std::string* target, std::vector<std::string> choices);
 FlagValue integer(int* target, int min, int max);
 FlagValue integer(std::optional<int>* target, int min, int max);

@@ -20,10 +20,11 @@ constexpr char kHelp[] =
     "Runs LLaMA models. Several tokens are guessed and checked in one pass, and the\n"
     "text is the same, bit for bit, as with one token at a time.\n"
     "\n"
-    "  run     answer a prompt\n"
-    "  info    what is in a model file, and the memory it will need\n"
-    "  bench   how fast this machine decodes, and how fast it could\n"
-    "  train   make a draft model for another model\n"
+    "  run        answer a prompt\n"
+    "  info       what is in a model file, and the memory it will need\n"
+    "  bench      how fast this machine decodes, and how fast it could\n"
+    "  train      make a draft model for another model\n"
+    "  tune-tree  the best static tree for a draft model on this machine\n"
     "\n"
     "  chimera COMMAND --help   the flags of a command\n"
     "  chimera --version\n"
@@ -38,9 +39,11 @@ int dispatch(const std::vector<std::string>& args) {
   if (command == "info") return info(rest);
   if (command == "bench") return bench(rest);
   if (command == "train") return train(rest);
+  if (command == "tune-tree") return tune_tree(rest);
   if (command == "--help" || command == "-h") return print(kHelp), 0;
   if (command == "--version") return print(kVersion), 0;
-  throw UsageError("command", "run, info, bench or train", in_quotes(command), "see chimera --help");
+  throw UsageError("command", "run, info, bench, train or tune-tree", in_quotes(command),
+                   "see chimera --help");
 }
 
 int guarded(const std::vector<std::string>& args) {

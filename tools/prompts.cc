@@ -7,6 +7,7 @@
 #include "engine/error.h"
 #include "loader/mapped_file.h"
 #include "tokenizer/unicode.h"
+#include "tools/output.h"
 
 namespace chimera {
 namespace {
@@ -102,9 +103,26 @@ Prompt read_json_line(const std::string& where, std::string_view line) {
   throw Error(where, "\"turns\", \"prompt\", \"text\" or \"messages\"", "none of them");
 }
 
+Prompt read_line(const std::string& where, std::string_view line, bool jsonl) {
+  if (line.size() > kLongestLine)
+    throw Error(where, "at most 16 MB", std::to_string(line.size()) + " bytes");
+  check_utf8(where, line);
+  return jsonl ? read_json_line(where, line) : user(std::string(line));
+}
+
+// One line, however many are broken.
+void note_broken(const std::string& file, const std::vector<int>& lines, const std::string& what) {
+  constexpr size_t kNamed = 20;
+  std::string numbers;
+  for (size_t i = 0; i < std::min(kNamed, lines.size()); ++i)
+    numbers += (i > 0 ? ", " : "") + std::to_string(lines[i]);
+  note("warning: " + file + ": " + count_text(static_cast<int64_t>(lines.size()), "broken line") +
+       " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what);
+}
+
 }  // namespace
 
-std::vector<Prompt> load_prompts(const std::string& path) {
+std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lines) {
   const MappedFile file(path);
   std::string_view rest(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
   if (rest.starts_with("\xEF\xBB\xBF")) rest.remove_prefix(3);  // byte order mark
@@ -113,19 +131,25 @@ std::vector<Prompt> load_prompts(const std::string& path) {
       path.ends_with(".jsonl") || (first != std::string_view::npos && rest[first] == '{');
 
   std::vector<Prompt> prompts;
+  std::vector<int> broken;  // numbers of lines
+  std::string what;         // is wrong with the first
   for (int number = 1; !rest.empty(); ++number) {
     std::string_view line = rest.substr(0, rest.find('\n'));
     rest.remove_prefix(std::min(rest.size(), line.size() + 1));
-    const std::string where = file.name() + ": line " + std::to_string(number);
-    if (line.size() > kLongestLine) {
-      throw Error(where, "at most 16 MB", std::to_string(line.size()) + " bytes");
-    }
     if (line.ends_with('\r')) line.remove_suffix(1);
     if (is_blank(line)) continue;
-    check_utf8(where, line);
-    prompts.push_back(jsonl ? read_json_line(where, line) : user(std::string(line)));
+    try {
+      prompts.push_back(read_line(file.name() + ": line " + std::to_string(number), line, jsonl));
+    } catch (const Error& e) {
+      if (broken_lines == BrokenLines::kStop) throw;
+      if (broken.empty()) what = e.what();
+      broken.push_back(number);
+    }
   }
-  if (prompts.empty()) throw Error(file.name(), "at least one prompt", "only blank lines");
+  if (!broken.empty()) note_broken(file.name(), broken, what);
+  if (prompts.empty())
+    throw Error(file.name(), "at least one prompt",
+                broken.empty() ? "only blank lines" : "only broken lines");
   return prompts;
 }
 

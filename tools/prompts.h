@@ -20,7 +20,10 @@ namespace chimera {
 // A prompt is a conversation: one message of the user's unless the file has "messages".
 using Prompt = std::vector<Message>;
 
-// At least one; blank lines are skipped. Throws Error, which names the file and the line.
-std::vector<Prompt> load_prompts(const std::string& path);
+// At least one; blank lines are skipped. Throws Error, which names the file and the line - unless
+// broken lines are to be left out: then notes which, if there are any.
+enum class BrokenLines { kStop, kLeaveOut };
+std::vector<Prompt> load_prompts(const std::string& path,
+                                 BrokenLines broken_lines = BrokenLines::kStop);
 
 }  // namespace chimera

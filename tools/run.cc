@@ -61,8 +61,9 @@ Command command(Options* o) {
        heading("Speed (none of these changes the text)"),
        {0, "drafter", "NAME",
         "who guesses the next tokens: ngram (what the text has\nsaid before), chimera (a draft "
-        "model), hybrid (both),\nnone, or best (hybrid with --draft, ngram without)",
-        choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "best"})},
+        "model), hybrid (both),\nstatic (a draft model, in the shape of --tree), none, or best\n"
+        "(static with --tree, hybrid with --draft, else ngram)",
+        choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "static", "best"})},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
        {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
@@ -178,14 +179,15 @@ int run(const std::vector<std::string>& args) {
 
   start = Clock::now();
   const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
-  if (o.drafter == "best") o.drafter = draft ? "hybrid" : "ngram";
+  if (o.drafter == "best")
+    o.drafter = !o.drafting.tree.empty() ? "static" : draft ? "hybrid" : "ngram";
   const Llama llama = prepare_weights(*backend, &model);
   const bool plain = o.drafter == "none";
   Session session(llama, {.context = context,
                           .max_nodes = plain ? 0 : o.drafting.most_nodes(),
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
-  if (!plain && !o.drafting.nodes) session.measure_cost();
+  if (!plain && o.drafter != "static" && !o.drafting.nodes) session.measure_cost();
   load_seconds += seconds_since(start);
   end_text_on_interrupt();
   if (!o.json) {

@@ -14,6 +14,7 @@ constexpr char kHelp[] =
     "Makes a draft model for a target, from nothing but the target and a file of prompts.\n"
     "\n"
     "  data   the target answers the prompts; its answers are what there is to learn\n"
+    "  merge  joins answers that several machines made\n"
     "  fit    the draft learns from the answers\n"
     "  eval   how good the draft is\n"
     "\n"
@@ -25,10 +26,12 @@ int train(const std::vector<std::string>& args) {
   const std::string stage = args.empty() ? "--help" : args.front();
   const std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
   if (stage == "data") return train_data(rest);
+  if (stage == "merge") return train_merge(rest);
   if (stage == "fit") return train_fit(rest);
   if (stage == "eval") return train_eval(rest);
   if (stage == "--help" || stage == "-h") return print(kHelp), 0;
-  throw UsageError("train", "data, fit or eval", "'" + stage + "'", "see chimera train --help");
+  throw UsageError("train", "data, merge, fit or eval", "'" + stage + "'",
+                   "see chimera train --help");
 }
 
 }  // namespace chimera

@@ -12,6 +12,7 @@ inline std::string features_path(const std::string& shard) {
 }
 
 int train_data(const std::vector<std::string>& args);
+int train_merge(const std::vector<std::string>& args);
 int train_fit(const std::vector<std::string>& args);
 int train_eval(const std::vector<std::string>& args);
 

@@ -37,7 +37,7 @@ volatile std::sig_atomic_t interrupted = 0;
 struct Options {
   std::optional<std::string> model, prompts, output, shard;
   int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0;
-  bool features = false;
+  bool features = false, strict = false;
   uint64_t seed = 1;
   std::string device = "auto";
 };
@@ -101,6 +101,8 @@ int train_data(const std::vector<std::string>& args) {
            on(&o.features)},
           {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
+          {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
+           on(&o.strict)},
           {0, "limit", "N", "prompts of the file to use; 0: all", integer(&o.limit, 0, 100000000)},
           {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, Step::kMaxSequences)},
           {0, "shard", "I/N", "only prompts whose number is I modulo N", text(&o.shard)},
@@ -117,7 +119,8 @@ int train_data(const std::vector<std::string>& args) {
 
   Model model(*o.model);
   const bool chat = model.chat_format != ChatFormat::kNone;
-  const std::vector<Prompt> prompts = load_prompts(*o.prompts);
+  const std::vector<Prompt> prompts =
+      load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
   const size_t count =
       o.limit > 0 ? std::min(prompts.size(), static_cast<size_t>(o.limit)) : prompts.size();
   const std::string header = ordered_json{

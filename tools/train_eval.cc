@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "loader/draft_file.h"
 #include "loader/text.h"
 #include "tools/commands.h"
 #include "tools/draft_measurement.h"
@@ -15,6 +16,7 @@
 #include "tools/output.h"
 #include "tools/prompts.h"
 #include "tools/train.h"
+#include "tools/tree_file.h"
 
 namespace chimera {
 namespace {
@@ -22,7 +24,8 @@ namespace {
 using nlohmann::ordered_json;
 
 struct Options {
-  std::optional<std::string> model, prompts, svg;
+  std::optional<std::string> model, svg, calibrated;
+  std::vector<std::string> prompts;
   std::optional<int> limit, ctx, threads;
   std::optional<float> temperature;
   int n = 128;
@@ -41,11 +44,17 @@ Command command(Options* o) {
       {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
        {0, "draft", "DRAFT", "a draft that was trained for it", text(&o->drafting.draft)},
        {0, "prompts", "FILES", "JSONL or one prompt a line; several separated by commas",
-        text(&o->prompts)},
+        texts(&o->prompts)},
        {0, "limit", "N", "prompts of a file to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "temp", "T", "temperature (default: first 0, then 1)", number(&o->temperature, 0, 1000)},
+       {0, "tree", "SPEC", "measure this static tree too (see chimera run --help)",
+        tree_value(&o->drafting.tree)},
+       {0, "calibrate", "OUT",
+        "write the draft again, to read its probabilities as they\nwere true here: at temperature "
+        "0, at others, or both",
+        text(&o->calibrated)},
        {0, "depth", "N", "how far ahead of the text trees reach",
         integer(&o->drafting.depth, 1, kMostDepths)},
        {0, "width", "N", "guesses that the draft goes on from at each depth",
@@ -56,17 +65,6 @@ Command command(Options* o) {
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of tables", on(&o->json)},
        {0, "svg", "FILE", "draw a picture as well", text(&o->svg)}}};
-}
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> parts(1);
-  for (const char c : list) {
-    if (c == ',')
-      parts.emplace_back();
-    else
-      parts.back() += c;
-  }
-  return parts;
 }
 
 template <typename F>
@@ -114,7 +112,8 @@ std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
           {"chain", chain},
           {"static", fixed},
           {"dynamic", source(kDraftTree)},
-          {"hybrid", source(kHybridTree)}};
+          {"hybrid", source(kHybridTree)},
+          {"recycled", source(kRecycledTree)}};
 }
 
 std::string percent(int64_t part, int64_t whole) {
@@ -137,6 +136,9 @@ std::string table_of(const EvalRow& row) {
     for (const double tau : curve.tokens_per_pass) table += padded(fixed_text(tau, 3), 7);
     table += "\n";
   }
+  if (row.tree_nodes > 0)
+    table += "  --tree: " + fixed_text(row.tree_tokens_per_pass, 3) + " with its " +
+             count_text(row.tree_nodes, "node") + "\n";
   table += "\n  right guesses, %, after the true tokens\n  depth  known";
   for (size_t r = 0; r < DepthAccuracy::kRanks; ++r)
     table += padded("rank " + std::to_string(r + 1), 8);
@@ -204,6 +206,7 @@ ordered_json json_of(const EvalRow& row) {
     }
     reliability[name] = {{"expected_error", r.expected_error()}, {"bins", bins}};
   }
+  if (row.tree_nodes > 0) trees["given"][std::to_string(row.tree_nodes)] = row.tree_tokens_per_pass;
   return {{"prompts", row.file},
           {"n_prompts", row.prompts},
           {"temperature", row.temperature},
@@ -213,19 +216,30 @@ ordered_json json_of(const EvalRow& row) {
           {"reliability", reliability}};
 }
 
+// From the rows at temperature 0, or from the others, if there are any.
+void calibrate(const std::vector<EvalRow>& rows, bool greedy, DraftCalibration* result) {
+  std::vector<DepthAccuracy> depths;
+  for (const EvalRow& row : rows) {
+    if ((row.temperature == 0) != greedy) continue;
+    depths.resize(row.measurement.depths.size());
+    for (size_t d = 0; d < depths.size(); ++d) depths[d].add(row.measurement.depths[d]);
+  }
+  if (!depths.empty()) *result = calibration(depths);
+}
+
 }  // namespace
 
 int train_eval(const std::vector<std::string>& args) {
   Options o;
   if (!parse(command(&o), args)) return 0;
-  if (!o.model || !o.drafting.draft || !o.prompts)
+  if (!o.model || !o.drafting.draft || o.prompts.empty())
     throw UsageError("train eval", "-m MODEL, --draft DRAFT and --prompts FILE", "one missing",
                      "see chimera train eval --help");
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
   const bool chat = model.chat_format != ChatFormat::kNone;
-  const std::vector<std::string> files = split(*o.prompts);
+  const std::vector<std::string>& files = o.prompts;
   std::vector<std::vector<std::vector<int32_t>>> prompts;  // of each file
   size_t longest = 0;
   for (const std::string& file : files) {
@@ -259,15 +273,25 @@ int train_eval(const std::vector<std::string>& args) {
                              temperature == std::floor(temperature) ? 0 : 2);
       row.prompts = static_cast<int64_t>(prompts[f].size());
       row.measurement = measure_draft(
-          session, *draft, {.depth = o.drafting.depth, .width = o.drafting.width}, prompts[f],
+          session, *draft, {.depth = o.drafting.depth, .width = o.drafting.width}, true, prompts[f],
           generation, [&](double done) {
             progress.bar(row.title, (static_cast<double>(rows.size() - 1) + done) /
                                         static_cast<double>(files.size() * temperatures.size()));
           });
+      row.tree_nodes = o.drafting.tree.size();
+      row.tree_tokens_per_pass = tokens_per_pass(row.measurement, [&](const MeasuredPosition& p) {
+        return accepted_in(p, o.drafting.tree);
+      });
       row.curves = tree_curves(row.measurement, o.drafting.depth);
     }
   progress.show("");
 
+  if (o.calibrated) {
+    DraftTensors calibrated = *draft;
+    calibrate(rows, true, &calibrated.config.greedy);
+    calibrate(rows, false, &calibrated.config.sampled);
+    save_draft(calibrated, *o.calibrated);
+  }
   if (o.svg) write_eval_chart(rows, *o.svg);
   if (o.json) {
     ordered_json list = ordered_json::array();

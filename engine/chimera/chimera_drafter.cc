@@ -1,6 +1,7 @@
 #include "engine/chimera/chimera_drafter.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <chrono>
 #include <cmath>
@@ -15,7 +16,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr float kChance = 0.5f;  // that the text goes on along one of the expanded nodes, roughly
+constexpr int kMostDepths = 32;
 constexpr int kBranch = 8;       // candidates taken from one expanded node
 constexpr int kTargetsBest = 8;  // tokens that the target found likely join the dynamic vocabulary
 constexpr int kMinMatch = 1, kMaxMatch = 6;
@@ -35,6 +36,8 @@ class GrowingDrafter final : public ChimeraDrafter {
                  int n_sequences, int context)
       : options_(options),
         hidden_(tensors.config.hidden_size),
+        greedy_(tensors.config.greedy),
+        sampled_(tensors.config.sampled),
         model_(target, tensors, options.static_vocabulary, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
     for (Sequence& s : sequences_)
@@ -43,11 +46,14 @@ class GrowingDrafter final : public ChimeraDrafter {
       indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
+    if (options.recycling) recycled_.assign(8 * known_.size(), -1);
     dynamic_.reserve(DraftModel::kMaxDynamic);
     order_.reserve(1024);
     probabilities_.reserve(1024);
   }
-  std::string name() const override { return options_.ngrams ? "hybrid" : "chimera"; }
+  std::string name() const override {
+    return !options_.tree.empty() ? "static" : options_.ngrams ? "hybrid" : "chimera";
+  }
 
   void observe(const KeptRows& k) override {
     Sequence& seq = sequences_[static_cast<size_t>(k.sequence)];
@@ -91,15 +97,23 @@ class GrowingDrafter final : public ChimeraDrafter {
     tree_.clear();
     const int budget = std::min(c.max_nodes, options_.nodes);
     if (budget <= 0 || c.max_depth <= 0) return tree_;
+    if (!options_.tree.empty()) {
+      if (ready(c, seq)) grow_static(c, seq);
+      tree_.choose(budget, c.max_depth, nullptr, 0);  // all of it: its shape was the choice
+      return tree_;
+    }
     const Clock::time_point start = Clock::now();
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
-                     kMaxMatch, &tree_);
-    if (ready(c, seq)) grow(c, seq, budget);
-    const double drafting = std::chrono::duration<double>(Clock::now() - start).count();
-    tree_.choose(budget, c.max_depth, c.cost, drafting);
+                     kMaxMatch, c.temperature, &tree_);
+    if (options_.recycling) propose_recycled(c);
+    if (ready(c, seq)) grow(c, seq, budget, start);
+    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
+    learn_yields();
     return tree_;
   }
+
+  double depth_seconds() const override { return depth_seconds_; }
 
   void follow(const DraftContext& c, std::span<const int32_t> next,
               FunctionRef<void(int, std::span<const float>, int)> visit) override {
@@ -133,6 +147,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.expanded = 0;
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
     for (const int32_t id : dynamic_) known_[static_cast<size_t>(id)] = 0;
+    if (options_.recycling) std::fill(recycled_.begin(), recycled_.end(), -1);
     dynamic_.clear();
     oldest_ = 0;
     model_.clear_dynamic();
@@ -158,6 +173,16 @@ class GrowingDrafter final : public ChimeraDrafter {
       int32_t best[kTargetsBest] = {};
       const int n = top(logits, k.vocab, kTargetsBest, best);
       for (int i = 0; i < n; ++i) learn(best[i]);
+      if (options_.recycling) {
+        const int32_t token = k.step->token[r];
+        const int32_t next = k.tokens[static_cast<size_t>(k.step->kept_at[r] + 1)];
+        int32_t* row = recycled_.data() + 8 * token;
+        if (row[0] >= 0) {
+          ++recycled_seen_;
+          for (int i = 0; i < 8; ++i) recycled_hits_[i] += row[i] == next;
+        }
+        std::copy_n(best, 8, row);
+      }
     }
   }
   void learn(int32_t token) {
@@ -203,17 +228,43 @@ class GrowingDrafter final : public ChimeraDrafter {
     return it == dynamic_.end() ? -1 : static_cast<int>(fixed.size() + (it - dynamic_.begin()));
   }
 
-  // Adds the candidates below a node that was expanded, from its row of the logits.
-  void propose(int parent, const float* logits) {
+  static double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
+
+  static float at_depth(const std::vector<float>& values, int depth) {  // depth: 0 below the root
+    if (values.empty()) return 1;
+    return values[std::min(static_cast<size_t>(depth), values.size() - 1)];
+  }
+
+  // Adds candidates below a node `depth` below the root that was expanded, from its row of the
+  // logits: the n likeliest, or those of the ranks that wanted(rank) says. added(rank, candidate).
+  template <typename Wanted, typename Added>
+  void propose(int parent, int depth, const DraftContext& c, const float* logits, int n,
+               const Wanted& wanted, const Added& added) {
     const int width = model_.logits_width();
-    int32_t best[kBranch] = {};
-    const int n = top(logits, width, kBranch, best);
+    int32_t best[StaticTree::kMostRanks] = {};
+    n = top(logits, width, n, best);
+    // In between for temperatures between.
+    const float mix = std::min(c.temperature, 1.0f);
+    const auto mixed = [&](const std::vector<float>& greedy, const std::vector<float>& sampled) {
+      const float g = at_depth(greedy, depth), s = at_depth(sampled, depth);
+      return g + (s - g) * mix;
+    };
+    const float scale = 1 / mixed(greedy_.temperature, sampled_.temperature);
+    const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
     float sum = 0;
-    for (int i = 0; i < width; ++i) sum += rough_exp(logits[i] - largest);
-    for (int i = 0; i < n; ++i)
-      tree_.add(parent, token_of(best[i]),
-                tree_.probability_of(parent) * rough_exp(logits[best[i]] - largest) / sum);
+    for (int i = 0; i < width; ++i) sum += rough_exp((logits[i] - largest) * scale);
+    for (int i = 0; i < n; ++i) {
+      if (!wanted(i)) continue;
+      const float p = coverage * rough_exp((logits[best[i]] - largest) * scale) / sum;
+      added(i, tree_.add(parent, token_of(best[i]), tree_.probability_of(parent) * p));
+    }
+  }
+  void propose(int parent, int depth, const DraftContext& c, const float* logits) {
+    propose(
+        parent, depth, c, logits, kBranch, [](int) { return true; }, [](int, int) {});
   }
 
   // Whether observe() has seen the text as far as its root.
@@ -252,17 +303,31 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Runs the rows added since step.first_new, which stand `depth` below the root; their logits.
   const float* expand_rows(int depth, const Sequence& seq) {
     const int first = model_.step().first_new;
+    const Clock::time_point start = Clock::now();
     model_.features(first, model_.step().n_rows - first, trigrams_);
     model_.forward();
-    return model_.logits(depth, seq.h.data());
+    const float* logits = model_.logits(depth, seq.h.data());
+    const double seconds = seconds_since(start);
+    depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
+    return logits;
+  }
+
+  void propose_recycled(const DraftContext& c) {
+    for (int at = CandidateTree::kRoot, expanded = 0; at < tree_.size() && expanded < 40; ++at) {
+      const int32_t token = at < 0 ? c.tokens.back() : tree_[at].token;
+      const int32_t* row = recycled_.data() + 8 * token;
+      if (row[0] < 0 || tree_.probability_of(at) < 0.02f || tree_.depth_of(at) >= 6) continue;
+      ++expanded;
+      for (int i = 0; i < 8; ++i)
+        tree_.add(at, row[i], tree_.probability_of(at) * recycled_hits_[i] / recycled_seen_);
+    }
   }
 
   // Grows the tree depth by depth with the draft model.
-  void grow(const DraftContext& c, const Sequence& seq, int budget) {
+  void grow(const DraftContext& c, const Sequence& seq, int budget, Clock::time_point start) {
     Step& step = model_.step();
-    propose(CandidateTree::kRoot, expand_root(c, seq));
-    const int depths = std::min(options_.depth, c.max_depth);
-    double tokens = 1;  // that the tree is expected to give so far
+    propose(CandidateTree::kRoot, 0, c, expand_root(c, seq));
+    const int depths = std::min({options_.depth, c.max_depth, kMostDepths});
     for (int depth = 1; depth < depths; ++depth) {
       // Expand the most probable candidates of this depth, as far as the path to them was expanded
       // and what comes below them can still be among the best.
@@ -283,15 +348,7 @@ class GrowingDrafter final : public ChimeraDrafter {
                           return x != y ? x > y : a < b;
                         });
       order_.resize(width);
-      // Another depth pays if the tokens it may add are worth the time it takes.
-      float mass = 0;
-      for (const int i : order_) mass += tree_[i].probability;
-      const double gain = static_cast<double>(kChance * mass);
-      if (c.cost != nullptr && depth_seconds_ > 0 &&
-          gain / tokens < depth_seconds_ / c.cost->seconds(1))
-        return;
-      tokens += gain;
-      const Clock::time_point start = Clock::now();
+      if (c.cost != nullptr && !pays(c, depth, budget, seconds_since(start))) return;
       step.first_new = step.n_rows;
       for (const int i : order_) {
         const int parent = tree_[i].parent;
@@ -300,9 +357,71 @@ class GrowingDrafter final : public ChimeraDrafter {
       }
       const float* logits = expand_rows(depth, seq);
       for (size_t i = 0; i < width; ++i)
-        propose(order_[i], logits + static_cast<int64_t>(i) * model_.logits_stride());
-      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-      depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
+        propose(order_[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
+    }
+  }
+
+  // Whether drafting below the nodes in order_, `depth` below the root, is expected to give more
+  // tokens for its time than the step gives without it.
+  bool pays(const DraftContext& c, int depth, int budget, double drafting) {
+    tree_.choose(budget, c.max_depth, c.cost, drafting);
+    double mass = 0;
+    for (const int i : order_) mass += static_cast<double>(tree_[i].probability);
+    const double seconds = drafting + c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
+    return mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
+           depth_seconds_ * tree_.expected_tokens();
+  }
+
+  // Keeps account of what became of expanded nodes: pays() counts on it to go on so.
+  void learn_yields() {
+    for (int i = 0; i < tree_.size(); ++i)
+      if (tree_[i].row >= 0)
+        yields_[static_cast<size_t>(tree_[i].depth)].expanded +=
+            static_cast<double>(tree_[i].probability);
+    for (const int i : tree_.chosen()) {
+      const int parent = tree_[i].parent;
+      if (parent != CandidateTree::kRoot && tree_[parent].row >= 0)
+        yields_[static_cast<size_t>(tree_[parent].depth)].chosen +=
+            static_cast<double>(tree_[i].probability);
+    }
+  }
+
+  // Fills the given shape with the draft's guesses.
+  void grow_static(const DraftContext& c, const Sequence& seq) {
+    const StaticTree& shape = options_.tree;
+    Step& step = model_.step();
+    static_at_.assign(shape.nodes.size(), CandidateTree::kNone);
+    const auto fill = [&](int parent, const float* logits) {  // parent: of the shape, -1: the root
+      const bool root = parent < 0;
+      const int depth = root ? 0 : shape.nodes[static_cast<size_t>(parent)].depth;
+      propose(
+          root ? CandidateTree::kRoot : static_at_[static_cast<size_t>(parent)], depth, c, logits,
+          StaticTree::kMostRanks, [&](int rank) { return shape.find(parent, rank) >= 0; },
+          [&](int rank, int candidate) {
+            static_at_[static_cast<size_t>(shape.find(parent, rank))] = candidate;
+          });
+    };
+    fill(-1, expand_root(c, seq));
+    const int depths = std::min(shape.depth(), c.max_depth);
+    for (int depth = 1; depth < depths; ++depth) {
+      order_.clear();  // nodes of the shape that have children
+      for (int i = 0; i < shape.size(); ++i) {
+        const int parent = shape.nodes[static_cast<size_t>(i)].parent;
+        if (parent >= 0 && shape.nodes[static_cast<size_t>(parent)].depth == depth &&
+            static_at_[static_cast<size_t>(parent)] != CandidateTree::kNone &&
+            std::find(order_.begin(), order_.end(), parent) == order_.end())
+          order_.push_back(parent);
+      }
+      if (order_.empty()) return;
+      step.first_new = step.n_rows;
+      for (const int i : order_) {
+        CandidateTree::Node& node = tree_[static_at_[static_cast<size_t>(i)]];
+        const int parent = node.parent;
+        node.row = add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, node.token);
+      }
+      const float* logits = expand_rows(depth, seq);
+      for (size_t i = 0; i < order_.size(); ++i)
+        fill(order_[i], logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
   }
 
@@ -318,6 +437,7 @@ class GrowingDrafter final : public ChimeraDrafter {
 
   ChimeraOptions options_;
   int hidden_;
+  DraftCalibration greedy_, sampled_;
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
@@ -328,7 +448,18 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<int> order_;
   std::vector<float> probabilities_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];  // of the rows being added
-  double depth_seconds_ = 0;  // what drafting one depth takes, averaged over the last ones
+  std::vector<int32_t> recycled_;
+  float recycled_seen_ = 16;
+  float recycled_hits_[8] = {5, 1.2f, .7f, .5f, .4f, .3f, .25f, .2f};
+  std::vector<int> static_at_;  // candidates of the given shape's nodes
+  double depth_seconds_ = 0;    // what drafting one depth takes, averaged over the last ones
+
+  // Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
+  struct Yield {
+    double expanded = 5, chosen = 2.5;  // sums of path probabilities
+    double share() const { return chosen / expanded; }
+  };
+  std::array<Yield, kMostDepths + 1> yields_{};
 };
 
 }  // namespace

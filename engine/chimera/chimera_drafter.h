@@ -1,12 +1,15 @@
 // Chimera drafting: a candidate tree grown best-first by the draft model's probabilities, with
-// n-gram matches competing for the same nodes.
+// n-gram matches competing for the same nodes; or a tree of a given shape.
 //
 // Depth by depth the draft model expands the most probable nodes, at most `width` of them; every
 // token it proposes below a node is a candidate whose path probability is the product of the
 // probabilities along its path. The `nodes` candidates with the highest path probability are
 // verified. (After EAGLE-2, arXiv 2406.16858; a parent is never less probable than its child, so
-// they form a tree.) An n-gram match of length n enters its continuation with the probability that
-// such a match was measured to have.
+// they form a tree.) An n-gram match enters its continuation with the probability that such a match
+// has (ngram_index.h).
+//
+// Where the cost of a pass is known, a further depth is drafted only if it pays: if the tokens that
+// it may add, to those expected so far, are more than its time to the time spent so far.
 #pragma once
 
 #include <memory>
@@ -14,6 +17,7 @@
 #include "engine/chimera/draft_model.h"
 #include "engine/drafter.h"
 #include "engine/function_ref.h"
+#include "engine/static_tree.h"
 
 namespace chimera {
 
@@ -22,7 +26,9 @@ struct ChimeraOptions {
   int depth = 6;       // of the tree
   int width = 4;       // nodes expanded at a depth
   bool ngrams = true;  // hybrid
+  bool recycling = false;
   int static_vocabulary = 2048;
+  StaticTree tree{};  // not empty: the draft's guesses of this shape, and nothing else
 };
 
 class ChimeraDrafter : public TreeDrafter {
@@ -33,6 +39,8 @@ class ChimeraDrafter : public TreeDrafter {
   virtual void follow(
       const DraftContext& context, std::span<const int32_t> next,
       FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;
+  // What a pass of the draft model took, averaged over the last ones.
+  virtual double depth_seconds() const = 0;
 };
 
 // target and tensors: the tensors are no longer needed once this returns.

@@ -37,6 +37,14 @@
 
 namespace chimera {
 
+// How the draft's probabilities are to be read, measured on texts that it has not learnt from
+// (chimera train eval --calibrate): p = coverage softmax(logits / temperature). Coverage is the
+// share of true tokens that are in its vocabulary at all.
+struct DraftCalibration {
+  std::vector<float> temperature, coverage;  // by step, as long as each other; further steps are
+                                             // like the last; empty: both are 1
+};
+
 struct DraftConfig {
   int hidden_size = 0;  // the target's
   int n_heads = 0, n_kv_heads = 0, head_dim = 0;
@@ -45,7 +53,9 @@ struct DraftConfig {
   int head_rank = 64;  // of a head's correction; 0: none
   int rope_kv_heads = 1;
   double rope_base = 10000.0;
-  bool skip = true;  // w3 is there
+  bool skip = true;                      // w3 is there
+  DraftCalibration greedy{}, sampled{};  // where the target takes its best token, and at
+                                         // temperature 1; in between for those between
 
   int q_size() const { return n_heads * head_dim; }
   int kv_size() const { return n_kv_heads * head_dim; }
