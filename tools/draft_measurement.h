@@ -52,6 +52,8 @@ inline int accepted_in(const MeasuredPosition::Path& place, int nodes) {
   while (depth < kMostDepths && place[static_cast<size_t>(depth)] < nodes) ++depth;
   return depth;
 }
+// ... with a static tree of the draft's guesses.
+int accepted_in(const MeasuredPosition& position, const StaticTree& tree);
 
 // Static trees: a node is the path of ranks to it. The best tree of n nodes has the n paths that
 // the text took most often.

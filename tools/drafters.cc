@@ -14,12 +14,12 @@ std::vector<Flag> DrafterFlags::flags() {
        "measured at the start)",
        integer(&nodes, 1, 255)},
       {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
+      {0, "width", "N", "guesses that the draft model goes on from at each depth",
+       integer(&width, 1, 32)},
       {0, "tree", "SPEC",
        "a static tree for the draft model: its widths such as\n3,2,1, or a file (chimera "
        "tune-tree)",
-       tree_value(&tree)},
-      {0, "width", "N", "guesses that the draft model goes on from at each depth",
-       integer(&width, 1, 32)}};
+       tree_value(&tree)}};
 }
 
 std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags) {

@@ -235,6 +235,9 @@ int train_eval(const std::vector<std::string>& args) {
   if (!o.model || !o.drafting.draft || o.prompts.empty())
     throw UsageError("train eval", "-m MODEL, --draft DRAFT and --prompts FILE", "one missing",
                      "see chimera train eval --help");
+  if (o.drafting.tree.depth() > o.drafting.depth)
+    throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),
+                     std::to_string(o.drafting.tree.depth()) + " deep", "raise --depth");
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);

@@ -63,7 +63,7 @@ void read(const std::string& path, Shards* shards) {
       note("warning: " + where + ", the last, is cut short and left out");
       break;
     }
-    if (!good) throw Error(where, "an answer", quoted(line));
+    if (!good) throw Error(where, "an answer", chimera::quoted(line));
     const auto prompt = record["prompt"].get<int64_t>();
     if (!shards->answers.emplace(prompt, line).second)
       throw Error(where, "each prompt once", "prompt " + std::to_string(prompt) + " again");

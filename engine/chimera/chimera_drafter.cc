@@ -21,6 +21,12 @@ constexpr int kBranch = 8;       // candidates taken from one expanded node
 constexpr int kTargetsBest = 8;  // tokens that the target found likely join the dynamic vocabulary
 constexpr int kMinMatch = 1, kMaxMatch = 6;
 
+// Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
+struct Yield {
+  double expanded = 5, chosen = 2.5;  // sums of path probabilities
+  double share() const { return chosen / expanded; }
+};
+
 // exp for softmax sums: 2^(x log2 e) with the fraction by a cubic, good to 1e-4. A draft may be
 // wrong.
 inline float rough_exp(float x) {
@@ -454,12 +460,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<int> static_at_;  // candidates of the given shape's nodes
   double depth_seconds_ = 0;    // what drafting one depth takes, averaged over the last ones
 
-  // Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
-  struct Yield {
-    double expanded = 5, chosen = 2.5;  // sums of path probabilities
-    double share() const { return chosen / expanded; }
-  };
-  std::array<Yield, kMostDepths + 1> yields_{};
+  std::array<Yield, kMostDepths + 1> yields_;  // by the depth of what was expanded
 };
 
 }  // namespace
