@@ -70,6 +70,14 @@ class CandidateTree {
     return size() - 1;
   }
 
+  // Of the probability of a node, what its children so far leave.
+  float left_below(int parent) const {
+    float left = probability_of(parent);
+    for (int i = parent + 1; i < size(); ++i)
+      if ((*this)[i].parent == parent) left -= (*this)[i].probability;
+    return std::max(left, 0.0f);
+  }
+
   // Chooses the candidates to verify, as many as fit into max_nodes where cost is nullptr.
   // drafting: seconds spent on these candidates.
   void choose(int max_nodes, int max_depth, const CostCurve* cost, double drafting) {

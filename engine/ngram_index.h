@@ -121,21 +121,24 @@ inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int3
   constexpr float kOlder = 0.6f;  // an older occurrence to the newest, where the newest fails
   index.update(text, tokens);
   int continuations = 0;
-  float left = 1;  // that none of the continuations so far is right
   for (int n = max_match; n >= min_match && continuations < kContinuations; --n)
     index.matches(tokens, n, [&](size_t position) {
       const int before = tree->size();
       int node = CandidateTree::kRoot;
-      float p = continuations == 0 ? 1.0f : kOlder * left;
-      for (size_t i = 0;
-           i < kDepth && position + 1 + i < tokens.size() && node >= CandidateTree::kRoot; ++i) {
-        p *= index.probability(n + static_cast<int>(i), temperature);  // a token more has matched
-        node = tree->add(node, tokens[position + 1 + i], p);
+      for (int i = 0; i < kDepth && position + 1 + static_cast<size_t>(i) < tokens.size(); ++i) {
+        const int32_t token = tokens[position + 1 + static_cast<size_t>(i)];
+        int next = tree->find(node, token);
+        if (next == CandidateTree::kNone) {
+          // Where it parts from newer ones, it counts as far as they fail.
+          const float left = tree->left_below(node);
+          const bool parts = left < tree->probability_of(node);
+          next = tree->add(node, token,
+                           left * (parts ? kOlder : 1.0f) * index.probability(n + i, temperature));
+        }
+        if (next == CandidateTree::kNone) break;
+        node = next;
       }
-      if (tree->size() > before) {  // a longer match comes up again as a shorter one
-        ++continuations;
-        left *= 1 - (continuations == 1 ? 1.0f : kOlder) * index.probability(n, temperature);
-      }
+      continuations += tree->size() > before;  // a longer match comes up again as a shorter one
       return continuations < kContinuations;
     });
 }

@@ -126,8 +126,6 @@ class Spectator final : public Drafter {
     if (trees) {
       options.ngrams = true;
       hybrid_ = make_chimera_drafter(target, tensors, options, 1, context);
-      options.recycling = true;
-      recycled_ = make_chimera_drafter(target, tensors, options, 1, context);
       ngram_ = make_ngram_drafter({.nodes = kLargestTree}, 1, context);
     }
     result_->depths.resize(static_cast<size_t>(std::min(options.depth, kMostDepths)));
@@ -144,7 +142,7 @@ class Spectator final : public Drafter {
 
   void observe(const KeptRows& kept) override {
     draft_->observe(kept);
-    if (hybrid_) hybrid_->observe(kept), recycled_->observe(kept);
+    if (hybrid_) hybrid_->observe(kept);
   }
 
   void draft(const DraftContext& at, Step*) override {
@@ -154,7 +152,7 @@ class Spectator final : public Drafter {
     context.cost = nullptr;
     const auto next = text_.subspan(at.tokens.size());
     MeasuredPosition& position = result_->texts.back().emplace_back();
-    TreeDrafter* const drafters[] = {ngram_.get(), draft_.get(), hybrid_.get(), recycled_.get()};
+    TreeDrafter* const drafters[] = {ngram_.get(), draft_.get(), hybrid_.get()};
     for (size_t source = 0; hybrid_ && source < kTreeSources; ++source)
       watch_tree(drafters[source]->candidates(context), next, &position.place[source],
                  &result_->reliability[source]);
@@ -211,7 +209,7 @@ class Spectator final : public Drafter {
   }
 
   Measurement* result_;
-  std::unique_ptr<ChimeraDrafter> draft_, hybrid_, recycled_;
+  std::unique_ptr<ChimeraDrafter> draft_, hybrid_;
   std::unique_ptr<TreeDrafter> ngram_;
   std::span<const int32_t> text_;
   size_t prompt_size_ = 0;

@@ -43,7 +43,6 @@ class GrowingDrafter final : public ChimeraDrafter {
       indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
-    if (options.recycling) recycled_.assign(8 * known_.size(), -1);
     dynamic_.reserve(DraftModel::kMaxDynamic);
     order_.reserve(1024);
     probabilities_.reserve(1024);
@@ -103,7 +102,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
                      kMaxMatch, c.temperature, &tree_);
-    if (options_.recycling) propose_recycled(c);
     if (ready(c, seq)) grow(c, seq, budget, start);
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
     learn_yields();
@@ -144,7 +142,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.expanded = 0;
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
     for (const int32_t id : dynamic_) known_[static_cast<size_t>(id)] = 0;
-    if (options_.recycling) std::fill(recycled_.begin(), recycled_.end(), -1);
     dynamic_.clear();
     oldest_ = 0;
     model_.clear_dynamic();
@@ -170,16 +167,6 @@ class GrowingDrafter final : public ChimeraDrafter {
       int32_t best[kTargetsBest] = {};
       const int n = top_k(logits, k.vocab, kTargetsBest, best);
       for (int i = 0; i < n; ++i) learn(best[i]);
-      if (options_.recycling) {
-        const int32_t token = k.step->token[r];
-        const int32_t next = k.tokens[static_cast<size_t>(k.step->kept_at[r] + 1)];
-        int32_t* row = recycled_.data() + 8 * token;
-        if (row[0] >= 0) {
-          ++recycled_seen_;
-          for (int i = 0; i < 8; ++i) recycled_hits_[i] += row[i] == next;
-        }
-        std::copy_n(best, 8, row);
-      }
     }
   }
   void learn(int32_t token) {
@@ -292,17 +279,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     const double seconds = seconds_since(start);
     depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
     return logits;
-  }
-
-  void propose_recycled(const DraftContext& c) {
-    for (int at = CandidateTree::kRoot, expanded = 0; at < tree_.size() && expanded < 40; ++at) {
-      const int32_t token = at < 0 ? c.tokens.back() : tree_[at].token;
-      const int32_t* row = recycled_.data() + 8 * token;
-      if (row[0] < 0 || tree_.probability_of(at) < 0.02f || tree_.depth_of(at) >= 6) continue;
-      ++expanded;
-      for (int i = 0; i < 8; ++i)
-        tree_.add(at, row[i], tree_.probability_of(at) * recycled_hits_[i] / recycled_seen_);
-    }
   }
 
   // Grows the tree depth by depth with the draft model.
@@ -430,11 +406,8 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<int> order_;
   std::vector<float> probabilities_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];  // of the rows being added
-  std::vector<int32_t> recycled_;
-  float recycled_seen_ = 16;
-  float recycled_hits_[8] = {5, 1.2f, .7f, .5f, .4f, .3f, .25f, .2f};
-  std::vector<int> static_at_;  // candidates of the given shape's nodes
-  double depth_seconds_ = 0;    // what drafting one depth takes, averaged over the last ones
+  std::vector<int> static_at_;                  // candidates of the given shape's nodes
+  double depth_seconds_ = 0;  // what drafting one depth takes, averaged over the last ones
 
   std::array<Yield, kMostDepths + 1> yields_;  // by the depth of what was expanded
 };
