@@ -145,18 +145,28 @@ inline void prepare_input(Stream stream, const InputParams& p, int max_rows) {
 
 // ---- The product -------------------------------------------------------------------------------
 
+// A matrix, or one of those that are stacked and so share x (wq, wk, wv): one launch has them all.
+struct LinearSegment {
+  const std::byte* tape;  // tape.cuh; 16-byte aligned
+  int64_t rows;
+  float* y;  // y[(first_row + token) * y_stride + row]
+  // Set by linear():
+  int first_block = 0;        // of the launch
+  int64_t first_partial = 0;  // of p.partials
+};
+inline constexpr int kMaxSegments = 3;
+
 struct LinearParams {
   const Step* step;
   Rows rows_of;
-  const std::byte* tape;  // tape.cuh; 16-byte aligned
   const std::byte* x;  // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
-  int64_t rows, cols;  // of the matrix
-  float* y;            // y[(first_row + token) * y_stride + row]
-  int64_t y_stride;
+  int64_t cols, y_stride;
   bool accumulate;
-  float* partials;     // (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
+  float* partials;     // of each segment (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
   int partial_tokens;  // at least the op's tokens
   uint32_t* counters;  // (token groups, row blocks), zero; left zero
+  LinearSegment segments[kMaxSegments];
+  int n_segments;
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -194,13 +204,19 @@ void linear_kernel(LinearParams p) {
   const int first_token = block_z() * kColumnTiles * 8;
   if (first_token >= tokens) return;
   const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
+  LinearSegment m = p.segments[0];
+  UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
+    if (i < p.n_segments && block_x() >= p.segments[i].first_block) m = p.segments[i];
 
   const int64_t slabs = tape_slabs(kType, p.cols), k32s = fragment_k32(p.cols);
-  const int64_t run_slabs = split_units(p.rows, p.cols) * kSplitUnit / l.k;
+  const int64_t run_slabs = split_units(m.rows, p.cols) * kSplitUnit / l.k;
+  const int64_t splits = ceil_div(slabs, run_slabs);
+  if (block_y() >= splits) return;  // another segment of the launch has more
   const int64_t first_slab = block_y() * run_slabs, end_slab = least(slabs, first_slab + run_slabs);
   const int n_stages = static_cast<int>(ceil_div<int64_t>(end_slab - first_slab, s.slabs));
-  const int64_t row_tiles = ceil_div<int64_t>(p.rows, kTileRows);
-  const int64_t first_tile = static_cast<int64_t>(block_x()) * kLinearWarps * kWarpTiles;
+  const int64_t row_tiles = ceil_div<int64_t>(m.rows, kTileRows);
+  const int64_t first_tile =
+      static_cast<int64_t>(block_x() - m.first_block) * kLinearWarps * kWarpTiles;
   const int tiles =
       static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
   std::byte* ring = shared_memory();
@@ -216,7 +232,7 @@ void linear_kernel(LinearParams p) {
         const int tile = u / kTileUnits, unit = u % kTileUnits;
         if (unit < n * (l.bytes / 16))
           copy_async_16(to + u * 16,
-                        p.tape + ((first_tile + tile) * slabs + slab) * l.bytes + unit * 16);
+                        m.tape + ((first_tile + tile) * slabs + slab) * l.bytes + unit * 16);
       }
       const std::byte* x =
           p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab * l.k / 32) * 512;
@@ -267,8 +283,8 @@ void linear_kernel(LinearParams p) {
     multiply(i);
   }
 
-  const int64_t splits = ceil_div(slabs, run_slabs);
-  float* out = p.y + first_row(p.step, p.rows_of) * p.y_stride;
+  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
+  float* partials = p.partials + m.first_partial;
   const int g = lane_index() / 4, t = lane_index() % 4;
   UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
     UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
@@ -276,10 +292,10 @@ void linear_kernel(LinearParams p) {
         const int64_t row =
             (first_tile + warp_index() * kWarpTiles + tile) * kTileRows + g + 8 * (i / 2);
         const int token = first_token + j * 8 + 2 * t + i % 2;
-        if (row >= p.rows || token >= tokens) continue;
+        if (row >= m.rows || token >= tokens) continue;
         float* y = out + token * p.y_stride + row;
         if (splits > 1)
-          p.partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * p.rows + row] =
+          partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * m.rows + row] =
               sum[tile][j][i];
         else
           *y = p.accumulate ? *y + sum[tile][j][i] : sum[tile][j][i];
@@ -296,32 +312,33 @@ void linear_kernel(LinearParams p) {
   if (*arrived + 1 != static_cast<uint32_t>(splits)) return;
   memory_fence();
   const int64_t block_row = first_tile * kTileRows;
-  const int rows = static_cast<int>(least<int64_t>(kBlockRows, p.rows - block_row));
+  const int rows = static_cast<int>(least<int64_t>(kBlockRows, m.rows - block_row));
   const int block_tokens = least(kColumnTiles * 8, tokens - first_token);
   for (int i = thread_index(); i < block_tokens * kBlockRows; i += kLinearThreads) {
     const int token = first_token + i / kBlockRows, row = i % kBlockRows;
     if (row >= rows) continue;
-    const float* partial = p.partials + token * p.rows + block_row + row;
+    const float* partial = partials + token * m.rows + block_row + row;
     float total = load_fresh(partial);
     for (int64_t rank = 1; rank < splits; ++rank)
-      total = total + load_fresh(partial + rank * p.partial_tokens * p.rows);
+      total = total + load_fresh(partial + rank * p.partial_tokens * m.rows);
     float* y = out + token * p.y_stride + block_row + row;
     *y = p.accumulate ? *y + total : total;
   }
   if (thread_index() == 0) *counter = 0;
 }
 
-// F32 weights: one FMA chain for each output, lanes are rows, a warp has 32 rows and up to 8
-// tokens.
+// F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and up
+// to 8 tokens.
 inline constexpr int kF32Tokens = 8;
 KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
+  const LinearSegment& m = p.segments[0];
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
   const int n = least(kF32Tokens, tokens - first_token);
   const int64_t panel = static_cast<int64_t>(block_x()) * kLinearWarps + warp_index();
   const int64_t row = panel * kF32PanelRows + lane_index();
-  if (n <= 0 || row >= p.rows) return;
+  if (n <= 0 || row >= m.rows) return;
   const auto* w =
-      reinterpret_cast<const float*>(p.tape) + panel * p.cols * kF32PanelRows + lane_index();
+      reinterpret_cast<const float*>(m.tape) + panel * p.cols * kF32PanelRows + lane_index();
   const auto* x = reinterpret_cast<const float*>(p.x) + first_token * p.cols;
   float sum[kF32Tokens] = {};
   for (int64_t k = 0; k < p.cols; ++k) {
@@ -331,16 +348,33 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
   }
   UNROLLED_FOR (int i = 0; i < kF32Tokens; ++i) {
     if (i >= n) break;
-    float* y = p.y + (first_row(p.step, p.rows_of) + first_token + i) * p.y_stride + row;
+    float* y = m.y + (first_row(p.step, p.rows_of) + first_token + i) * p.y_stride + row;
     *y = p.accumulate ? *y + sum[i] : sum[i];
   }
 }
 
+// Floats of partials, and counters, that a segment needs.
+inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
+  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
+                                                          : n_splits(rows, cols) * tokens * rows;
+}
+inline int64_t counter_words(int64_t rows, int tokens) {
+  return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
+}
+
 template <DType kType, int kColumnTiles>
-void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
+void launch_linear(Stream stream, LinearParams p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
-  const Grid grid{ceil_div<int64_t>(p.rows, kBlockRows), n_splits(p.rows, p.cols),
-                  ceil_div(max_rows, kColumnTiles * 8)};
+  Grid grid{0, 1, ceil_div(max_rows, kColumnTiles * 8)};
+  int64_t partials = 0;
+  for (int i = 0; i < p.n_segments; ++i) {
+    LinearSegment& m = p.segments[i];
+    m.first_block = static_cast<int>(grid.x);
+    m.first_partial = partials;
+    grid.x += ceil_div<int64_t>(m.rows, kBlockRows);
+    grid.y = most(grid.y, n_splits(m.rows, p.cols));
+    partials += partial_floats(kType, m.rows, p.cols, p.partial_tokens);
+  }
   launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,
          static_cast<size_t>(s.stages * s.bytes), p);
 }
@@ -354,22 +388,17 @@ void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
     launch_linear<kType, max_column_tiles(kType)>(stream, p, max_rows);
 }
 
-// Floats of partials, and counters, that a product needs.
-inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
-  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
-                                                          : n_splits(rows, cols) * tokens * rows;
-}
-inline int64_t counter_words(int64_t rows, int tokens) {
-  return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
-}
-
 inline void linear(Stream stream, DType type, const LinearParams& p, int max_rows) {
   switch (type) {
-    case DType::kF32: {
-      const int64_t panels = ceil_div<int64_t>(p.rows, kF32PanelRows);
-      const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
-      return launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, p);
-    }
+    case DType::kF32:
+      for (int i = 0; i < p.n_segments; ++i) {
+        LinearParams one = p;
+        one.segments[0] = p.segments[i];
+        const int64_t panels = ceil_div<int64_t>(p.segments[i].rows, kF32PanelRows);
+        const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
+        launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, one);
+      }
+      return;
     case DType::kF16:
       return launch_linear<DType::kF16>(stream, p, max_rows);
     case DType::kBF16:
