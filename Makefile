@@ -123,10 +123,10 @@ $(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PRO
 # The tests of the kernels again, on the GPU.
 GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc
 $(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
-                    $(call objects,tests/main.cc tests/cuda_backend_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
+                    $(call objects,tests/cuda_backend_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
                     $(BUILD)/libchimera.a
 	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest
+	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
 
 $(BUILD)/bench_cuda: $(call objects,cuda/bench_cuda.cu) $(BUILD)/libchimera.a
 	@echo "  $@"
