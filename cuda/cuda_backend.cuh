@@ -21,6 +21,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -95,7 +96,7 @@ class CudaBackend final : public Backend {
                     std::to_string(w.cols));
       const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
       std::vector<std::byte> tape(bytes);
-      pack_tape(w, tape.data());
+      pack_in_parallel(w, tape.data());
       CudaMatrix::Segment s{w.type, w.rows, matrix->rows, DeviceMemory(allocate_device(bytes))};
       upload(s.tape.get(), tape.data(), bytes);
       matrix->bytes += bytes;
@@ -343,6 +344,19 @@ class CudaBackend final : public Backend {
   static const CudaMatrix& cast(const Matrix& m) { return static_cast<const CudaMatrix&>(m); }
   static const std::byte* tape(const CudaMatrix::Segment& s) {
     return static_cast<const std::byte*>(s.tape.get());
+  }
+  // By all of the host's threads: packing is what loading a model takes.
+  static void pack_in_parallel(const TensorView& w, std::byte* tape) {
+    constexpr int64_t kLeast = 1 << 20;  // weights that are worth a thread
+    const int64_t threads = std::clamp<int64_t>(w.rows * w.cols / kLeast, 1,
+                                                std::max(1u, std::thread::hardware_concurrency())),
+                  share = round_up<int64_t>(ceil_div(w.rows, threads), kF32PanelRows);
+    std::vector<std::jthread> others;
+    for (int64_t first = share; first < w.rows; first += share)
+      others.emplace_back([&w, tape, first, end = std::min(w.rows, first + share)] {
+        pack_tape(w, tape, first, end);
+      });
+    pack_tape(w, tape, 0, std::min(w.rows, share));
   }
   static size_t half_kv_bytes(const KvShape& s) {
     const KvLayer l = kv_layer({s, nullptr, nullptr}, 0);

@@ -184,11 +184,12 @@ BOTH float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t 
   return has_minimum(type) ? product + s.minimum : product;
 }
 
-// Packs a matrix into `tape` (zeroed, tape_bytes long), on the host.
-inline void pack_tape(const TensorView& view, std::byte* tape) {
+// Packs rows [first, end) of a matrix into `tape` (zeroed, of the whole matrix), on the host. Ranges
+// that begin at multiples of kF32PanelRows share no byte.
+inline void pack_tape(const TensorView& view, std::byte* tape, int64_t first, int64_t end) {
   const DType type = view.type;
   const SlabLayout l = slab_layout(type);
-  for (int64_t row = 0; row < view.rows; ++row) {
+  for (int64_t row = first; row < end; ++row) {
     const std::byte* from = view.row(row);
     const int r = static_cast<int>(row % kTileRows);
     if (type == DType::kF32) {
@@ -253,6 +254,10 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
       }
     }
   }
+}
+
+inline void pack_tape(const TensorView& view, std::byte* tape) {
+  pack_tape(view, tape, 0, view.rows);
 }
 
 // ---- A warp's fragment: what the products read -------------------------------------------------

@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
-table=gpu_check.txt
+table=$PWD/gpu_check.txt
 : >$table
 say() { echo "$*" | tee -a $table; }
 
@@ -33,7 +33,7 @@ say "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 
 # The tests read models from ../shared/data.
 mkdir -p tests
-(cd tests && CHIMERA_TEST_DEVICE=cuda part tests 150 ../gpu_tests --gtest_brief=1 --gtest_output="json:$work/tests.json") || failed=1
+(cd tests && CHIMERA_TEST_DEVICE=cuda part tests 120 ../gpu_tests --gtest_brief=1 --gtest_output="json:$work/tests.json") || failed=1
 say "tests: $(tail -n 1 "$work/tests")"
 
 part kernels 120 ./bench_cuda --json "$work/kernels.json" && { say ""; tee -a $table <"$work/kernels"; }
@@ -43,7 +43,7 @@ say ""
 say "$(printf '%-13s %-5s %5s %10s %10s %10s %10s %6s' shape type rows ms products attention rest share)"
 for run in llama-2-7b:bf16 llama-2-7b:q8_0 llama-2-7b:q4_0 smollm2-135m:bf16 smollm2-135m:q8_0; do
   shape=${run%:*} type=${run#*:}
-  part step 60 ./chimera bench --device cuda --shape "$shape" --type "$type" --json || continue
+  part step 40 ./chimera bench --device cuda --shape "$shape" --type "$type" --json || continue
   steps="$steps${steps:+,}$(cat "$work/step")"
   tr '{' '\n' <"$work/step" | awk -v shape="$shape" -v type="$type" -F'[,:]' '/^"rows"/ {
     for (i = 1; i < NF; ++i) { gsub(/[^a-z_]/, "", $i); if (!($i in v)) v[$i] = $(i + 1) }
@@ -56,7 +56,7 @@ model=null
 if [ -f model.gguf.0 ]; then
   cat model.gguf.* >"$work/model.gguf"
   draft=$(ls ./*.chimera.safetensors 2>/dev/null | head -n 1)
-  part model 60 ./chimera bench --device cuda -m "$work/model.gguf" ${draft:+--draft "$draft"} --rounds 1 -n 64 --json
+  part model 35 ./chimera bench --device cuda -m "$work/model.gguf" ${draft:+--draft "$draft"} --rounds 1 -n 64 --json
   model=$(value "$work/model")
   say "$model"
 fi

@@ -85,7 +85,7 @@ double ReadBandwidth::measure() {
 }
 
 double read_bandwidth(const Backend& backend, size_t bytes, int threads) {
-  return backend.name() == "cuda" ? cuda_read_bandwidth(bytes)
+  return backend.name() == "cuda" ? cuda_read_bandwidth(std::min<size_t>(bytes, 4ull << 30))
                                   : ReadBandwidth(bytes, threads).measure();
 }
 
