@@ -47,26 +47,16 @@ struct SlabLayout {
 BOTH constexpr SlabLayout slab_layout(DType type) {
   switch (type) {
     case DType::kF16:
-    case DType::kBF16:
-      return {32, 1024, 0, 1024, 1024};
-    case DType::kQ8_0:
-      return {32, 512, 0, 512, 512 + 32};
-    case DType::kQ4_0:
-      return {32, 256, 0, 256, 256 + 32};
-    case DType::kQ4_1:
-      return {32, 256, 0, 256, 256 + 64};
-    case DType::kQ5_0:
-      return {32, 256, 64, 320, 320 + 32};
-    case DType::kQ5_1:
-      return {32, 256, 64, 320, 320 + 64};
-    case DType::kQ4_K:
-      return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
-    case DType::kQ5_K:
-      return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
-    case DType::kQ6_K:
-      return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
-    default:
-      return {1, 0, 0, 0, 0};
+    case DType::kBF16: return {32, 1024, 0, 1024, 1024};
+    case DType::kQ8_0: return {32, 512, 0, 512, 512 + 32};
+    case DType::kQ4_0: return {32, 256, 0, 256, 256 + 32};
+    case DType::kQ4_1: return {32, 256, 0, 256, 256 + 64};
+    case DType::kQ5_0: return {32, 256, 64, 320, 320 + 32};
+    case DType::kQ5_1: return {32, 256, 64, 320, 320 + 64};
+    case DType::kQ4_K: return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
+    case DType::kQ5_K: return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
+    case DType::kQ6_K: return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
+    default: return {1, 0, 0, 0, 0};
   }
 }
 BOTH constexpr bool has_minimum(DType type) {
@@ -184,8 +174,8 @@ BOTH float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t 
   return has_minimum(type) ? product + s.minimum : product;
 }
 
-// Packs rows [first, end) of a matrix into `tape` (zeroed, of the whole matrix), on the host. Ranges
-// that begin at multiples of kF32PanelRows share no byte.
+// Packs rows [first, end) of a matrix into `tape` (zeroed, of the whole matrix), on the host.
+// Ranges that begin at multiples of kF32PanelRows share no byte.
 inline void pack_tape(const TensorView& view, std::byte* tape, int64_t first, int64_t end) {
   const DType type = view.type;
   const SlabLayout l = slab_layout(type);
@@ -241,9 +231,7 @@ inline void pack_tape(const TensorView& view, std::byte* tape, int64_t first, in
       const std::byte* file = from + b * 32 / dtype_info(type).block_weights * block_bytes;
       switch (type) {
         case DType::kQ4_K:
-        case DType::kQ5_K:
-          std::memcpy(scales + r * 16, file, 16);
-          break;
+        case DType::kQ5_K: std::memcpy(scales + r * 16, file, 16); break;
         case DType::kQ6_K:
           std::memcpy(scales + r * 16, file + 192, 16);
           std::memcpy(scales + 256 + r * 2, file + 208, 2);
