@@ -1,6 +1,8 @@
 # make            build/chimera            make test       everything that proves it (minutes)
 # make run        answer a prompt          make test-full  the long sweeps as well
 # make bench      measure                  make clean
+# make bench-cuda every kernel, and steps of a 7B shape, on this machine's GPU
+# make gpu-bundle all that another machine needs to test and measure them: build/gpu-bundle
 #
 # DEBUG=1   SANITIZE=address,undefined
 # CUDA=0|1  with the CUDA backend (default: where nvcc is found)   CUDA_ARCHS="80 89 90a"
@@ -21,12 +23,15 @@ ifeq (,$(NVCC))
 $(error CUDA=1: expected nvcc on the PATH or in /usr/local/cuda/bin, found none; install the CUDA Toolkit or build with CUDA=0)
 endif
 CUDA_HOME := $(abspath $(dir $(realpath $(shell command -v $(lastword $(NVCC)))))/..)
+HAS_GPU   := $(wildcard /dev/nvidia0)
+else ifneq (,$(filter bench-cuda gpu-bundle,$(MAKECMDGOALS)))
+$(error $(filter bench-cuda gpu-bundle,$(MAKECMDGOALS)): expected nvcc on the PATH or in /usr/local/cuda/bin, and not CUDA=0; install the CUDA Toolkit)
 endif
 
 CXXFLAGS := -std=c++20 -I. -Wall -Wextra -Wpedantic -Werror -g -MMD -MP -ffp-contract=off \
             $(if $(filter 1,$(DEBUG)),-O0,-O2) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
 LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE)) \
-            $(if $(filter 1,$(CUDA)),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt)
+            $(if $(filter 1,$(CUDA)),-static-libstdc++ -static-libgcc -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt)
 
 # Files of one instruction set carry its name; nothing else is compiled with its flags.
 FLAGS_avx2   := -mavx2 -mfma -mf16c
@@ -38,7 +43,7 @@ FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
 # -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).
 NVCCFLAGS := -std=c++20 -I. -O3 -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
-             -Werror all-warnings -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
+             -Werror all-warnings -Xptxas -warn-spills -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
              -DCHIMERA_CUDA_ARCHS='"$(CUDA_ARCHS), PTX 90"' -gencode arch=compute_90,code=compute_90 \
              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
@@ -51,7 +56,7 @@ TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
 objects  = $(addprefix $(BUILD)/obj/,$(addsuffix .o,$(basename $(1))))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 
-.PHONY: all run test test-full bench clean prepare
+.PHONY: all run test test-full bench bench-cuda gpu-bundle clean prepare
 all: $(BUILD)/chimera
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -68,6 +73,7 @@ run: prepare
 
 test: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
+	@$(if $(HAS_GPU),$(BUILD)/gpu_tests --gtest_brief=1)
 
 test-full: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1
@@ -75,10 +81,26 @@ test-full: prepare
 bench: prepare
 	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(ARGS)
 
+bench-cuda: $(BUILD)/bench_cuda $(BUILD)/chimera
+	@$(BUILD)/bench_cuda
+	@for type in bf16 q8_0 q4_0; do $(BUILD)/chimera bench --device cuda --shape llama-2-7b --type $$type || exit; done
+
+# gpu_check.sh runs what lies beside it. The model is apart, in halves, to be laid beside it too.
+gpu-bundle: $(addprefix $(BUILD)/gpu-bundle/,chimera gpu_tests bench_cuda)
+	@cp tools/gpu_check.sh $(wildcard models/*.chimera.safetensors) $(BUILD)/gpu-bundle
+	@for d in tiny-quants stories260K; do [ ! -d ../shared/data/models/$$d ] || { \
+	  mkdir -p $(BUILD)/gpu-bundle/shared/data/models && cp -r ../shared/data/models/$$d $(BUILD)/gpu-bundle/shared/data/models/; }; done
+	@[ ! -f $(MODEL) ] || { mkdir -p $(BUILD)/gpu-model && split -b 56M -d -a 1 $(MODEL) $(BUILD)/gpu-model/model.gguf.; }
+	@du -sh $(BUILD)/gpu-bundle $(wildcard $(BUILD)/gpu-model)
+
+$(BUILD)/gpu-bundle/%: $(BUILD)/%
+	@mkdir -p $(@D)
+	@strip -o $@ $<
+
 prepare:
 	@tools/install_deps.sh
 	@tools/fetch_model.sh || echo "continuing without the model"
-	@$(MAKE) -s --no-print-directory $(BUILD)/chimera $(if $(filter test%,$(MAKECMDGOALS)),$(BUILD)/chimera_tests)
+	@$(MAKE) -s --no-print-directory $(BUILD)/chimera $(if $(filter test%,$(MAKECMDGOALS)),$(BUILD)/chimera_tests $(if $(HAS_GPU),$(BUILD)/gpu_tests))
 
 $(BUILD)/libchimera.a: $(call objects,$(LIBRARY)) $(BUILD)/cuda-$(CUDA)
 	@rm -f $@
@@ -98,6 +120,23 @@ $(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PRO
 	@echo "  $@"
 	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
 
+# The tests of the kernels again, on the GPU.
+GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc
+$(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
+                    $(call objects,tests/cuda_backend_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
+                    $(BUILD)/libchimera.a
+	@echo "  $@"
+	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
+
+$(BUILD)/bench_cuda: $(call objects,cuda/bench_cuda.cu) $(BUILD)/libchimera.a
+	@echo "  $@"
+	@$(CXX) -o $@ $^ $(LDFLAGS)
+
+$(BUILD)/gpu-obj/%.o: %.cc
+	@mkdir -p $(@D)
+	@echo "  $< for the GPU"
+	@$(NVCC) -x cu $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $<
+
 $(BUILD)/obj/%.o: %.cc
 	@mkdir -p $(@D)
 	@echo "  $<"
@@ -111,4 +150,5 @@ $(BUILD)/obj/%.o: %.cu
 clean:
 	rm -rf build build-*
 
--include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(TESTS)))
+-include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(TESTS) cuda/bench_cuda.cu) \
+           $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)))

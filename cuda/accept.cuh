@@ -211,6 +211,7 @@ DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
 }
 
 KERNEL(kAcceptThreads, 1) void accept_kernel(AcceptParams p) {
+  wait_for_previous();
   Step* step = p.step;
   if (block_x() >= step->n_sequences) return;
   Step::Sequence& seq = step->sequences[block_x()];

@@ -87,6 +87,7 @@ DEVICE MaxSum softmax_chunk(float* s, int n) {
 
 inline constexpr int kPlainThreads = 128;
 KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
+  wait_for_previous();
   const Step* step = p.step;
   const int chunk = block_x(), head = block_y(), row = step->first_new + block_z(),
             begin = chunk * kChunk;
@@ -176,6 +177,7 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
 }
 
 KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
+  wait_for_previous();
   const Step* step = p.step;
   const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
   const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
@@ -403,6 +405,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
 //   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o *
 //   b)
 KERNEL(kPlainThreads, 1) void combine_kernel(AttentionParams p) {
+  wait_for_previous();
   const int row = p.step->first_new + block_x(), head = block_y();
   if (row >= p.step->n_rows) return;
   const int chunks = p.step->position[row] / kChunk + 1;

@@ -16,6 +16,7 @@ struct ReadParams {
   uint32_t* sum;  // one for each block: keeps the loads from being optimised away
 };
 KERNEL(kReadThreads, 3) void read_kernel(ReadParams p) {
+  wait_for_previous();
   const int64_t stride = static_cast<int64_t>(grid_x()) * kReadThreads;
   uint32_t sum = 0;
   for (int64_t first = static_cast<int64_t>(block_x()) * kReadThreads + thread_index();

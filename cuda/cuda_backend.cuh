@@ -21,6 +21,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -88,13 +89,14 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
     auto matrix = std::make_unique<CudaMatrix>();
     matrix->cols = stacked.front().cols;
+    int64_t partials = 0, counters = 0;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
         throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
                     std::to_string(w.cols));
       const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
       std::vector<std::byte> tape(bytes);
-      pack_tape(w, tape.data());
+      pack_in_parallel(w, tape.data());
       CudaMatrix::Segment s{w.type, w.rows, matrix->rows, DeviceMemory(allocate_device(bytes))};
       upload(s.tape.get(), tape.data(), bytes);
       matrix->bytes += bytes;
@@ -103,10 +105,12 @@ class CudaBackend final : public Backend {
                     : w.type == DType::kBF16 ? matrix->needs_bf16
                                              : matrix->needs_f16;
       needs = true;
-      partials_a_token_ = std::max(partials_a_token_, partial_floats(w.type, w.rows, w.cols, 1));
-      counters_ = std::max(counters_, counter_words(w.rows, Step::kMaxRows));
+      partials += partial_floats(w.type, w.rows, w.cols, 1);
+      counters += counter_words(w.rows, Step::kMaxRows);
       matrix->segments.push_back(std::move(s));
     }
+    partials_a_token_ = std::max(partials_a_token_, partials);
+    counters_ = std::max(counters_, counters);
     return matrix;
   }
 
@@ -245,15 +249,27 @@ class CudaBackend final : public Backend {
                      w.needs_f32 ? f32_ : nullptr, w.needs_f16 ? f16_ : nullptr,
                      w.needs_bf16 ? bf16_ : nullptr},
                     tokens);
-      for (const CudaMatrix::Segment& m : w.segments) {
-        const std::byte* x = m.type == DType::kF32    ? reinterpret_cast<std::byte*>(f32_)
-                             : m.type == DType::kBF16 ? bf16_
-                                                      : f16_;
-        cuda::linear(stream_, m.type,
-                     {s.device, l.rows, tape(m), x, m.rows, w.cols, l.y + m.first_row,
-                      l.y_stride > 0 ? l.y_stride : w.rows, l.accumulate, product_partials_,
-                      scratch_rows_, product_counters_},
-                     tokens);
+      for (size_t i = 0; i < w.segments.size();) {
+        const DType type = w.segments[i].type;
+        const std::byte* x = type == DType::kF32    ? reinterpret_cast<std::byte*>(f32_)
+                             : type == DType::kBF16 ? bf16_
+                                                    : f16_;
+        LinearParams p{s.device,
+                       l.rows,
+                       x,
+                       w.cols,
+                       l.y_stride > 0 ? l.y_stride : w.rows,
+                       l.accumulate,
+                       product_partials_,
+                       scratch_rows_,
+                       product_counters_,
+                       {},
+                       0};
+        for (; i < w.segments.size() && w.segments[i].type == type && p.n_segments < kMaxSegments;
+             ++i)
+          p.segments[p.n_segments++] = {tape(w.segments[i]), w.segments[i].rows,
+                                        l.y + w.segments[i].first_row};
+        cuda::linear(stream_, type, p, tokens);
       }
     });
   }
@@ -328,6 +344,19 @@ class CudaBackend final : public Backend {
   static const CudaMatrix& cast(const Matrix& m) { return static_cast<const CudaMatrix&>(m); }
   static const std::byte* tape(const CudaMatrix::Segment& s) {
     return static_cast<const std::byte*>(s.tape.get());
+  }
+  // By all of the host's threads: packing is what loading a model takes.
+  static void pack_in_parallel(const TensorView& w, std::byte* tape) {
+    constexpr int64_t kLeast = 1 << 20;  // weights that are worth a thread
+    const int64_t threads = std::clamp<int64_t>(w.rows * w.cols / kLeast, 1,
+                                                std::max(1u, std::thread::hardware_concurrency())),
+                  share = round_up<int64_t>(ceil_div(w.rows, threads), kF32PanelRows);
+    std::vector<std::jthread> others;
+    for (int64_t first = share; first < w.rows; first += share)
+      others.emplace_back([&w, tape, first, end = std::min(w.rows, first + share)] {
+        pack_tape(w, tape, first, end);
+      });
+    pack_tape(w, tape, 0, std::min(w.rows, share));
   }
   static size_t half_kv_bytes(const KvShape& s) {
     const KvLayer l = kv_layer({s, nullptr, nullptr}, 0);

@@ -5,7 +5,8 @@
 //   KERNEL(threads, blocks) void foo_kernel(FooParams p) { ... }      private
 //   void foo(Stream stream, const FooParams& p) { launch(...); }      public
 //
-// A kernel takes one plain struct by value. All shared memory is dynamic, through shared_memory().
+// A kernel takes one plain struct by value, and begins with wait_for_previous(). All shared memory
+// is dynamic, through shared_memory().
 //
 // The two builds live in one program where tests are linked with a CUDA build, so everything that
 // is compiled twice is in an inline namespace of its own.
@@ -169,6 +170,17 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// A kernel of a graph may be started while the last blocks of the one before it still run (sm_90:
+// programmatic dependent launch). From here on, all that was launched before is done and seen, and
+// the next kernel may be started in turn. Every kernel calls it before it touches anything that
+// another one writes, or writes anything: weights may be fetched earlier.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) { return atomicAdd(p, x); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
@@ -297,6 +309,8 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
                      const emulator::Place& place = emulator::Place::current()) {
   mma_emulated<bf16_to_f32>("mma.bf16", d, a, b, place);
 }
+
+DEVICE void wait_for_previous() {}
 
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) {
   const uint32_t old = *p;

@@ -19,6 +19,11 @@
 //
 // One barrier a stage: after it, all have left stage i - 1, whose slot the new copy takes.
 //
+// A step of LLaMA-2-7B is some 350 kernels, and a graph's next kernel starts about 1 us after the
+// last one's end: 0.35 ms beside the 4.4 in which an H100 reads the weights. So a product asks for
+// the weights of its first stages before it waits for the kernel that makes its x
+// (wait_for_previous()), and matrices that share x share a launch.
+//
 // Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live
 // on an H100's multiprocessor (227 KiB; 128 threads of 92 registers; up to 158 in other kernels,
 // none spilled) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB, where 3.35 TB/s x 0.8 us
@@ -80,8 +85,10 @@ struct InputParams {
 DEVICE float rms_scale(const float* x, int64_t n, float eps, float* result) {
   if (warp_index() == 0) {
     float lane = 0;
-    if (lane_index() < 16)
+    if (lane_index() < 16) {
+      UNROLL_BY(8)
       for (int64_t i = lane_index(); i < n; i += 16) lane = fma(x[i], x[i], lane);
+    }
     const float sum = fold_16(lane);
     if (lane_index() == 0)
       *result = divide(1.0f, square_root(divide(sum, static_cast<float>(n)) + eps));
@@ -91,8 +98,11 @@ DEVICE float rms_scale(const float* x, int64_t n, float eps, float* result) {
 }
 
 inline constexpr int kInputThreads = 256;
-// Shared memory: 16 bytes, then (cols) floats for kRmsNorm.
+inline constexpr int kInputPart = 2048;  // k of a block: one block for all of a row would be slow
+// Block (token, part). Shared memory: 16 bytes, then (cols) floats for kRmsNorm: every block of a
+// row computes its norm.
 KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
+  wait_for_previous();
   const int token = block_x();
   if (token >= n_tokens(p.step, p.rows)) return;
   const int64_t row = p.rows == Rows::kAll ? p.step->first_new + token : p.step->logits_row[token];
@@ -109,18 +119,16 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
   const auto value = [&](int64_t i) {
     if (i >= n) return 0.0f;
     switch (p.input) {
-      case Linear::Input::kRmsNorm:
-        return (staged[i] * scale) * p.norm_weight[i];
-      case Linear::Input::kSwiGlu:
-        return silu(x[i]) * x[n + i];
-      case Linear::Input::kSilu:
-        return silu(x[i]);
-      default:
-        return x[i];
+      case Linear::Input::kRmsNorm: return (staged[i] * scale) * p.norm_weight[i];
+      case Linear::Input::kSwiGlu: return silu(x[i]) * x[n + i];
+      case Linear::Input::kSilu: return silu(x[i]);
+      default: return x[i];
     }
   };
   // Two neighbours in k share a register of the fragment.
-  for (int64_t k = 2 * thread_index(); k < fragment_k32(n) * 32; k += 2 * block_threads()) {
+  const int64_t first = static_cast<int64_t>(block_y()) * kInputPart,
+                end = least(first + kInputPart, fragment_k32(n) * 32);
+  for (int64_t k = first + 2 * thread_index(); k < end; k += 2 * block_threads()) {
     const float a = value(k), b = value(k + 1);
     const Place16 at = place_b(static_cast<int>(k % 16), token % 8);
     const int64_t offset =
@@ -140,23 +148,34 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
 inline void prepare_input(Stream stream, const InputParams& p, int max_rows) {
   const size_t shared =
       16 + (p.input == Linear::Input::kRmsNorm ? static_cast<size_t>(p.cols) * 4 : 0);
-  launch("input", input_kernel, stream, {max_rows}, kInputThreads, shared, p);
+  const Grid grid{max_rows, ceil_div<int64_t>(fragment_k32(p.cols) * 32, kInputPart)};
+  launch("input", input_kernel, stream, grid, kInputThreads, shared, p);
 }
 
 // ---- The product -------------------------------------------------------------------------------
 
+// A matrix, or one of those that are stacked and so share x (wq, wk, wv): one launch has them all.
+struct LinearSegment {
+  const std::byte* tape;  // tape.cuh; 16-byte aligned
+  int64_t rows;
+  float* y;  // y[(first_row + token) * y_stride + row]
+  // Set by linear():
+  int first_block = 0;        // of the launch
+  int64_t first_partial = 0;  // of p.partials
+};
+inline constexpr int kMaxSegments = 3;
+
 struct LinearParams {
   const Step* step;
   Rows rows_of;
-  const std::byte* tape;  // tape.cuh; 16-byte aligned
   const std::byte* x;  // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
-  int64_t rows, cols;  // of the matrix
-  float* y;            // y[(first_row + token) * y_stride + row]
-  int64_t y_stride;
+  int64_t cols, y_stride;
   bool accumulate;
-  float* partials;     // (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
+  float* partials;  // of each segment (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
   int partial_tokens;  // at least the op's tokens
   uint32_t* counters;  // (token groups, row blocks), zero; left zero
+  LinearSegment segments[kMaxSegments];
+  int n_segments;
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -190,41 +209,60 @@ void linear_kernel(LinearParams p) {
   constexpr SlabLayout l = slab_layout(kType);
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
   static_assert(s.stages >= 2 && s.weight_bytes % 16 == 0);
-  const int tokens = n_tokens(p.step, p.rows_of);
-  const int first_token = block_z() * kColumnTiles * 8;
-  if (first_token >= tokens) return;
-  const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
+  LinearSegment m = p.segments[0];
+  UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
+    if (i < p.n_segments && block_x() >= p.segments[i].first_block) m = p.segments[i];
 
   const int64_t slabs = tape_slabs(kType, p.cols), k32s = fragment_k32(p.cols);
-  const int64_t run_slabs = split_units(p.rows, p.cols) * kSplitUnit / l.k;
+  const int64_t run_slabs = split_units(m.rows, p.cols) * kSplitUnit / l.k;
+  const int64_t splits = ceil_div(slabs, run_slabs);
+  if (block_y() >= splits) return;  // another segment of the launch has more
   const int64_t first_slab = block_y() * run_slabs, end_slab = least(slabs, first_slab + run_slabs);
   const int n_stages = static_cast<int>(ceil_div<int64_t>(end_slab - first_slab, s.slabs));
-  const int64_t row_tiles = ceil_div<int64_t>(p.rows, kTileRows);
-  const int64_t first_tile = static_cast<int64_t>(block_x()) * kLinearWarps * kWarpTiles;
+  const int64_t row_tiles = ceil_div<int64_t>(m.rows, kTileRows);
+  const int64_t first_tile =
+      static_cast<int64_t>(block_x() - m.first_block) * kLinearWarps * kWarpTiles;
   const int tiles =
       static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
   std::byte* ring = shared_memory();
 
-  const auto fetch = [&](int i) {
+  // Stage i of the run: its place in the ring, and what it holds.
+  const auto stage_of = [&](int i) { return ring + i % s.stages * s.bytes; };
+  const auto slab_of = [&](int i) { return first_slab + static_cast<int64_t>(i) * s.slabs; };
+  const auto slabs_of = [&](int i) {
+    return static_cast<int>(least<int64_t>(s.slabs, end_slab - slab_of(i)));
+  };
+  const auto fetch_weights = [&](int i) {
+    if (i >= n_stages) return;
+    constexpr int kTileUnits = s.slabs * l.bytes / 16;  // 16 bytes each, of a row tile
+    const int units = slabs_of(i) * (l.bytes / 16);     // of them there are
+    for (int u = thread_index(); u < tiles * kTileUnits; u += kLinearThreads) {
+      const int tile = u / kTileUnits, unit = u % kTileUnits;
+      if (unit < units)
+        copy_async_16(stage_of(i) + u * 16,
+                      m.tape + ((first_tile + tile) * slabs + slab_of(i)) * l.bytes + unit * 16);
+    }
+  };
+  // Weights are nobody's result: they can be on their way before the kernel that makes x is done.
+  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i);
+  wait_for_previous();
+  const int tokens = n_tokens(p.step, p.rows_of);
+  const int first_token = block_z() * kColumnTiles * 8;
+  if (first_token >= tokens) {
+    copy_async_commit();
+    copy_async_wait<0>();
+    return;
+  }
+  const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
+  const auto fetch_x = [&](int i) {
     if (i < n_stages) {
-      std::byte* to = ring + i % s.stages * s.bytes;
-      const int64_t slab = first_slab + static_cast<int64_t>(i) * s.slabs;
-      const int n =
-          static_cast<int>(least<int64_t>(s.slabs, end_slab - slab));  // slabs that there are
-      constexpr int kTileUnits = s.slabs * l.bytes / 16;  // 16 bytes each, of a row tile
-      for (int u = thread_index(); u < tiles * kTileUnits; u += kLinearThreads) {
-        const int tile = u / kTileUnits, unit = u % kTileUnits;
-        if (unit < n * (l.bytes / 16))
-          copy_async_16(to + u * 16,
-                        p.tape + ((first_tile + tile) * slabs + slab) * l.bytes + unit * 16);
-      }
       const std::byte* x =
-          p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab * l.k / 32) * 512;
+          p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab_of(i) * l.k / 32) * 512;
       constexpr int kColumnUnits = s.k32 * 32;
       for (int u = thread_index(); u < columns * kColumnUnits; u += kLinearThreads) {
         const int column = u / kColumnUnits, unit = u % kColumnUnits;
-        if (unit < n * l.k)
-          copy_async_16(to + s.weight_bytes + u * 16, x + column * k32s * 512 + unit * 16);
+        if (unit < slabs_of(i) * l.k)
+          copy_async_16(stage_of(i) + s.weight_bytes + u * 16, x + column * k32s * 512 + unit * 16);
       }
     }
     copy_async_commit();  // also where there is nothing left: wait() counts groups
@@ -232,10 +270,8 @@ void linear_kernel(LinearParams p) {
 
   float sum[kWarpTiles][kColumnTiles][4] = {};
   const auto multiply = [&](int i) {
-    const std::byte* stage = ring + i % s.stages * s.bytes;
-    const int64_t left = end_slab - first_slab - static_cast<int64_t>(i) * s.slabs;
-    const int n = static_cast<int>(least<int64_t>(s.slabs, left));
-    for (int slab = 0; slab < n; ++slab) {
+    const std::byte* stage = stage_of(i);
+    for (int slab = 0; slab < slabs_of(i); ++slab) {
       for (int k32 = 0; k32 < l.k / 32; ++k32) {
         uint32_t a[kWarpTiles][2][4];
         UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
@@ -259,16 +295,17 @@ void linear_kernel(LinearParams p) {
     }
   };
 
-  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch(i);
+  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_x(i);
   for (int i = 0; i < n_stages; ++i) {
     copy_async_wait<s.stages - 2>();
     sync_threads();
-    fetch(i + s.stages - 1);
+    fetch_weights(i + s.stages - 1);
+    fetch_x(i + s.stages - 1);
     multiply(i);
   }
 
-  const int64_t splits = ceil_div(slabs, run_slabs);
-  float* out = p.y + first_row(p.step, p.rows_of) * p.y_stride;
+  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
+  float* partials = p.partials + m.first_partial;
   const int g = lane_index() / 4, t = lane_index() % 4;
   UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
     UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
@@ -276,10 +313,10 @@ void linear_kernel(LinearParams p) {
         const int64_t row =
             (first_tile + warp_index() * kWarpTiles + tile) * kTileRows + g + 8 * (i / 2);
         const int token = first_token + j * 8 + 2 * t + i % 2;
-        if (row >= p.rows || token >= tokens) continue;
+        if (row >= m.rows || token >= tokens) continue;
         float* y = out + token * p.y_stride + row;
         if (splits > 1)
-          p.partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * p.rows + row] =
+          partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * m.rows + row] =
               sum[tile][j][i];
         else
           *y = p.accumulate ? *y + sum[tile][j][i] : sum[tile][j][i];
@@ -296,32 +333,34 @@ void linear_kernel(LinearParams p) {
   if (*arrived + 1 != static_cast<uint32_t>(splits)) return;
   memory_fence();
   const int64_t block_row = first_tile * kTileRows;
-  const int rows = static_cast<int>(least<int64_t>(kBlockRows, p.rows - block_row));
+  const int rows = static_cast<int>(least<int64_t>(kBlockRows, m.rows - block_row));
   const int block_tokens = least(kColumnTiles * 8, tokens - first_token);
   for (int i = thread_index(); i < block_tokens * kBlockRows; i += kLinearThreads) {
     const int token = first_token + i / kBlockRows, row = i % kBlockRows;
     if (row >= rows) continue;
-    const float* partial = p.partials + token * p.rows + block_row + row;
+    const float* partial = partials + token * m.rows + block_row + row;
     float total = load_fresh(partial);
     for (int64_t rank = 1; rank < splits; ++rank)
-      total = total + load_fresh(partial + rank * p.partial_tokens * p.rows);
+      total = total + load_fresh(partial + rank * p.partial_tokens * m.rows);
     float* y = out + token * p.y_stride + block_row + row;
     *y = p.accumulate ? *y + total : total;
   }
   if (thread_index() == 0) *counter = 0;
 }
 
-// F32 weights: one FMA chain for each output, lanes are rows, a warp has 32 rows and up to 8
-// tokens.
+// F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and
+// up to 8 tokens.
 inline constexpr int kF32Tokens = 8;
 KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
+  wait_for_previous();
+  const LinearSegment& m = p.segments[0];
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
   const int n = least(kF32Tokens, tokens - first_token);
   const int64_t panel = static_cast<int64_t>(block_x()) * kLinearWarps + warp_index();
   const int64_t row = panel * kF32PanelRows + lane_index();
-  if (n <= 0 || row >= p.rows) return;
+  if (n <= 0 || row >= m.rows) return;
   const auto* w =
-      reinterpret_cast<const float*>(p.tape) + panel * p.cols * kF32PanelRows + lane_index();
+      reinterpret_cast<const float*>(m.tape) + panel * p.cols * kF32PanelRows + lane_index();
   const auto* x = reinterpret_cast<const float*>(p.x) + first_token * p.cols;
   float sum[kF32Tokens] = {};
   for (int64_t k = 0; k < p.cols; ++k) {
@@ -331,16 +370,33 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
   }
   UNROLLED_FOR (int i = 0; i < kF32Tokens; ++i) {
     if (i >= n) break;
-    float* y = p.y + (first_row(p.step, p.rows_of) + first_token + i) * p.y_stride + row;
+    float* y = m.y + (first_row(p.step, p.rows_of) + first_token + i) * p.y_stride + row;
     *y = p.accumulate ? *y + sum[i] : sum[i];
   }
 }
 
+// Floats of partials, and counters, that a segment needs.
+inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
+  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
+                                                          : n_splits(rows, cols) * tokens * rows;
+}
+inline int64_t counter_words(int64_t rows, int tokens) {
+  return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
+}
+
 template <DType kType, int kColumnTiles>
-void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
+void launch_linear(Stream stream, LinearParams p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
-  const Grid grid{ceil_div<int64_t>(p.rows, kBlockRows), n_splits(p.rows, p.cols),
-                  ceil_div(max_rows, kColumnTiles * 8)};
+  Grid grid{0, 1, ceil_div(max_rows, kColumnTiles * 8)};
+  int64_t partials = 0;
+  for (int i = 0; i < p.n_segments; ++i) {
+    LinearSegment& m = p.segments[i];
+    m.first_block = static_cast<int>(grid.x);
+    m.first_partial = partials;
+    grid.x += ceil_div<int64_t>(m.rows, kBlockRows);
+    grid.y = most(grid.y, n_splits(m.rows, p.cols));
+    partials += partial_floats(kType, m.rows, p.cols, p.partial_tokens);
+  }
   launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,
          static_cast<size_t>(s.stages * s.bytes), p);
 }
@@ -354,42 +410,27 @@ void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
     launch_linear<kType, max_column_tiles(kType)>(stream, p, max_rows);
 }
 
-// Floats of partials, and counters, that a product needs.
-inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
-  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
-                                                          : n_splits(rows, cols) * tokens * rows;
-}
-inline int64_t counter_words(int64_t rows, int tokens) {
-  return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
-}
-
 inline void linear(Stream stream, DType type, const LinearParams& p, int max_rows) {
   switch (type) {
-    case DType::kF32: {
-      const int64_t panels = ceil_div<int64_t>(p.rows, kF32PanelRows);
-      const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
-      return launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, p);
-    }
-    case DType::kF16:
-      return launch_linear<DType::kF16>(stream, p, max_rows);
-    case DType::kBF16:
-      return launch_linear<DType::kBF16>(stream, p, max_rows);
-    case DType::kQ8_0:
-      return launch_linear<DType::kQ8_0>(stream, p, max_rows);
-    case DType::kQ4_0:
-      return launch_linear<DType::kQ4_0>(stream, p, max_rows);
-    case DType::kQ4_1:
-      return launch_linear<DType::kQ4_1>(stream, p, max_rows);
-    case DType::kQ5_0:
-      return launch_linear<DType::kQ5_0>(stream, p, max_rows);
-    case DType::kQ5_1:
-      return launch_linear<DType::kQ5_1>(stream, p, max_rows);
-    case DType::kQ4_K:
-      return launch_linear<DType::kQ4_K>(stream, p, max_rows);
-    case DType::kQ5_K:
-      return launch_linear<DType::kQ5_K>(stream, p, max_rows);
-    case DType::kQ6_K:
-      return launch_linear<DType::kQ6_K>(stream, p, max_rows);
+    case DType::kF32:
+      for (int i = 0; i < p.n_segments; ++i) {
+        LinearParams one = p;
+        one.segments[0] = p.segments[i];
+        const int64_t panels = ceil_div<int64_t>(p.segments[i].rows, kF32PanelRows);
+        const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
+        launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, one);
+      }
+      return;
+    case DType::kF16: return launch_linear<DType::kF16>(stream, p, max_rows);
+    case DType::kBF16: return launch_linear<DType::kBF16>(stream, p, max_rows);
+    case DType::kQ8_0: return launch_linear<DType::kQ8_0>(stream, p, max_rows);
+    case DType::kQ4_0: return launch_linear<DType::kQ4_0>(stream, p, max_rows);
+    case DType::kQ4_1: return launch_linear<DType::kQ4_1>(stream, p, max_rows);
+    case DType::kQ5_0: return launch_linear<DType::kQ5_0>(stream, p, max_rows);
+    case DType::kQ5_1: return launch_linear<DType::kQ5_1>(stream, p, max_rows);
+    case DType::kQ4_K: return launch_linear<DType::kQ4_K>(stream, p, max_rows);
+    case DType::kQ5_K: return launch_linear<DType::kQ5_K>(stream, p, max_rows);
+    case DType::kQ6_K: return launch_linear<DType::kQ6_K>(stream, p, max_rows);
   }
 }
 

@@ -20,6 +20,7 @@ struct EmbedParams {
   float* out;  // (rows, cols)
 };
 KERNEL(kRowThreads, 1) void embed_kernel(EmbedParams p) {
+  wait_for_previous();
   const int row = p.step->first_new + block_x();
   if (row >= p.step->n_rows) return;
   for (int64_t k = thread_index(); k < p.cols; k += block_threads())
@@ -41,6 +42,7 @@ struct RmsNormParams {
 };
 // Shared memory: 16 bytes, then (n) floats.
 KERNEL(kInputThreads, 1) void rms_norm_kernel(RmsNormParams p) {
+  wait_for_previous();
   const int row = p.step->first_new + block_x();
   if (row >= p.step->n_rows) return;
   auto* result = reinterpret_cast<float*>(shared_memory());
@@ -68,6 +70,7 @@ struct RopeAppendParams {
 };
 // Block (row, head): the query heads, then the KV heads.
 KERNEL(kRowThreads, 1) void rope_append_kernel(RopeAppendParams p) {
+  wait_for_previous();
   const int row = p.step->first_new + block_x(), head = block_y(), dim = p.heads.head_dim,
             half = dim / 2;
   if (row >= p.step->n_rows) return;
@@ -119,6 +122,7 @@ struct CopyRowsParams {
   float* y;  // (rows, width)
 };
 KERNEL(kRowThreads, 1) void copy_rows_kernel(CopyRowsParams p) {
+  wait_for_previous();
   const int row = p.step->first_new + block_x();
   if (row >= p.step->n_rows) return;
   for (int64_t i = thread_index(); i < p.width; i += block_threads())
@@ -136,6 +140,7 @@ struct KeepParams {
   int64_t layer_stride;  // elements
 };
 KERNEL(kRowThreads, 1) void keep_kernel(KeepParams p) {
+  wait_for_previous();
   const Step* step = p.step;
   const int64_t layer = block_x() * p.layer_stride;
   for (int row = 0; row < step->n_rows; ++row) {
@@ -159,6 +164,7 @@ struct KeepRowsParams {
   float* x;  // (rows, width)
 };
 KERNEL(kRowThreads, 1) void keep_rows_kernel(KeepRowsParams p) {
+  wait_for_previous();
   if (block_y() >= p.step->n_sequences) return;
   const Step::Sequence& s = p.step->sequences[block_y()];
   const int64_t column = static_cast<int64_t>(block_x()) * block_threads() + thread_index();

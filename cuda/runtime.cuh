@@ -34,6 +34,19 @@ inline void check(cudaError_t status, const char* what) {
     throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
 }
 
+// Are launches into this stream captured, on a device that can start a kernel before the last one
+// is done? Outside a graph a launch takes the host longer than the gap between two kernels.
+inline bool overlaps(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (stream == nullptr || cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+      status != cudaStreamCaptureStatusActive)
+    return false;
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,
             size_t shared_bytes, const Params& params) {
@@ -41,10 +54,18 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           name);
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                    static_cast<unsigned>(grid.z));
-  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
-  check(cudaGetLastError(), name);
+  cudaLaunchAttribute overlap{};  // see wait_for_previous()
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                        static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps(stream) ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
 // Memory of the device alone; memory that the host may read and write as well, and that moves to
@@ -109,7 +130,7 @@ inline void free_graph(const Graph& graph) { cudaGraphExecDestroy(graph); }
 // A stream runs what it is given at once, or, while it captures, writes it down.
 struct StreamState {
   bool capturing = false;
-  std::vector<std::function<void()>> captured;
+  std::vector<std::function<void()> > captured;
   void run(std::function<void()> work) {
     if (capturing)
       captured.push_back(std::move(work));
@@ -118,7 +139,7 @@ struct StreamState {
   }
 };
 using Stream = StreamState*;
-using Graph = std::vector<std::function<void()>>;
+using Graph = std::vector<std::function<void()> >;
 
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,

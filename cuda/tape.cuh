@@ -47,26 +47,16 @@ struct SlabLayout {
 BOTH constexpr SlabLayout slab_layout(DType type) {
   switch (type) {
     case DType::kF16:
-    case DType::kBF16:
-      return {32, 1024, 0, 1024, 1024};
-    case DType::kQ8_0:
-      return {32, 512, 0, 512, 512 + 32};
-    case DType::kQ4_0:
-      return {32, 256, 0, 256, 256 + 32};
-    case DType::kQ4_1:
-      return {32, 256, 0, 256, 256 + 64};
-    case DType::kQ5_0:
-      return {32, 256, 64, 320, 320 + 32};
-    case DType::kQ5_1:
-      return {32, 256, 64, 320, 320 + 64};
-    case DType::kQ4_K:
-      return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
-    case DType::kQ5_K:
-      return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
-    case DType::kQ6_K:
-      return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
-    default:
-      return {1, 0, 0, 0, 0};
+    case DType::kBF16: return {32, 1024, 0, 1024, 1024};
+    case DType::kQ8_0: return {32, 512, 0, 512, 512 + 32};
+    case DType::kQ4_0: return {32, 256, 0, 256, 256 + 32};
+    case DType::kQ4_1: return {32, 256, 0, 256, 256 + 64};
+    case DType::kQ5_0: return {32, 256, 64, 320, 320 + 32};
+    case DType::kQ5_1: return {32, 256, 64, 320, 320 + 64};
+    case DType::kQ4_K: return {256, 256, 0, 8 * 256, 8 * 256 + 16 * 16};
+    case DType::kQ5_K: return {256, 256, 64, 8 * 320, 8 * 320 + 16 * 16};
+    case DType::kQ6_K: return {256, 256, 128, 8 * 384, 8 * 384 + 16 * 16 + 16 * 2};
+    default: return {1, 0, 0, 0, 0};
   }
 }
 BOTH constexpr bool has_minimum(DType type) {
@@ -184,11 +174,12 @@ BOTH float tape_weight(DType type, const std::byte* tape, int64_t cols, int64_t 
   return has_minimum(type) ? product + s.minimum : product;
 }
 
-// Packs a matrix into `tape` (zeroed, tape_bytes long), on the host.
-inline void pack_tape(const TensorView& view, std::byte* tape) {
+// Packs rows [first, end) of a matrix into `tape` (zeroed, of the whole matrix), on the host.
+// Ranges that begin at multiples of kF32PanelRows share no byte.
+inline void pack_tape(const TensorView& view, std::byte* tape, int64_t first, int64_t end) {
   const DType type = view.type;
   const SlabLayout l = slab_layout(type);
-  for (int64_t row = 0; row < view.rows; ++row) {
+  for (int64_t row = first; row < end; ++row) {
     const std::byte* from = view.row(row);
     const int r = static_cast<int>(row % kTileRows);
     if (type == DType::kF32) {
@@ -240,9 +231,7 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
       const std::byte* file = from + b * 32 / dtype_info(type).block_weights * block_bytes;
       switch (type) {
         case DType::kQ4_K:
-        case DType::kQ5_K:
-          std::memcpy(scales + r * 16, file, 16);
-          break;
+        case DType::kQ5_K: std::memcpy(scales + r * 16, file, 16); break;
         case DType::kQ6_K:
           std::memcpy(scales + r * 16, file + 192, 16);
           std::memcpy(scales + 256 + r * 2, file + 208, 2);
@@ -253,6 +242,10 @@ inline void pack_tape(const TensorView& view, std::byte* tape) {
       }
     }
   }
+}
+
+inline void pack_tape(const TensorView& view, std::byte* tape) {
+  pack_tape(view, tape, 0, view.rows);
 }
 
 // ---- A warp's fragment: what the products read -------------------------------------------------

@@ -167,14 +167,17 @@ void Session::fill_step(Drafter* drafter) {
   }
 }
 
-// The host writes what the pass is about into the Step; the pass itself is always the same list.
-bool Session::step(Drafter* drafter) {
-  fill_step(drafter);
-  if (step_->n_rows == 0) return false;
+void Session::pass() {
   model_.backend().submit(reinterpret_cast<uintptr_t>(step_), [this] {
     forward();
     accept_and_keep();
   });
+}
+
+bool Session::step(Drafter* drafter) {
+  fill_step(drafter);
+  if (step_->n_rows == 0) return false;
+  pass();
   for (int s = 0; s < options_.n_sequences; ++s) {
     read_back(s);
     const Step::Sequence& seq = step_->sequences[s];

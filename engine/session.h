@@ -84,6 +84,8 @@ class Session {
   void forward() { model_.forward(step_, kv_, activations_); }
   // ... and accepts and keeps, advancing the committed length but not the text.
   void accept_and_keep();
+  // Both, as step() does it: one list of ops, the same for every Step.
+  void pass();
 
  private:
   struct Text {

@@ -346,6 +346,29 @@ TEST(CudaBackend, OpsAreTheCpus) {
   }
 }
 
+// A matrix that is large enough for several threads to pack it.
+TEST(CudaBackend, PacksLargeMatrices) {
+  std::mt19937 random(10);
+  constexpr int64_t kRows = 1030, kCols = 2048;
+  for (const std::string& device : devices())
+    for (const DType type : {DType::kF32, DType::kQ4_K}) {
+      const auto m = cuda::test::random_matrix(random, type, kRows, kCols, false);
+      const auto backend = backend_on(device);
+      const auto matrix = backend->prepare({&m.view, 1});
+      const auto step = backend->make_step(1);
+      const auto memory = backend->allocate(static_cast<size_t>(Step::kMaxRows * kCols) * 4);
+      for (int row = 0; row < kRows; row += 5) step->token[step->n_rows++] = row;
+      backend->embed(step.get(), *matrix, static_cast<float*>(memory.get()));
+      std::vector<float> expected(kCols);
+      for (int i = 0; i < step->n_rows; ++i) {
+        dequantize_row(type, m.view.row(step->token[i]), kCols, expected.data());
+        ASSERT_TRUE(cuda::test::same_bits(static_cast<float*>(memory.get()) + i * kCols,
+                                          expected.data(), kCols))
+            << device << " " << dtype_info(type).name << " row " << step->token[i];
+      }
+    }
+}
+
 TEST(CudaBackend, ReplacesARow) {
   SKIP_WITHOUT(tiny("f32"));
   for (const std::string& device : devices()) {

@@ -1,4 +1,6 @@
 // Products on the tensor cores against the contract as plain loops.
+#include <memory>
+
 #include "tests/cuda_support.h"
 
 namespace chimera::cuda::test {
@@ -9,14 +11,14 @@ struct Case {
   int tokens;
 };
 
-// Runs one op as the backend does: input, then product.
-std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tokens,
-                       Linear::Input input = Linear::Input::kPlain,
-                       const std::vector<float>& norm = {},
-                       const std::vector<float>* residual = nullptr,
-                       const std::vector<int>& logits_rows = {}) {
-  Buffer<std::byte> tape(static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols)));
-  pack_tape(w, tape.get());
+// Runs one op as the backend does: input, then the product of matrices of one type, stacked.
+std::vector<float> run_stacked(const std::vector<TensorView>& stacked, const std::vector<float>& x,
+                               int tokens, Linear::Input input, const std::vector<float>& norm,
+                               const std::vector<float>* residual,
+                               const std::vector<int>& logits_rows) {
+  const TensorView& w = stacked.front();
+  int64_t n_rows = 0, n_partials = 0, n_counters = 0;
+  std::vector<std::unique_ptr<Buffer<std::byte>>> tapes;
   Buffer<Step> step(1);
   step[0].n_rows = tokens;
   step[0].n_logits = static_cast<int>(logits_rows.size());
@@ -33,19 +35,45 @@ std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tok
       {step.get(), rows, input, in.get(), weight.get(), 1e-5f, w.cols, f32 ? plain.get() : nullptr,
        f32 || bf16 ? nullptr : fragments.get(), bf16 ? fragments.get() : nullptr},
       live + 1);
-  Buffer<float> y(static_cast<size_t>(live * w.rows));
+  for (const TensorView& m : stacked) {
+    tapes.push_back(std::make_unique<Buffer<std::byte>>(
+        static_cast<size_t>(tape_bytes(m.type, m.rows, m.cols))));
+    pack_tape(m, tapes.back()->get());
+    n_rows += m.rows;
+    n_partials += partial_floats(m.type, m.rows, m.cols, live);
+    n_counters += counter_words(m.rows, live + 1);
+  }
+  Buffer<float> y(static_cast<size_t>(live * n_rows));
   std::fill(y.begin(), y.end(), std::nanf(""));
   if (residual != nullptr) std::copy(residual->begin(), residual->end(), y.begin());
-  Buffer<float> partials(static_cast<size_t>(partial_floats(w.type, w.rows, w.cols, live)));
-  Buffer<uint32_t> counters(static_cast<size_t>(counter_words(w.rows, live + 1)));
-  linear(nullptr, w.type,
-         {step.get(), rows, tape.get(),
-          f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(), w.rows, w.cols,
-          y.get(), w.rows, residual != nullptr, partials.get(), live, counters.get()},
-         live + 1);
+  Buffer<float> partials(static_cast<size_t>(n_partials));
+  Buffer<uint32_t> counters(static_cast<size_t>(n_counters));
+  LinearParams p{step.get(),
+                 rows,
+                 f32 ? reinterpret_cast<std::byte*>(plain.get()) : fragments.get(),
+                 w.cols,
+                 n_rows,
+                 residual != nullptr,
+                 partials.get(),
+                 live,
+                 counters.get(),
+                 {},
+                 0};
+  float* to = y.get();
+  for (size_t i = 0; i < stacked.size(); to += stacked[i++].rows)
+    p.segments[p.n_segments++] = {tapes[i]->get(), stacked[i].rows, to};
+  linear(nullptr, w.type, p, live + 1);
   finish();
   for (const uint32_t c : counters) EXPECT_EQ(c, 0u);
   return {y.begin(), y.end()};
+}
+
+std::vector<float> run(const TensorView& w, const std::vector<float>& x, int tokens,
+                       Linear::Input input = Linear::Input::kPlain,
+                       const std::vector<float>& norm = {},
+                       const std::vector<float>* residual = nullptr,
+                       const std::vector<int>& logits_rows = {}) {
+  return run_stacked({w}, x, tokens, input, norm, residual, logits_rows);
 }
 
 int64_t whole_blocks(DType type, int64_t cols) {
@@ -122,6 +150,31 @@ TEST(CudaLinear, WidthIndependent) {
       ASSERT_TRUE(same_bits(some.data(), all.data() + first * 70, some.size()))
           << dtype_info(type).name << " " << first;
     }
+  }
+}
+
+// Stacked matrices share a launch, each with its own split of K: two runs for the first, three for
+// the others.
+TEST(CudaLinear, StackedAsAlone) {
+  std::mt19937 random(7);
+  constexpr int64_t kCols = 1280, kRows[] = {8448, 40, 130};
+  ASSERT_EQ(n_splits(kRows[0], kCols), 2);
+  ASSERT_EQ(n_splits(kRows[1], kCols), 3);
+  const std::vector<float> x = random_input(random, kCols, false);
+  for (const DType type : {DType::kQ8_0, DType::kF32}) {
+    std::vector<RandomMatrix> matrices;
+    std::vector<TensorView> views;
+    std::vector<float> alone;
+    for (const int64_t rows : kRows) {
+      matrices.push_back(random_matrix(random, type, rows, kCols, false));
+      views.push_back(matrices.back().view);
+      views.back().data = matrices.back().bytes.data();
+      const std::vector<float> y = run(views.back(), x, 1);
+      alone.insert(alone.end(), y.begin(), y.end());
+    }
+    const std::vector<float> stacked =
+        run_stacked(views, x, 1, Linear::Input::kPlain, {}, nullptr, {});
+    ASSERT_TRUE(same_bits(stacked.data(), alone.data(), alone.size())) << dtype_info(type).name;
   }
 }
 

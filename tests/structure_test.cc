@@ -42,6 +42,28 @@ TEST(Structure, IncludesPointOneWay) {
   EXPECT_GT(files, 40);
 }
 
+// A kernel that did not would read what the one before it is still writing, and only on a GPU.
+TEST(Structure, EveryKernelWaitsForThePrevious) {
+  int kernels = 0;
+  for (const auto& entry : fs::directory_iterator("cuda")) {
+    if (entry.path().extension() != ".cuh") continue;
+    std::ifstream file(entry.path());
+    bool waits = true;
+    std::string kernel;
+    for (std::string line; std::getline(file, line);) {
+      if (line.rfind("KERNEL(", 0) == 0) {
+        EXPECT_TRUE(waits) << entry.path() << ": " << kernel;
+        ++kernels;
+        waits = false;
+        kernel = line;
+      }
+      waits = waits || line == "  wait_for_previous();";
+    }
+    EXPECT_TRUE(waits) << entry.path() << ": " << kernel;
+  }
+  EXPECT_GE(kernels, 14);
+}
+
 TEST(Structure, TheTopLevelIsWhatWeSay) {
   const std::set<std::string> expected = {"Makefile",  "README.md", "LICENSE", "engine", "cuda",
                                           "tokenizer", "loader",    "tests",   "tools",  "models"};

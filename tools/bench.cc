@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "engine/generate.h"
+#include "tools/bench_shape.h"
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
@@ -31,6 +32,7 @@ const char* const kPrompts[] = {
 struct Options {
   std::optional<std::string> model, prompts;
   std::optional<int> limit, ctx, threads;
+  std::string device = "auto", shape = "", type = "bf16";
   int n = 128, rounds = 5;
   DrafterFlags drafting;
   Sampling sampling;
@@ -40,7 +42,7 @@ struct Options {
 Command command(Options* o) {
   Command command{
       "bench",
-      "-m MODEL [FLAGS]",
+      "-m MODEL | --shape NAME [FLAGS]",
       "Decodes a set of prompts with each drafter in turn, and reads memory as fast as it goes\n"
       "between them. Reports medians of the rounds, and the lowest and highest.\n",
       {heading("Flags"),
@@ -55,6 +57,12 @@ Command command(Options* o) {
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
+       {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
+        choice(&o->device, {"cpu", "cuda", "auto"})},
+       {0, "shape", "NAME",
+        "instead of a model's texts: single steps of a model of this\nshape with random weights",
+        choice(&o->shape, shape_names())},
+       {0, "type", "TYPE", "... of this type", choice(&o->type, shape_types())},
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of a table", on(&o->json)}}};
@@ -111,10 +119,17 @@ void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& d
 int bench(const std::vector<std::string>& args) {
   Options o;
   if (!parse(command(&o), args)) return 0;
-  if (!o.model) throw UsageError("bench", "-m MODEL", "none", "see chimera bench --help");
+  if (!o.model && o.shape.empty())
+    throw UsageError("bench", "-m MODEL or --shape NAME", "neither", "see chimera bench --help");
+  if (o.model && !o.shape.empty())
+    throw UsageError("bench", "-m MODEL or --shape NAME", "both", "see chimera bench --help");
 
   const int threads = o.threads.value_or(cpu::physical_cores());
-  TimedBackend backend(make_backend("cpu", {.threads = threads}));
+  auto device = make_backend(o.device, {.threads = threads});
+  if (!o.shape.empty())
+    return bench_shape(std::move(device),
+                       {o.shape, o.type, o.ctx.value_or(512), o.rounds, threads, o.json});
+  TimedBackend backend(std::move(device));
   Model model(*o.model);
   std::vector<std::vector<int32_t>> prompts;
   size_t longest = 0;
@@ -128,7 +143,6 @@ int bench(const std::vector<std::string>& args) {
   const Llama llama = prepare_weights(backend, &model);
   Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
   StepCosts costs(llama, &backend);
-  ReadBandwidth read_bandwidth(llama.weight_bytes(), threads);
   GenerateOptions options;
   options.max_tokens = o.n;
   if (model.tokenizer.eos() >= 0) options.eos = {model.tokenizer.eos()};
@@ -150,7 +164,7 @@ int bench(const std::vector<std::string>& args) {
 
   Series bandwidth, share;
   for (int round = 0; round < o.rounds; ++round) {
-    const double gb_per_second = read_bandwidth.measure();
+    const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), threads);
     std::vector<Total> totals(drafters.size());
     for (size_t i = 0; i < prompts.size(); ++i) {
       progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +

@@ -84,4 +84,9 @@ double ReadBandwidth::measure() {
   return static_cast<double>(share_) * pool_.size() / best / 1e9;
 }
 
+double read_bandwidth(const Backend& backend, size_t bytes, int threads) {
+  return backend.name() == "cuda" ? cuda_read_bandwidth(std::min<size_t>(bytes, 4ull << 30))
+                                  : ReadBandwidth(bytes, threads).measure();
+}
+
 }  // namespace chimera

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "engine/backend.h"
 #include "engine/cpu/thread_pool.h"
 
 namespace chimera {
@@ -30,5 +31,8 @@ class ReadBandwidth {
   std::shared_ptr<std::byte> buffer_;
   uint64_t sum_ = 0;  // keeps the loads from being optimised away
 };
+
+// GB/s at which what the backend computes with can read `bytes` of its memory.
+double read_bandwidth(const Backend& backend, size_t bytes, int threads);
 
 }  // namespace chimera

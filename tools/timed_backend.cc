@@ -34,7 +34,8 @@ std::vector<TimedBackend::Op> TimedBackend::stop() {
 }
 
 template <typename F>
-void TimedBackend::timed(const std::string& name, size_t weight_bytes, const F& call) {
+void TimedBackend::timed(Part part, const std::string& name, size_t weight_bytes, const F& call) {
+  if (only_ != Part::kAll && only_ != part) return;
   if (!on_) return call();
   const auto begin = Clock::now();
   call();
@@ -47,42 +48,45 @@ void TimedBackend::timed(const std::string& name, size_t weight_bytes, const F& 
 }
 
 void TimedBackend::embed(const Step* step, const Matrix& table, float* out) {
-  timed("embed", 0, [&] { backend_->embed(step, table, out); });
+  timed(Part::kRest, "embed", 0, [&] { backend_->embed(step, table, out); });
 }
 
 void TimedBackend::rms_norm(const Step* step, const float* x, const float* weight, float eps,
                             int64_t n, float* y) {
-  timed("norm", 0, [&] { backend_->rms_norm(step, x, weight, eps, n, y); });
+  timed(Part::kRest, "norm", 0, [&] { backend_->rms_norm(step, x, weight, eps, n, y); });
 }
 
 void TimedBackend::linear(const Step* step, const Linear& op) {
-  timed(on_ ? name_of(op) : "", op.weights->bytes, [&] { backend_->linear(step, op); });
+  timed(Part::kProducts, on_ ? name_of(op) : "", op.weights->bytes,
+        [&] { backend_->linear(step, op); });
 }
 
 void TimedBackend::rope_append(const Step* step, float* qkv, const Heads& heads,
                                const RopeTable& rope, const KvCache& kv, int layer) {
-  timed("RoPE, append", 0, [&] { backend_->rope_append(step, qkv, heads, rope, kv, layer); });
+  timed(Part::kRest, "RoPE, append", 0,
+        [&] { backend_->rope_append(step, qkv, heads, rope, kv, layer); });
 }
 
 void TimedBackend::attention(const Step* step, const float* qkv, const Heads& heads,
                              const KvCache& kv, int layer, float* out) {
-  timed("attention", 0, [&] { backend_->attention(step, qkv, heads, kv, layer, out); });
+  timed(Part::kAttention, "attention", 0,
+        [&] { backend_->attention(step, qkv, heads, kv, layer, out); });
 }
 
 void TimedBackend::copy_rows(const Step* step, const float* x, int64_t width, float* y) {
-  timed("copy rows", 0, [&] { backend_->copy_rows(step, x, width, y); });
+  timed(Part::kRest, "copy rows", 0, [&] { backend_->copy_rows(step, x, width, y); });
 }
 
 void TimedBackend::accept(Step* step, const float* logits, int32_t vocab) {
-  timed("sample, accept", 0, [&] { backend_->accept(step, logits, vocab); });
+  timed(Part::kRest, "sample, accept", 0, [&] { backend_->accept(step, logits, vocab); });
 }
 
 void TimedBackend::keep(const Step* step, const KvCache& kv) {
-  timed("keep", 0, [&] { backend_->keep(step, kv); });
+  timed(Part::kRest, "keep", 0, [&] { backend_->keep(step, kv); });
 }
 
 void TimedBackend::keep_rows(const Step* step, int64_t width, float* x) {
-  timed("keep", 0, [&] { backend_->keep_rows(step, width, x); });
+  timed(Part::kRest, "keep", 0, [&] { backend_->keep_rows(step, width, x); });
 }
 
 }  // namespace chimera

@@ -1,4 +1,6 @@
-// Where the time of a step goes: a backend that hands every op to another one and times it.
+// Where the time of a step goes: a backend that hands every op to another one and times it, or that
+// hands on those of one part only, so that the part can be timed as a whole. (A GPU runs a step as
+// one graph; ops timed one by one there would be launches and waits for the most part.)
 #pragma once
 
 #include <memory>
@@ -19,10 +21,16 @@ class TimedBackend final : public Backend {
     size_t weight_bytes = 0;  // read by these calls
   };
 
+  enum class Part : uint8_t { kAll, kProducts, kAttention, kRest };
+
   explicit TimedBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
+
+  // Leaves out all other ops from now on.
+  void only(Part part) { only_ = part; }
 
   // Times ops from now on, from zero. Off at first: the ops are passed on and nothing else is done.
   void start();
+  bool timing() const { return on_; }
   // Stops, and returns the ops in the order in which they were first called.
   std::vector<Op> stop();
 
@@ -54,7 +62,10 @@ class TimedBackend final : public Backend {
   }
   size_t reserved_bytes() const override { return backend_->reserved_bytes(); }
 
-  void submit(uint64_t key, FunctionRef<void()> ops) override { backend_->submit(key, ops); }
+  // A part is another list of ops: the key says which, in bits that no address has.
+  void submit(uint64_t key, FunctionRef<void()> ops) override {
+    backend_->submit(key == 0 ? 0 : key | static_cast<uint64_t>(only_) << 56, ops);
+  }
   void on_host(FunctionRef<void()> op) override { backend_->on_host(op); }
 
   void embed(const Step* step, const Matrix& table, float* out) override;
@@ -72,10 +83,11 @@ class TimedBackend final : public Backend {
 
  private:
   template <typename F>
-  void timed(const std::string& name, size_t weight_bytes, const F& call);
+  void timed(Part part, const std::string& name, size_t weight_bytes, const F& call);
 
   std::unique_ptr<Backend> backend_;
   bool on_ = false;
+  Part only_ = Part::kAll;
   std::vector<Op> ops_;
 };
 

@@ -1,0 +1,138 @@
+// bench_cuda [--json FILE]: every kernel at the shapes of SmolLM2-135M, LLaMA-2-7B and 13B, beside
+// the speed at which this GPU reads its memory, and cuBLAS where it is installed.
+#include <cublas_v2.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+#include <set>
+
+#include "cuda/bench_kernels.cuh"
+#include "engine/error.h"
+
+namespace chimera::cuda {
+namespace {
+
+// Taken from the library at run time, so that this program runs without it.
+struct Cublas {
+  cublasHandle_t handle = nullptr;
+  decltype(&cublasGemmEx) gemm = nullptr;
+  decltype(&cublasSetStream_v2) set_stream = nullptr;
+  void* workspace = nullptr;
+
+  Cublas() {
+    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"}) {
+      void* library = dlopen(name, RTLD_NOW);
+      if (library == nullptr) continue;
+      const auto find = [library](auto* f, const char* symbol) {
+        *f = reinterpret_cast<std::remove_pointer_t<decltype(f)>>(dlsym(library, symbol));
+        return *f != nullptr;
+      };
+      decltype(&cublasCreate_v2) create;
+      decltype(&cublasSetWorkspace_v2) set_workspace;
+      constexpr size_t kWorkspace = 64 << 20;  // given, since a graph may not allocate one
+      if (!find(&create, "cublasCreate_v2") || !find(&set_workspace, "cublasSetWorkspace_v2") ||
+          !find(&set_stream, "cublasSetStream_v2") || !find(&gemm, "cublasGemmEx") ||
+          create(&handle) != CUBLAS_STATUS_SUCCESS)
+        continue;
+      workspace = allocate_device(kWorkspace);
+      if (set_workspace(handle, workspace, kWorkspace) == CUBLAS_STATUS_SUCCESS) return;
+    }
+    handle = nullptr;
+  }
+};
+
+// Column-major: y (rows, tokens) = W^T of (cols, rows) times x (cols, tokens).
+bool cublas_product(Stream stream, const void* w, const void* x, float* y, int64_t rows,
+                    int64_t cols, int tokens) {
+  static Cublas cublas;
+  if (cublas.handle == nullptr) return false;
+  const float one = 1, zero = 0;
+  const auto n = static_cast<int>(rows), k = static_cast<int>(cols);
+  return cublas.set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS &&
+         cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, n, tokens, k, &one, w, CUDA_R_16BF, k,
+                     x, CUDA_R_16BF, k, &zero, y, CUDA_R_32F, n, CUBLAS_COMPUTE_32F,
+                     CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+}
+
+// A line a timing, for people; and in `json`, if it is open, for programs.
+class Report {
+ public:
+  Report(const std::string& device, double gb_per_second, std::FILE* json)
+      : gb_per_second_(gb_per_second), json_(json) {
+    std::printf("%s, reads %.1f GB/s\n\n%-13s %-30s %-5s %6s %10s %9s %6s\n", device.c_str(),
+                gb_per_second, "shape", "kernel", "type", "tokens", "us", "GB/s", "share");
+    if (json_ != nullptr)
+      std::fprintf(json_, "{\"device\":\"%s\",\"read_bandwidth_gb_s\":%.1f,\"kernels\":[",
+                   device.c_str(), gb_per_second);
+  }
+  void add(const ModelShape& shape, const std::vector<Timing>& timings) {
+    for (const Timing& t : timings) {
+      const double us = 1e6 * t.seconds, rate = t.bytes / t.seconds / 1e9,
+                   share = rate / gb_per_second_;
+      std::printf("%-13s %-30s %-5s %6d %10.2f %9.1f %6.2f\n", shape.name, t.kernel.c_str(),
+                  t.type.c_str(), t.tokens, us, rate, share);
+      if (json_ == nullptr) continue;
+      std::fprintf(json_,
+                   "%s\n{\"shape\":\"%s\",\"kernel\":\"%s\",\"type\":\"%s\",\"tokens\":%d,"
+                   "\"us\":%.2f,\"gb_s\":%.1f,\"share\":%.3f}",
+                   first_ ? "" : ",", shape.name, t.kernel.c_str(), t.type.c_str(), t.tokens, us,
+                   rate, share);
+      first_ = false;
+    }
+    std::fflush(stdout);
+  }
+  void finish() {
+    if (json_ != nullptr) std::fprintf(json_, "]}\n");
+  }
+
+ private:
+  double gb_per_second_;
+  std::FILE* json_;
+  bool first_ = true;
+};
+
+void run(std::FILE* json) {
+  const auto backend = make_cuda_backend({});  // says plainly what is missing
+  Report report(backend->description(), cuda_read_bandwidth(size_t{4} << 30), json);
+  const std::vector<int> tokens = {1, 8, 16, 32, 64};
+  KernelBench bench(size_t{256} << 20, 5);
+  for (const ModelShape& m : kModelShapes) {
+    if (m.name == kTinyShape.name) continue;
+    // As a step launches them; each size once.
+    const std::set<std::pair<int, int>> products = {{m.heads * m.head_dim(), m.hidden},
+                                                    {m.kv_heads * m.head_dim(), m.hidden},
+                                                    {m.hidden, m.heads * m.head_dim()},
+                                                    {m.ffn, m.hidden},
+                                                    {m.hidden, m.ffn},
+                                                    {m.vocab, m.hidden}};
+    for (const DType type : {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_K})
+      for (const auto& [rows, cols] : products)
+        if (cols % dtype_info(type).block_weights == 0)
+          report.add(m, bench.product(type, rows, cols, tokens, cublas_product));
+    for (const int context : {1024, 3584}) report.add(m, bench.others(m, context, tokens));
+  }
+  report.finish();
+}
+
+}  // namespace
+}  // namespace chimera::cuda
+
+int main(int argc, char** argv) {
+  const bool json = argc == 3 && std::strcmp(argv[1], "--json") == 0;
+  if (argc > 1 && !json) {
+    std::fprintf(stderr, "usage: bench_cuda [--json FILE]\n");
+    return 2;
+  }
+  try {
+    std::FILE* file = nullptr;
+    if (json && (file = std::fopen(argv[2], "w")) == nullptr)
+      throw chimera::Error(argv[2], "a file that can be written", "none");
+    chimera::cuda::run(file);
+    if (file != nullptr) std::fclose(file);
+    return 0;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "bench_cuda: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,213 @@
+#include "tools/bench_shape.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "engine/error.h"
+#include "engine/model_shapes.h"
+#include "engine/session.h"
+#include "tools/machine.h"
+#include "tools/output.h"
+#include "tools/series.h"
+#include "tools/timed_backend.h"
+
+namespace chimera {
+namespace {
+
+constexpr DType kTypes[] = {DType::kBF16, DType::kF16,  DType::kF32,  DType::kQ8_0,
+                            DType::kQ4_0, DType::kQ4_1, DType::kQ4_K, DType::kQ6_K};
+
+std::string name_of(DType type) {
+  std::string name = dtype_info(type).name;
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name;
+}
+
+// Random weights, of sizes that a model may have: all tensors share its bytes.
+std::vector<std::byte> random_weights(DType type, int64_t weights) {
+  const DTypeInfo& info = dtype_info(type);
+  std::vector<std::byte> bytes(row_bytes(type, weights));
+  uint64_t state = 1;
+  const auto random = [&] {
+    return (state = state * 6364136223846793005u + 1442695040888963407u) >> 32;
+  };
+  for (std::byte& b : bytes) b = static_cast<std::byte>(random());
+  const uint16_t scale = f32_to_f16(0x1p-10f);
+  for (size_t at = 0; at < bytes.size(); at += static_cast<size_t>(info.block_bytes)) {
+    std::byte* block = bytes.data() + at;
+    // Floats keep their sign and fraction; 2^-7 is their exponent.
+    switch (type) {
+      case DType::kF32:
+        block[3] = (block[3] & std::byte{0x80}) | std::byte{0x3c}, block[2] &= std::byte{0x7f};
+        break;
+      case DType::kBF16:
+        block[1] = (block[1] & std::byte{0x80}) | std::byte{0x3c}, block[0] &= std::byte{0x7f};
+        break;
+      case DType::kF16: block[1] = (block[1] & std::byte{0x83}) | std::byte{0x20}; break;
+      case DType::kQ6_K: std::memcpy(block + 208, &scale, 2); break;
+      case DType::kQ4_1:
+      case DType::kQ4_K: std::memcpy(block + 2, &scale, 2); [[fallthrough]];
+      default: std::memcpy(block, &scale, 2);
+    }
+  }
+  return bytes;
+}
+
+LlamaTensors random_model(const ModelShape& s, DType type, const std::vector<std::byte>& weights,
+                          const std::vector<float>& norm) {
+  LlamaTensors t;
+  t.name = s.name;
+  t.config.vocab_size = s.vocab;
+  t.config.hidden_size = s.hidden;
+  t.config.n_layers = s.layers;
+  t.config.n_heads = s.heads;
+  t.config.n_kv_heads = s.kv_heads;
+  t.config.head_dim = s.head_dim();
+  t.config.ffn_size = s.ffn;
+  t.config.max_context = 4096;
+  const auto matrix = [&](int64_t rows, int64_t cols) {
+    return TensorView{"random", type, rows, cols, weights.data(), 0};
+  };
+  const TensorView norms{
+      "norm", DType::kF32, 1, s.hidden, reinterpret_cast<const std::byte*>(norm.data()), 0};
+  t.embedding = matrix(s.vocab, s.hidden);
+  if (!s.tied) t.head = matrix(s.vocab, s.hidden);
+  t.output_norm = norms;
+  const LlamaConfig& c = t.config;
+  const LlamaLayerTensors layer{norms,
+                                matrix(c.q_size(), s.hidden),
+                                matrix(c.kv_size(), s.hidden),
+                                matrix(c.kv_size(), s.hidden),
+                                matrix(s.hidden, c.q_size()),
+                                norms,
+                                matrix(s.ffn, s.hidden),
+                                matrix(s.ffn, s.hidden),
+                                matrix(s.hidden, s.ffn)};
+  t.layers.assign(static_cast<size_t>(s.layers), layer);
+  return t;
+}
+
+using Part = TimedBackend::Part;
+constexpr Part kParts[] = {Part::kAll, Part::kProducts, Part::kAttention, Part::kRest};
+
+struct Tree {
+  int rows;
+  Series seconds[std::size(kParts)];
+};
+
+// One pass over a root and a binary tree of candidates below it.
+double pass_seconds(Session* session, int context, int rows) {
+  Step& step = session->edit_step();
+  step.clear();
+  step.sequences[0].committed = context;
+  step.begin_sequence(0);
+  step.set_root(step.add_row(1, -1, true));
+  for (int node = 1; node < rows; ++node) step.add_row(1 + node % 2, (node - 1) / 2, true);
+  const auto start = std::chrono::steady_clock::now();
+  session->pass();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+std::vector<std::string> shape_names() {
+  std::vector<std::string> names;
+  for (const ModelShape& s : kModelShapes) names.emplace_back(s.name);
+  return names;
+}
+std::vector<std::string> shape_types() {
+  std::vector<std::string> names;
+  for (const DType type : kTypes) names.push_back(name_of(type));
+  return names;
+}
+
+int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
+  const ModelShape& shape = *std::find_if(std::begin(kModelShapes), std::end(kModelShapes),
+                                          [&](const ModelShape& s) { return s.name == o.shape; });
+  const DType type = *std::find_if(std::begin(kTypes), std::end(kTypes),
+                                   [&](DType t) { return name_of(t) == o.type; });
+  if (shape.hidden % dtype_info(type).block_weights != 0 ||
+      shape.ffn % dtype_info(type).block_weights != 0)
+    throw Error(
+        "--type " + o.type,
+        "rows of whole blocks of " + std::to_string(dtype_info(type).block_weights) + " weights",
+        "rows of " + std::to_string(shape.hidden) + " and " + std::to_string(shape.ffn),
+        "use another type");
+  TimedBackend backend(std::move(device));
+  const int64_t largest = int64_t{shape.hidden} * std::max(shape.vocab, shape.ffn);
+  const std::vector<float> norm(static_cast<size_t>(shape.hidden), 1.0f);
+  std::vector<std::byte> weights = random_weights(type, largest);
+  const Llama llama(backend, random_model(shape, type, weights, norm));
+  weights = {};
+
+  Tree trees[] = {{1, {}}, {25, {}}, {64, {}}};
+  Session session(llama, {.context = o.context + 128, .max_nodes = 63});
+  Series bandwidth;
+  for (int round = -1; round < o.rounds; ++round) {  // the first one warms up
+    const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), o.threads);
+    if (round >= 0) bandwidth.add(gb_per_second);
+    for (Tree& tree : trees)
+      for (size_t part = 0; part < std::size(kParts); ++part) {
+        backend.only(kParts[part]);
+        double seconds = pass_seconds(&session, o.context, tree.rows);
+        for (int i = 0; i < 2; ++i)
+          seconds = std::min(seconds, pass_seconds(&session, o.context, tree.rows));
+        if (round >= 0) tree.seconds[part].add(seconds);
+      }
+  }
+
+  const auto bytes = static_cast<double>(llama.weight_bytes());
+  const auto share = [&](const Tree& tree) {
+    return bytes / tree.seconds[0].median() / 1e9 / bandwidth.median();
+  };
+  if (o.json) {
+    auto list = nlohmann::ordered_json::array();
+    for (const Tree& tree : trees)
+      list.push_back({{"rows", tree.rows},
+                      {"seconds", tree.seconds[0].median()},
+                      {"seconds_spread", tree.seconds[0].spread()},
+                      {"products", tree.seconds[1].median()},
+                      {"attention", tree.seconds[2].median()},
+                      {"rest", tree.seconds[3].median()},
+                      {"bandwidth_share", share(tree)}});
+    print_json({{"shape", o.shape},
+                {"type", o.type},
+                {"device", backend.description()},
+                {"context", o.context},
+                {"rounds", o.rounds},
+                {"weight_bytes", llama.weight_bytes()},
+                {"read_bandwidth_gb_s", bandwidth.median()},
+                {"steps", list}});
+    return 0;
+  }
+  std::string table;
+  for (const Tree& tree : trees) {
+    char line[200];
+    std::snprintf(
+        line, sizeof line, "%4d  %-25s %9.3f %10.3f %9.3f %7.2f %7.2f\n", tree.rows,
+        [&] {
+          Series ms;
+          for (const double s :
+               {tree.seconds[0].spread()[0], tree.seconds[0].median(), tree.seconds[0].spread()[1]})
+            ms.add(1e3 * s);
+          return ms.text(3);
+        }()
+            .c_str(),
+        1e3 * tree.seconds[1].median(), 1e3 * tree.seconds[2].median(),
+        1e3 * tree.seconds[3].median(), share(tree),
+        tree.seconds[0].median() / trees[0].seconds[0].median());
+    table += line;
+  }
+  print(o.shape + " in " + o.type + ", random weights, on " + backend.description() + "\nafter " +
+        std::to_string(o.context) + " tokens; median (lowest..highest) of " +
+        count_text(o.rounds, "round") +
+        "\n\nrows  ms a step                  products  attention      rest   share  times the "
+        "first\n" +
+        table + "\nshare: of reading the " + bytes_text(llama.weight_bytes()) +
+        " of weights once at " + bandwidth.text(1) +
+        " GB/s, measured between the steps. Parts are run by themselves.\n");
+  return 0;
+}
+
+}  // namespace chimera

@@ -1,0 +1,75 @@
+#!/bin/sh
+# Tests and measures the engine on a machine with an NVIDIA GPU and a driver, where nothing need be
+# installed or fetched: lies in the folder that `make gpu-bundle` makes, beside the programs built
+# there. Takes less than eight minutes. Writes gpu_check.json and, for people, gpu_check.txt.
+#
+# With the model's halves (model.gguf.0, model.gguf.1) in the same folder, it is measured too.
+set -u
+cd "$(dirname "$0")"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+table=$PWD/gpu_check.txt
+: >$table
+say() { echo "$*" | tee -a $table; }
+
+# part NAME SECONDS COMMAND...: its output in $work/NAME, its complaints in the table.
+part() {
+  name=$1 seconds=$2
+  shift 2
+  timeout "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
+  code=$?
+  [ $code = 0 ] && return
+  failed=1
+  say "FAILED ($code): $*"
+  tail -n 20 "$work/$name" "$work/$name.err" >>$table
+  return $code
+}
+# The value of a JSON file, or null.
+value() { [ -s "$1" ] && cat "$1" || echo null; }
+
+say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
+say "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
+
+# The tests read models from ../shared/data.
+mkdir -p tests
+(cd tests && CHIMERA_TEST_DEVICE=cuda part tests 120 ../gpu_tests --gtest_brief=1 --gtest_output="json:$work/tests.json") || failed=1
+say "tests: $(tail -n 1 "$work/tests")"
+
+part kernels 120 ./bench_cuda --json "$work/kernels.json" && { say ""; tee -a $table <"$work/kernels"; }
+
+steps=
+say ""
+say "$(printf '%-13s %-5s %5s %10s %10s %10s %10s %6s' shape type rows ms products attention rest share)"
+for run in llama-2-7b:bf16 llama-2-7b:q8_0 llama-2-7b:q4_0 smollm2-135m:bf16 smollm2-135m:q8_0; do
+  shape=${run%:*} type=${run#*:}
+  part step 40 ./chimera bench --device cuda --shape "$shape" --type "$type" --json || continue
+  steps="$steps${steps:+,}$(cat "$work/step")"
+  tr '{' '\n' <"$work/step" | awk -v shape="$shape" -v type="$type" -F'[,:]' '/^"rows"/ {
+    for (i = 1; i < NF; ++i) { gsub(/[^a-z_]/, "", $i); if (!($i in v)) v[$i] = $(i + 1) }
+    printf "%-13s %-5s %5d %10.3f %10.3f %10.3f %10.3f %6.2f\n", shape, type, v["rows"],
+           1e3 * v["seconds"], 1e3 * v["products"], 1e3 * v["attention"], 1e3 * v["rest"], v["bandwidth_share"]
+    delete v }' | tee -a $table
+done
+
+model=null
+if [ -f model.gguf.0 ]; then
+  cat model.gguf.* >"$work/model.gguf"
+  draft=$(ls ./*.chimera.safetensors 2>/dev/null | head -n 1)
+  part model 35 ./chimera bench --device cuda -m "$work/model.gguf" ${draft:+--draft "$draft"} --rounds 1 -n 64 --json
+  model=$(value "$work/model")
+  say "$model"
+fi
+
+cat >"$work/all.json" <<END
+{"gpu":"$(head -n 1 $table)",
+"failed":$failed,
+"tests":$(value "$work/tests.json"),
+"kernels":$(value "$work/kernels.json"),
+"steps":[$steps],
+"model":$model}
+END
+mv "$work/all.json" gpu_check.json
+say ""
+say "written: gpu_check.json, gpu_check.txt"
+exit $failed
