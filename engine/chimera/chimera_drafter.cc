@@ -155,14 +155,15 @@ class GrowingDrafter final : public ChimeraDrafter {
     for (int i = 0; i < 3; ++i) out[i] = tokens[static_cast<size_t>(std::max(0, position - 2 + i))];
   }
 
-  // Tokens of the text, and those that the target found likely, can be proposed from now on.
+  // Tokens of the text, and those that the target found likely, can be proposed from now on. In the
+  // order of the text, however many rows a step kept: so the oldest are the same.
   void learn_vocabulary(const KeptRows& k, int first) {
-    for (int i = first == 0 ? 0 : first + 1;
-         i <= k.committed && i < static_cast<int>(k.tokens.size()); ++i)
-      learn(k.tokens[static_cast<size_t>(i)]);
+    if (first == 0) learn(k.tokens[0]);
     const Step::Sequence& seq = k.step->sequences[k.sequence];
     for (int r = seq.first_row; r < seq.first_row + seq.n_rows; ++r) {
-      if (k.step->kept_at[r] < 0 || k.step->logits_index[r] < 0) continue;
+      if (k.step->kept_at[r] < 0) continue;
+      learn(k.tokens[static_cast<size_t>(k.step->kept_at[r] + 1)]);
+      if (k.step->logits_index[r] < 0) continue;
       const float* logits = k.logits + int64_t{k.step->logits_index[r]} * k.vocab;
       int32_t best[kTargetsBest] = {};
       const int n = top_k(logits, k.vocab, kTargetsBest, best);
