@@ -61,6 +61,7 @@ class CandidateTree {
   // Adds a child, and returns it. If two drafters propose it, the higher probability counts.
   // Returns kNone if there are too many nodes already.
   int add(int parent, int32_t token, float probability) {
+    probability = std::min(probability, probability_of(parent));
     if (const int i = find(parent, token); i != kNone) {
       (*this)[i].probability = std::max((*this)[i].probability, probability);
       return i;
