@@ -19,7 +19,7 @@ namespace chimera {
 inline constexpr int kMostDepths = 16;     // further depths are not measured
 inline constexpr int kLargestTree = 60;    // nodes
 inline constexpr uint8_t kNotThere = 255;  // a rank or place
-enum TreeSource : size_t { kNgramTree, kDraftTree, kHybridTree, kRecycledTree, kTreeSources };
+enum TreeSource : size_t { kNgramTree, kDraftTree, kHybridTree, kTreeSources };
 
 // How the text goes on after one root, as far as it goes (kNotThere beyond).
 struct MeasuredPosition {

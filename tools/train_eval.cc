@@ -112,8 +112,7 @@ std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
           {"chain", chain},
           {"static", fixed},
           {"dynamic", source(kDraftTree)},
-          {"hybrid", source(kHybridTree)},
-          {"recycled", source(kRecycledTree)}};
+          {"hybrid", source(kHybridTree)}};
 }
 
 std::string percent(int64_t part, int64_t whole) {
