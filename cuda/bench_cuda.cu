@@ -16,7 +16,11 @@ namespace {
 // Taken from the library at run time, so that this program runs without it.
 struct Cublas {
   cublasHandle_t handle = nullptr;
-  decltype(&cublasGemmEx) gemm = nullptr;
+  // Spelled out: the header adds overloads of its name.
+  cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
+                         const void*, const void*, cudaDataType, int, const void*, cudaDataType,
+                         int, const void*, void*, cudaDataType, int, cublasComputeType_t,
+                         cublasGemmAlgo_t) = nullptr;
   decltype(&cublasSetStream_v2) set_stream = nullptr;
   void* workspace = nullptr;
 

@@ -357,7 +357,8 @@ TEST(CudaBackend, PacksLargeMatrices) {
       const auto matrix = backend->prepare({&m.view, 1});
       const auto step = backend->make_step(1);
       const auto memory = backend->allocate(static_cast<size_t>(Step::kMaxRows * kCols) * 4);
-      for (int row = 0; row < kRows; row += 5) step->token[step->n_rows++] = row;
+      for (int row = 0; row < kRows; row += 7) step->token[step->n_rows++] = row;
+      EXPECT_EQ(step->token[step->n_rows - 1], kRows - 1);
       backend->embed(step.get(), *matrix, static_cast<float*>(memory.get()));
       std::vector<float> expected(kCols);
       for (int i = 0; i < step->n_rows; ++i) {

@@ -10,8 +10,7 @@ namespace chimera {
 namespace {
 
 constexpr double kSide = 220, kGap = 70, kTop = 50, kRowHeight = kSide + 100;
-constexpr const char* kColours[] = {"#888888", "#c08020", "#2080c0",
-                                    "#209050", "#c02050", "#8040c0"};
+constexpr const char* kColours[] = {"#888888", "#c08020", "#2080c0", "#209050", "#c02050"};
 
 std::string at(double x, double y) {
   return fixed_text(x, 1) + "," + fixed_text(y, 1) + " ";
