@@ -139,12 +139,16 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-std::string figures(const Generation& g) {
+// cost: where it is known, what a pass of one row takes, which is plain decoding.
+std::string figures(const Generation& g, const CostCurve& cost) {
+  std::string speedup;
+  if (cost.known() && g.tokens_per_second() > 0)
+    speedup = " (" + fixed_text(g.tokens_per_second() * cost.seconds(1), 2) + " times plain)";
   return "prompt: " + count_text(g.prompt_tokens, "token") + ", " +
          fixed_text(g.prompt_tokens_per_second(), 1) +
          " tokens/s | generated: " + count_text(static_cast<int64_t>(g.ids.size()), "token") +
-         ", " + fixed_text(g.tokens_per_second(), 1) +
-         " tokens/s | steps: " + std::to_string(g.steps) +
+         ", " + fixed_text(g.tokens_per_second(), 1) + " tokens/s" + speedup +
+         " | steps: " + std::to_string(g.steps) +
          ", tokens per step (tau): " + fixed_text(g.tokens_per_step(), 2) +
          " | first token: " + fixed_text(g.prompt_seconds, 3) +
          " s | peak memory: " + bytes_text(peak_memory_bytes());
@@ -237,7 +241,7 @@ int run(const std::vector<std::string>& args) {
       note("The context of " + std::to_string(context) +
            " tokens is full; --ctx N makes room for more.");
     }
-    note(figures(g));
+    note(figures(g, session.cost()));
   }
   return g.stop == Stop::kCancelled ? 128 + SIGINT : 0;
 }
