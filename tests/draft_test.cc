@@ -6,66 +6,11 @@
 #include "engine/chimera/chimera_drafter.h"
 #include "loader/draft_file.h"
 #include "tests/allocation_counter.h"
+#include "tests/prototype.h"
 #include "tests/support.h"
 
 namespace chimera::test {
 namespace {
-
-// The prototype's file, whose heads rotate pairs (2 j, 2 j + 1): its q and k rows are brought into
-// the engine's order.
-DraftTensors load_prototype(const std::string& path) {
-  const std::string file = read_text(path);
-  uint64_t header_size;
-  std::memcpy(&header_size, file.data(), 8);
-  const auto header = nlohmann::json::parse(file.substr(8, header_size));
-  const char* data = file.data() + 8 + header_size;
-  const auto floats = [&](const std::string& name) {
-    const auto offsets = header[name]["data_offsets"].get<std::vector<size_t>>();
-    std::vector<float> x;
-    for (size_t at = offsets[0]; at < offsets[1]; at += 2) {
-      uint16_t bits;
-      std::memcpy(&bits, data + at, 2);
-      x.push_back(bf16_to_f32(bits));
-    }
-    return x;
-  };
-  const auto halves = [](const std::vector<float>& w, size_t cols) {
-    std::vector<float> out(w.size());
-    for (size_t row = 0; row < w.size() / cols; ++row) {
-      const size_t head = row / 64, i = row % 64;
-      const size_t from = head * 64 + (i < 32 ? 2 * i : 2 * (i - 32) + 1);
-      std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(from * cols), cols,
-                  out.begin() + static_cast<std::ptrdiff_t>(row * cols));
-    }
-    return out;
-  };
-  DraftTensors t;
-  t.config = {.hidden_size = 576,
-              .n_heads = 9,
-              .n_kv_heads = 3,
-              .head_dim = 64,
-              .ffn_size = 512,
-              .n_steps = 4,
-              .head_rank = 64,
-              .rope_kv_heads = 1,
-              .rope_base = 100000,
-              .skip = true};
-  t.w1 = floats("encoder.w1"), t.w2 = floats("encoder.w2"), t.w3 = floats("encoder.w3");
-  t.key_norm = floats("attn.key_norm"), t.value_norm = floats("attn.value_norm"),
-  t.attn_norm = floats("attn.norm");
-  t.wq = halves(floats("attn.q"), 576), t.wk = halves(floats("attn.k"), 1152),
-  t.wv = floats("attn.v"), t.wo = floats("attn.o");
-  t.ffn_norm = floats("ffn.norm"), t.gate_up = floats("ffn.gate_up"), t.down = floats("ffn.down");
-  t.out_norm = floats("out_norm"), t.head_scale = floats("head.a");
-  for (int k = 0; k < 4; ++k) {
-    t.head_down.push_back(floats("head." + std::to_string(k) + ".down"));
-    t.head_up.push_back(floats("head." + std::to_string(k) + ".up"));
-  }
-  const auto offsets = header["vocabulary"]["data_offsets"].get<std::vector<size_t>>();
-  t.vocabulary.resize((offsets[1] - offsets[0]) / 4);
-  std::memcpy(t.vocabulary.data(), data + offsets[0], offsets[1] - offsets[0]);
-  return t;
-}
 
 const std::string kPrototype = shared("draft_prototype/");
 
