@@ -131,7 +131,7 @@ TEST_F(CliTest, Version) {
 TEST_F(CliTest, UsageErrors) {
   expect_error({"jump"}, 2, "expected run, info, bench, train or tune-tree, found 'jump'");
   expect_error({"run"}, 2, "run: expected -m MODEL, found none");
-  expect_error({"bench"}, 2, "bench: expected -m MODEL, found none");
+  expect_error({"bench"}, 2, "bench: expected -m MODEL or --shape NAME, found neither");
   expect_error({"info"}, 2, "info: expected MODEL, found none");
   expect_error({"info", "a", "b"}, 2, "expected one argument, found 'b' as well");
   expect_error({"run", "--speed", "9"}, 2, "expected one of its flags, found '--speed'");
