@@ -350,7 +350,7 @@ void check_smollm2(const std::vector<std::string>& files, size_t prompts, int to
 TEST(Lossless, SmolLm2WholeTexts) {
   SKIP_WITHOUT(kSmolLm2);
   SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
-  check_smollm2({"mt_bench.jsonl", "gsm8k_80.jsonl"}, 1, 40, {1});
+  check_smollm2({"mt_bench.jsonl", "gsm8k_80.jsonl"}, 1, 32, {1});
 }
 TEST(LosslessFull, SmolLm2WholeTexts) {
   SKIP_WITHOUT(kSmolLm2);

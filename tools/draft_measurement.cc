@@ -131,7 +131,7 @@ class Spectator final : public Drafter {
     result_->depths.resize(static_cast<size_t>(std::min(options.depth, kMostDepths)));
   }
   std::string name() const override { return "spectator"; }
-  double depth_seconds() const { return draft_->depth_seconds(); }
+  const ChimeraDrafter& drafter() const { return *draft_; }
 
   // The text that is going to be gone through.
   void watch(std::span<const int32_t> text, size_t prompt_size) {
@@ -235,7 +235,8 @@ Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOp
     session.stop(0);
   }
   progress(1);
-  result.depth_seconds = spectator.depth_seconds();
+  result.depth_seconds = spectator.drafter().depth_seconds();
+  result.observe_seconds = spectator.drafter().observe_seconds();
   return result;
 }
 

@@ -112,8 +112,8 @@ struct Measurement {
   std::vector<MeasuredText> texts;
   std::array<Reliability, kTreeSources> reliability;  // of trees of kReliabilityNodes
   static constexpr int kReliabilityNodes = 16;
-  std::vector<DepthAccuracy> depths;  // [0]: children of the root
-  double depth_seconds = 0;           // what drafting one depth takes
+  std::vector<DepthAccuracy> depths;              // [0]: children of the root
+  double depth_seconds = 0, observe_seconds = 0;  // chimera_drafter.h
   int64_t positions() const;
 };
 

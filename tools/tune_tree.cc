@@ -55,7 +55,7 @@ struct Tuned {
 };
 
 Tuned tune(const RankPaths& paths, std::optional<int> nodes, int depth, const CostCurve& cost,
-           double depth_seconds) {
+           const Measurement& m) {
   Tuned best;
   for (int deepest = 1; deepest <= depth; ++deepest) {
     Tuned t;
@@ -66,7 +66,7 @@ Tuned tune(const RankPaths& paths, std::optional<int> nodes, int depth, const Co
       place[i] =
           t.tree.add(node.parent < 0 ? -1 : place[static_cast<size_t>(node.parent)], node.rank);
       t.tokens += static_cast<double>(node.count) / static_cast<double>(paths.positions());
-      t.seconds = deepest * depth_seconds + cost.seconds(1 + t.tree.size());
+      t.seconds = m.observe_seconds + deepest * m.depth_seconds + cost.seconds(1 + t.tree.size());
       const bool size_asked = !nodes || t.tree.size() == *nodes;
       if (size_asked && (best.tree.empty() || t.tokens / t.seconds > best.tokens / best.seconds))
         best = t;
@@ -114,7 +114,7 @@ int tune_tree(const std::vector<std::string>& args) {
   for (const MeasuredText& text : m.texts)
     for (const MeasuredPosition& position : text) paths.add(position);
   paths.rank();
-  const Tuned best = tune(paths, o.nodes, o.depth, session.cost(), m.depth_seconds);
+  const Tuned best = tune(paths, o.nodes, o.depth, session.cost(), m);
   if (best.tree.empty())
     throw Error("tune-tree",
                 o.nodes ? "paths for " + std::to_string(*o.nodes) + " nodes" : "right guesses",
@@ -127,7 +127,7 @@ int tune_tree(const std::vector<std::string>& args) {
       " deep: " + fixed_text(best.tokens, 2) + " tokens a pass, after any of " +
       std::to_string(m.positions()) + " positions\nA pass takes " + ms(plain) +
       " with the root alone, " + ms(session.cost().seconds(1 + best.tree.size())) +
-      " with the tree; drafting takes " + ms(m.depth_seconds) +
+      " with the tree; drafting takes " + ms(m.observe_seconds) + " and " + ms(m.depth_seconds) +
       " a depth\nSpeed over plain: " + fixed_text(best.tokens / best.seconds * plain, 2) +
       " expected";
   write_tree(best.tree,

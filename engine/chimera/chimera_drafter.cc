@@ -52,6 +52,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
   void observe(const KeptRows& k) override {
+    const Clock::time_point start = Clock::now();
     Sequence& seq = sequences_[static_cast<size_t>(k.sequence)];
     const int first = k.committed - k.n_kept;  // position of the first kept row
     if (k.text != seq.text || first < model_.committed(k.sequence)) {
@@ -86,6 +87,8 @@ class GrowingDrafter final : public ChimeraDrafter {
       }
     }
     learn_vocabulary(k, first);
+    const Step::Sequence& rows = k.step->sequences[k.sequence];
+    if (rows.root == rows.first_row) average(seconds_since(start), &observe_seconds_);  // no prompt
   }
 
   CandidateTree& candidates(const DraftContext& c) override {
@@ -98,7 +101,10 @@ class GrowingDrafter final : public ChimeraDrafter {
       tree_.choose(budget, c.max_depth, nullptr, 0);  // all of it: its shape was the choice
       return tree_;
     }
-    const Clock::time_point start = Clock::now();
+    // As if observe() had been part of it: the step pays for both.
+    const Clock::time_point start =
+        Clock::now() - std::chrono::duration_cast<Clock::duration>(
+                           std::chrono::duration<double>(observe_seconds_));
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
                      kMaxMatch, c.temperature, &tree_);
@@ -109,6 +115,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
   double depth_seconds() const override { return depth_seconds_; }
+  double observe_seconds() const override { return observe_seconds_; }
 
   void follow(const DraftContext& c, std::span<const int32_t> next,
               FunctionRef<void(int, std::span<const float>, int)> visit) override {
@@ -203,6 +210,10 @@ class GrowingDrafter final : public ChimeraDrafter {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
+  static void average(double seconds, double* over_the_last) {
+    *over_the_last = *over_the_last > 0 ? 0.9 * *over_the_last + 0.1 * seconds : seconds;
+  }
+
   static float at_depth(const std::vector<float>& values, int depth) {  // depth: 0 below the root
     if (values.empty()) return 1;
     return values[std::min(static_cast<size_t>(depth), values.size() - 1)];
@@ -277,8 +288,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     model_.features(first, model_.step().n_rows - first, trigrams_);
     model_.forward();
     const float* logits = model_.logits(depth, seq.h.data());
-    const double seconds = seconds_since(start);
-    depth_seconds_ = depth_seconds_ > 0 ? 0.9 * depth_seconds_ + 0.1 * seconds : seconds;
+    average(seconds_since(start), &depth_seconds_);
     return logits;
   }
 
@@ -406,9 +416,9 @@ class GrowingDrafter final : public ChimeraDrafter {
   CandidateTree tree_;
   std::vector<int> order_;
   std::vector<float> probabilities_;
-  int32_t trigrams_[3 * DraftModel::kMaxRows];  // of the rows being added
-  std::vector<int> static_at_;                  // candidates of the given shape's nodes
-  double depth_seconds_ = 0;  // what drafting one depth takes, averaged over the last ones
+  int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
+  std::vector<int> static_at_;                      // candidates of the given shape's nodes
+  double depth_seconds_ = 0, observe_seconds_ = 0;  // averaged over the last ones
 
   std::array<Yield, kMostDepths + 1> yields_;  // by the depth of what was expanded
 };

@@ -41,6 +41,8 @@ class ChimeraDrafter : public TreeDrafter {
       FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;
   // What a pass of the draft model took, averaged over the last ones.
   virtual double depth_seconds() const = 0;
+  // ... and what observe() took, which every step pays whatever its tree.
+  virtual double observe_seconds() const = 0;
 };
 
 // target and tensors: the tensors are no longer needed once this returns.
