@@ -12,6 +12,10 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "engine/backend.h"
+
+using chimera::cuda_available;
+
 namespace {
 
 using nlohmann::json;
@@ -132,6 +136,8 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"jump"}, 2, "expected run, info, bench, train or tune-tree, found 'jump'");
   expect_error({"run"}, 2, "run: expected -m MODEL, found none");
   expect_error({"bench"}, 2, "bench: expected -m MODEL or --shape NAME, found neither");
+  expect_error({"bench", "-m", "x", "--shape", "tiny"}, 2, "found both");
+  expect_error({"bench", "--shape", "huge"}, 2, "--shape: expected tiny, ");
   expect_error({"info"}, 2, "info: expected MODEL, found none");
   expect_error({"info", "a", "b"}, 2, "expected one argument, found 'b' as well");
   expect_error({"run", "--speed", "9"}, 2, "expected one of its flags, found '--speed'");
@@ -402,6 +408,34 @@ TEST_F(CliTest, Bench) {
   EXPECT_EQ(table.code, 0);
   EXPECT_EQ(table.err, "");
   EXPECT_NE(table.out.find("All texts were the same"), std::string::npos) << table.out;
+}
+
+TEST_F(CliTest, BenchOfAShape) {
+  const json o = object({"bench", "--shape", "tiny", "--type", "q8_0", "--rounds", "1", "--ctx",
+                         "40", "--device", "cpu", "--threads", "1", "--json"});
+  EXPECT_EQ(o["shape"], "tiny");
+  EXPECT_EQ(o["type"], "q8_0");
+  EXPECT_EQ(o["context"], 40);
+  EXPECT_GT(o["weight_bytes"], 0);
+  EXPECT_GT(o["read_bandwidth_gb_s"], 0);
+  ASSERT_EQ(o["steps"].size(), 3u);
+  for (const json& step : o["steps"])
+    for (const char* part : {"seconds", "products", "attention", "rest"}) EXPECT_GT(step[part], 0);
+  const Output table = chimera({"bench", "--shape", "tiny", "--rounds", "1", "--device", "cpu"});
+  EXPECT_EQ(table.code, 0);
+  EXPECT_NE(table.out.find("tiny in bf16, random weights, on cpu"), std::string::npos) << table.out;
+  expect_error({"bench", "--shape", "tiny", "--type", "q4_k"}, 1, "expected rows of whole blocks");
+}
+
+// Built with CUDA or without it: where there is no GPU, that is said and nothing is done.
+TEST_F(CliTest, WithoutAGpu) {
+  if (cuda_available()) GTEST_SKIP() << "skipped: there is a GPU";
+  expect_error({"run", "--device", "cuda", "-m", "x", "-p", "y"}, 1, "device cuda: expected ");
+  expect_error({"bench", "--device", "cuda", "--shape", "tiny"}, 1, "device cuda: expected ");
+  EXPECT_EQ(object({"bench", "--shape", "tiny", "--rounds", "1", "--json"})["device"]
+                .get<std::string>()
+                .find("cpu"),
+            0u);
 }
 
 // What a draft learns from: answers that depend on the prompt alone, not on who else is in the

@@ -7,7 +7,8 @@
 // and each of the others is one answer:
 //   {"prompt":17,"prompt_len":41,"temperature":0.7,"ids":[1,9690,...]}
 // ids are the prompt's tokens and the answer's. An answer depends on the model, the seed, the
-// settings and the prompt's number alone - not on the batch, the shard or the machine.
+// settings and the prompt's number alone - not on the batch, the shard or the machine. (GPUs have
+// an arithmetic of their own: their shards say "device":"cuda".)
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,7 +40,7 @@ struct Options {
   int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0;
   bool features = false, strict = false;
   uint64_t seed = 1;
-  std::string device = "auto";
+  std::string device = "cpu";
 };
 
 // Half of the answers greedy, half sampled: a draft serves both.
@@ -108,8 +109,8 @@ int train_data(const std::vector<std::string>& args) {
           {0, "shard", "I/N", "only prompts whose number is I modulo N", text(&o.shard)},
           {0, "seed", "S", "of the sampled answers", integer(&o.seed)},
           {0, "threads", "N", "0: one for each physical core", integer(&o.threads, 0, 1024)},
-          {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
-           choice(&o.device, {"cpu", "cuda", "auto"})},
+          {0, "device", "NAME", "cpu or cuda, whose answers differ a little",
+           choice(&o.device, {"cpu", "cuda"})},
       }};
   if (!parse(command, args)) return 0;
   if (!o.model || !o.prompts || !o.output)
@@ -123,16 +124,17 @@ int train_data(const std::vector<std::string>& args) {
       load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
   const size_t count =
       o.limit > 0 ? std::min(prompts.size(), static_cast<size_t>(o.limit)) : prompts.size();
-  const std::string header = ordered_json{
-      {"chimera_data", 1},
-      {"model", model.name()},
-      {"vocab_size", model.tokenizer.size()},
-      {"seed", o.seed},
-      {"max_tokens", o.n},
-      {"max_prompt", o.max_prompt},
-      {"temperatures", kTemperatures},
-      {"shard", o.shard.value_or("0/1")},
-      {"chat", chat}}.dump();
+  ordered_json about{{"chimera_data", 1},
+                     {"model", model.name()},
+                     {"vocab_size", model.tokenizer.size()},
+                     {"seed", o.seed},
+                     {"max_tokens", o.n},
+                     {"max_prompt", o.max_prompt},
+                     {"temperatures", kTemperatures},
+                     {"shard", o.shard.value_or("0/1")},
+                     {"chat", chat}};
+  if (o.device != "cpu") about["device"] = o.device;
+  const std::string header = about.dump();
   const std::unordered_set<size_t> done = resume(*o.output, header);
   std::ofstream out(*o.output, std::ios::binary | std::ios::app);
   if (done.empty() && std::filesystem::file_size(*o.output) == 0) out << header << "\n";
