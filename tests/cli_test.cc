@@ -468,10 +468,12 @@ TEST_F(CliTest, CostsAreKept) {
   }
 }
 
-// Memory: the file's weights once, what `info` says a run will need, and a tenth for the rest.
+// Memory: what `info` says a run will need, a tenth for the rest, and the file's pages of the matrix
+// that is being packed, of which the head is the largest.
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
-  const Args args = {"run", "-m", kSmolLm2, "-p", "Name three colours.", "-n", "24", "--ctx", "128", "--json"};
+  const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
+                     "-n",  "24", "--ctx",  "128", "--json"};
   const json plan = object({"info", kSmolLm2, "--ctx", "128", "--json"});
   json ids;
   for (const std::string weights : {"packed", "mapped"}) {
@@ -481,7 +483,10 @@ TEST_F(CliTest, PackedAndMappedWeights) {
     const json o = object(with);
     if (ids.is_null()) ids = o["ids"];
     EXPECT_EQ(o["ids"], ids);
-    EXPECT_LE(o["peak_memory_bytes"].get<double>(), 1.1 * plan["total_bytes"].get<double>()) << weights;
+    const double head = weights == "packed" ? 49152.0 * 576 * 34 / 32 : 0;
+    EXPECT_LE(o["peak_memory_bytes"].get<double>(),
+              1.1 * plan["total_bytes"].get<double>() + head)
+        << weights;
   }
 }
 
