@@ -433,8 +433,9 @@ TEST_F(CliTest, Bench) {
 // What passes cost is measured once and kept; it decides how much is drafted, never the text.
 TEST_F(CliTest, CostsAreKept) {
   SKIP_IF_ABSENT(kStories);
-  Args args = {"run",  "-m", kStories,    "-p",  "Once upon a time, Tim said hello to Tim. Tim",
-               "-n",   "80", "--drafter", "ngram", "--threads", "1", "--json"};
+  Args args = {"run", "-m",    kStories,    "-p",    "Once upon a time, Tim said hello to Tim. Tim",
+               "-n",  "80",    "--drafter", "ngram", "--threads",
+               "1",   "--json"};
   const json first = object(args);
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(folder_ / "chimera"))
@@ -468,8 +469,8 @@ TEST_F(CliTest, CostsAreKept) {
   }
 }
 
-// Memory: what `info` says a run will need, a tenth for the rest, and the file's pages of the matrix
-// that is being packed, of which the head is the largest.
+// Memory: what `info` says a run will need, a tenth for the rest, and the file's pages of the
+// matrix that is being packed, of which the head is the largest.
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
   const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
@@ -484,8 +485,7 @@ TEST_F(CliTest, PackedAndMappedWeights) {
     if (ids.is_null()) ids = o["ids"];
     EXPECT_EQ(o["ids"], ids);
     const double head = weights == "packed" ? 49152.0 * 576 * 34 / 32 : 0;
-    EXPECT_LE(o["peak_memory_bytes"].get<double>(),
-              1.1 * plan["total_bytes"].get<double>() + head)
+    EXPECT_LE(o["peak_memory_bytes"].get<double>(), 1.1 * plan["total_bytes"].get<double>() + head)
         << weights;
   }
 }
