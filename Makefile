@@ -1,8 +1,9 @@
 # make            build/chimera            make test       everything that proves it (minutes)
 # make run        answer a prompt          make test-full  the long sweeps as well
-# make bench      measure                  make clean
+# make bench      measure                  make ladder    how the kernels became fast, by steps
 # make bench-cuda every kernel, and steps of a 7B shape, on this machine's GPU
 # make gpu-bundle all that another machine needs to test and measure them: build/gpu-bundle
+# make clean
 #
 # DEBUG=1   SANITIZE=address,undefined
 # CUDA=0|1  with the CUDA backend (default: where nvcc is found)   CUDA_ARCHS="80 89 90a"
@@ -50,16 +51,20 @@ NVCCFLAGS := -std=c++20 -I. -O3 -fmad=false --expt-relaxed-constexpr -diag-suppr
 LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) \
            $(if $(filter 1,$(CUDA)),cuda/cuda_backend.cu,cuda/stub.cc)
 PROGRAM := $(wildcard tools/*.cc)
+LADDER  := $(wildcard tools/ladder/*.cc)
 # The tests run the CUDA kernels on the CPU, on machines with a toolkit and without.
 TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
 
 objects  = $(addprefix $(BUILD)/obj/,$(addsuffix .o,$(basename $(1))))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 
-.PHONY: all run test test-full bench bench-cuda gpu-bundle clean prepare
+.PHONY: all run test test-full bench bench-cuda ladder gpu-bundle clean prepare
 all: $(BUILD)/chimera
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+comma_list = $(subst $(eval) ,$(comma),$(strip $(1)))
+BENCH_PROMPTS := $(addprefix --limit 8 --prompts ,$(call comma_list,$(wildcard \
+                 $(addprefix ../shared/data/prompts/,mt_bench.jsonl gsm8k_80.jsonl))))
 DRAFT := $(addprefix --draft ,$(wildcard models/smollm2-135m-instruct.chimera.safetensors))
 ifeq (0,$(MAKELEVEL))
 MAKEFLAGS += -j$(shell nproc)
@@ -79,7 +84,12 @@ test-full: prepare
 	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1
 
 bench: prepare
-	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(ARGS)
+	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(BENCH_PROMPTS) $(ARGS)
+
+ladder:
+	@tools/install_deps.sh
+	@$(MAKE) -s --no-print-directory $(BUILD)/ladder
+	@$(BUILD)/ladder
 
 bench-cuda: $(BUILD)/bench_cuda $(BUILD)/chimera
 	@$(BUILD)/bench_cuda
@@ -120,6 +130,10 @@ $(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PRO
 	@echo "  $@"
 	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
 
+$(BUILD)/ladder: $(call objects,$(LADDER)) $(BUILD)/libchimera.a
+	@echo "  $@"
+	@$(CXX) -o $@ $^ $(LDFLAGS)
+
 # The tests of the kernels again, on the GPU.
 GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc
 $(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
@@ -150,5 +164,5 @@ $(BUILD)/obj/%.o: %.cu
 clean:
 	rm -rf build build-*
 
--include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(TESTS) cuda/bench_cuda.cu) \
+-include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(LADDER) $(TESTS) cuda/bench_cuda.cu) \
            $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)))

@@ -20,6 +20,29 @@ class CostCurve {
   void set(int rows, double seconds) {
     known_ = true;
     measured_[static_cast<size_t>(rows)] = seconds;
+    interpolate();
+  }
+
+  // A pass over `rows` rows has taken this long. Its point moves, slowly upwards, since whatever
+  // else the machine does can only add; all others move a little with it, since what makes one pass
+  // dearer (a longer context, another program) does the same to the rest.
+  void learn(int rows, double seconds) {
+    if (!known_ || rows > kMaxRows) return;
+    const double before = this->seconds(rows);
+    const double change = std::clamp(seconds / before, 0.5, 2.0) - 1;
+    for (double& m : measured_) m *= 1 + change / 64;
+    measured_[static_cast<size_t>(rows)] = before * (1 + change / (change > 0 ? 16 : 4));
+    interpolate();
+  }
+
+  // Of a pass over `rows` rows, 1 or more.
+  double seconds(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
+
+  // The same where it was measured or learned, 0 elsewhere.
+  double measured(int rows) const { return measured_[static_cast<size_t>(rows)]; }
+
+ private:
+  void interpolate() {
     int last = 0;
     for (int m = 1; m <= kMaxRows; ++m) {
       if (measured_[static_cast<size_t>(m)] <= 0) continue;
@@ -35,10 +58,6 @@ class CostCurve {
           seconds_[static_cast<size_t>(last)] * i / std::max(1, last);
   }
 
-  // Of a pass over `rows` rows, 1 or more.
-  double seconds(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
-
- private:
   bool known_ = false;
   std::array<double, kMaxRows + 1> measured_{}, seconds_{};
 };

@@ -158,10 +158,10 @@ void Session::fill_step(Drafter* drafter) {
     }
     if (drafter != nullptr && waiting == 1) {
       const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-      drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
-                      max_depth, cost_.known() ? &cost_ : nullptr,
-                      step_->sequences[s].sampling.temperature},
-                     step_);
+      drafter->draft(
+          {model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth,
+           cost_.known() ? &cost_ : nullptr, step_->sequences[s].sampling.temperature},
+          step_);
       text.drafted = step_->n_rows - row - 1;
     }
   }
@@ -177,7 +177,11 @@ void Session::pass() {
 bool Session::step(Drafter* drafter) {
   fill_step(drafter);
   if (step_->n_rows == 0) return false;
+  const auto start = std::chrono::steady_clock::now();
   pass();
+  if (step_->n_logits == step_->n_rows)  // no prompt among them
+    cost_.learn(step_->n_rows,
+                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   for (int s = 0; s < options_.n_sequences; ++s) {
     read_back(s);
     const Step::Sequence& seq = step_->sequences[s];

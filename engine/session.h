@@ -66,9 +66,11 @@ class Session {
 
   // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take
   // longer than some 0.4 s; drafters then choose the size of their trees by it. To be called before
-  // the first start(). Without it trees have max_nodes nodes if there are as many candidates, and a
-  // run can be repeated step by step.
+  // the first start(). set_cost(): the same from a curve that was measured before. From then on the
+  // curve learns from every step. Without one trees have max_nodes nodes if there are as many
+  // candidates, and a run can be repeated step by step.
   void measure_cost();
+  void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in

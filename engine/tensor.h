@@ -21,6 +21,10 @@ struct TensorView {
   // them out in the engine's order. 0: rows are in the engine's order already.
   int interleaved_head_dim = 0;
 
+  // The memory stays as it is for as long as anything made from the view is used: a backend may
+  // read the weights where they are instead of making its own copy.
+  bool lasting = false;
+
   bool empty() const { return data == nullptr; }
   size_t bytes() const { return static_cast<size_t>(rows) * row_bytes(type, cols); }
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -69,6 +70,7 @@ class CliTest : public testing::Test {
       dup2(open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 1);
       dup2(open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
       if (stream > 0) dup2(writer, stream);
+      setenv("XDG_CACHE_HOME", folder_.c_str(), 1);
       execv(argv[0], argv.data());
       dprintf(2, "%s: not there; build it with make\n", argv[0]);
       _exit(127);
@@ -383,31 +385,116 @@ TEST_F(CliTest, Info) {
 
 TEST_F(CliTest, Bench) {
   SKIP_IF_ABSENT(kStories);
-  const std::string prompts = write("a.txt", "Once upon a time\nLily saw a cat\nTom\n");
-  const Args args = {"bench", "-m",       kStories, "--prompts", prompts, "--limit",   "2", "-n",
-                     "100",   "--rounds", "2",      "--temp",    "0.5",   "--threads", "1"};
+  const std::string sets = write("a.txt", "Once upon a time\nLily saw a cat\nTom\n") + "," +
+                           write("b.txt", "The sun was hot\n");
+  const Args args = {"bench", "-m",       kStories, "--prompts", sets,  "--limit",   "2", "-n",
+                     "100",   "--rounds", "2",      "--temp",    "0.5", "--threads", "1"};
   Args with_json = args;
-  with_json.push_back("--json");
+  for (const std::string more : {"--json", "--svg"}) with_json.push_back(more);
+  with_json.push_back(folder_ / "roofline.svg");
   const json o = object(with_json);
-  EXPECT_EQ(o["prompts"], 2);
+  EXPECT_EQ(o["prompts"], 3);
   EXPECT_EQ(o["threads"], 1);
   EXPECT_GT(o["read_bandwidth_gb_s"], 0);
   EXPECT_GT(o["bandwidth_share"], 0);
-  ASSERT_EQ(o["results"].size(), 2u);
-  EXPECT_EQ(o["results"][0]["drafter"], "none");
-  EXPECT_EQ(o["results"][0]["tokens_per_step"], 1.0);
-  EXPECT_EQ(o["results"][0]["speedup"], 1.0);
-  EXPECT_EQ(o["results"][1]["drafter"], "ngram");
-  for (const json& result : o["results"]) {
-    for (const std::string key : {"tokens_per_second", "tokens_per_step", "speedup"}) {
-      EXPECT_GE(result[key], result[key + "_spread"][0]);
-      EXPECT_LE(result[key], result[key + "_spread"][1]);
+  EXPECT_GT(o["prefill_tokens_per_second"], 0);
+  ASSERT_EQ(o["sets"].size(), 2u);
+  EXPECT_EQ(o["sets"][0]["set"], "a.txt");
+  EXPECT_EQ(o["sets"][0]["prompts"], 2);
+  EXPECT_EQ(o["sets"][1]["prompts"], 1);
+  for (const json& results : {o["results"], o["sets"][0]["results"], o["sets"][1]["results"]}) {
+    ASSERT_EQ(results.size(), 2u);
+    EXPECT_EQ(results[0]["drafter"], "none");
+    EXPECT_EQ(results[0]["tokens_per_step"], 1.0);
+    EXPECT_EQ(results[0]["speedup"], 1.0);
+    EXPECT_EQ(results[1]["drafter"], "ngram");
+    for (const json& result : results) {
+      for (const std::string key : {"tokens_per_second", "tokens_per_step", "speedup"}) {
+        EXPECT_GE(result[key], result[key + "_spread"][0]);
+        EXPECT_LE(result[key], result[key + "_spread"][1]);
+      }
     }
   }
+  for (const std::string curve : {"passes", "contexts"}) {
+    EXPECT_GE(o[curve].size(), 2u);
+    EXPECT_EQ(o[curve][0]["ratio"], 1.0);
+    for (const json& point : o[curve]) EXPECT_GT(point["seconds"], 0);
+  }
+  EXPECT_EQ(o["passes"][0]["rows"], 1);
+  EXPECT_EQ(o["passes"].back()["rows"], 64);
+  size_t read = 0;
+  for (const json& op : o["ops"]) read += op["weight_bytes"].get<size_t>();
+  EXPECT_EQ(read, o["weight_bytes"]);
+  EXPECT_TRUE(this->read("roofline.svg").starts_with("<svg"));
+  EXPECT_TRUE(this->read("roofline.svg").ends_with("</svg>\n"));
+
   const Output table = chimera(args);
   EXPECT_EQ(table.code, 0);
   EXPECT_EQ(table.err, "");
   EXPECT_NE(table.out.find("All texts were the same"), std::string::npos) << table.out;
+  expect_error({"bench", "-m", kStories, "--rounds", "1", "-n", "2", "--svg", "/nowhere/a.svg"}, 1,
+               "/nowhere/a.svg");
+}
+
+// What passes cost is measured once and kept; it decides how much is drafted, never the text.
+TEST_F(CliTest, CostsAreKept) {
+  SKIP_IF_ABSENT(kStories);
+  Args args = {"run", "-m",    kStories,    "-p",    "Once upon a time, Tim said hello to Tim. Tim",
+               "-n",  "80",    "--drafter", "ngram", "--threads",
+               "1",   "--json"};
+  const json first = object(args);
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_ / "chimera"))
+    names.push_back("chimera/" + entry.path().filename().string());
+  ASSERT_EQ(names.size(), 1u);
+  const json kept = json::parse(read(names[0]), nullptr, false);
+  ASSERT_EQ(kept["seconds"].size(), 64u) << kept;
+  EXPECT_GT(kept["seconds"][0], 0);
+  EXPECT_LT(kept["seconds"][0], 1);
+
+  const auto run_with = [&](const std::function<double(int)>& seconds) {
+    json other = kept;
+    for (int i = 0; i < 64; ++i) other["seconds"][static_cast<size_t>(i)] = seconds(i + 1);
+    write(names[0], other.dump());
+    const json o = object(args);
+    EXPECT_EQ(o["ids"], first["ids"]);
+    return o["drafted"].get<int>();
+  };
+  EXPECT_EQ(run_with([](int rows) { return 1000.0 * rows; }), 0);
+  const double one = kept["seconds"][0];
+  EXPECT_GT(run_with([one](int rows) { return one * (1 + 1e-4 * rows); }), 0);
+
+  // Measured over: on demand, or where the file is not ours to read.
+  args.push_back("--tune");
+  EXPECT_EQ(object(args)["ids"], first["ids"]);
+  EXPECT_LT(json::parse(read(names[0]), nullptr, false)["seconds"][0], 1);
+  args.pop_back();
+  for (const std::string damage : {"", "{", "[]", "{\"for\": 1, \"seconds\": [1]}"}) {
+    write(names[0], damage);
+    EXPECT_EQ(object(args)["ids"], first["ids"]);
+    EXPECT_EQ(json::parse(read(names[0]), nullptr, false)["seconds"].size(), 64u);
+  }
+}
+
+// Memory: what `info` says a run will need, a tenth for the rest, and the file's pages of the
+// matrix that is being packed, of which the head is the largest.
+TEST_F(CliTest, PackedAndMappedWeights) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
+                     "-n",  "24", "--ctx",  "128", "--json"};
+  const json plan = object({"info", kSmolLm2, "--ctx", "128", "--json"});
+  json ids;
+  for (const std::string weights : {"packed", "mapped"}) {
+    Args with = args;
+    with.push_back("--weights");
+    with.push_back(weights);
+    const json o = object(with);
+    if (ids.is_null()) ids = o["ids"];
+    EXPECT_EQ(o["ids"], ids);
+    const double head = weights == "packed" ? 49152.0 * 576 * 34 / 32 : 0;
+    EXPECT_LE(o["peak_memory_bytes"].get<double>(), 1.1 * plan["total_bytes"].get<double>() + head)
+        << weights;
+  }
 }
 
 TEST_F(CliTest, BenchOfAShape) {

@@ -202,9 +202,11 @@ struct AttentionCase {
 
   AttentionCase(std::mt19937& random, DType type, int head_dim, int committed, int tail,
                 int queries, int chunk_index) {
-    const int padded = (head_dim + 15) / 16 * 16, slots = (committed + tail + 15) / 16 * 16;
-    const auto k = random_floats(random, static_cast<size_t>(slots * head_dim)),
-               v = random_floats(random, static_cast<size_t>(slots * padded));
+    const int padded = (head_dim + 15) / 16 * 16, chunks = (committed + tail - 1) / kChunk + 1;
+    // Chunks do not follow each other directly.
+    const int k_stride = kChunk * head_dim + 16, v_stride = kChunk * padded + 48;
+    const auto k = random_floats(random, static_cast<size_t>(chunks * k_stride)),
+               v = random_floats(random, static_cast<size_t>(chunks * v_stride));
     k32 = k, v32 = v;
     for (const float x : k) k16.push_back(f32_to_f16(x));
     for (const float x : v) v16.push_back(f32_to_f16(x));
@@ -213,6 +215,8 @@ struct AttentionCase {
     chunk = {type,
              type == DType::kF16 ? static_cast<const void*>(k16.data()) : k32.data(),
              type == DType::kF16 ? static_cast<const void*>(v16.data()) : v32.data(),
+             k_stride,
+             v_stride,
              head_dim,
              padded,
              chunk_index * kChunk,
@@ -279,7 +283,8 @@ TEST(RowKernels, AttentionIsSoftmaxAttention) {
     for (int d = 0; d < 64; ++d)
       s += static_cast<double>(a.q[static_cast<size_t>(d)]) *
            static_cast<double>(
-               a.k32[static_cast<size_t>((slot(p) / 16 * 64 + d) * 16 + slot(p) % 16)]);
+               a.k32[static_cast<size_t>(slot(p) / kChunk * a.chunk.k_stride +
+                                         (slot(p) % kChunk / 16 * 64 + d) * 16 + slot(p) % 16)]);
     score.push_back(std::exp(s));
     sum += score.back();
   }
@@ -287,7 +292,9 @@ TEST(RowKernels, AttentionIsSoftmaxAttention) {
     double o = 0;
     for (size_t p = 0; p < score.size(); ++p)
       o += score[p] / sum *
-           static_cast<double>(a.v32[static_cast<size_t>(slot(static_cast<int>(p)) * 64 + d)]);
+           static_cast<double>(
+               a.v32[static_cast<size_t>(slot(static_cast<int>(p)) / kChunk * a.chunk.v_stride +
+                                         slot(static_cast<int>(p)) % kChunk * 64 + d)]);
     EXPECT_NEAR(out[static_cast<size_t>(d)], o, 1e-5);
   }
 }

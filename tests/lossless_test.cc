@@ -127,6 +127,28 @@ struct Shape {
 const Shape kShapes[] = {{0, 2, 1},    {1, 3, 7},      {15, 5, 16},  {17, 64, 64},
                          {255, 9, 64}, {250, 33, 100}, {257, 16, 31}};
 
+// Weights that are packed anew for every pass, from where the file has them.
+TEST(Lossless, WeightsReadInPlace) {
+  SKIP_WITHOUT(tiny("f32"));
+  std::mt19937 random(21);
+  for (const std::string type : kQuantTypes)
+    for (const std::string& isa : isas()) {
+      const Loaded packed = load(tiny(type), isa, 2);
+      ModelFile file = load_model(tiny(type));
+      file.tensors.embedding.lasting = file.tensors.head.lasting = true;
+      for (LlamaLayerTensors& l : file.tensors.layers)
+        for (TensorView* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w_gate, &l.w_up, &l.w_down})
+          w->lasting = true;
+      const auto backend = backend_of(isa, 2);
+      const Llama in_place(*backend, file.tensors);
+      const auto text = random_tokens(random, 5, in_place.config().vocab_size);
+      const Alone a = run_alone(*packed.model, text, DType::kF16),
+                  b = run_alone(in_place, text, DType::kF16);
+      expect_same(a.logits.data(), b.logits.data(), a.logits.size(), type + " " + isa);
+      if (isa != "scalar") check_tree(in_place, random, 7, 11, 4, 5, DType::kF16);
+    }
+}
+
 TEST(Lossless, NodesOfTreesEveryTypeIsaThreads) {
   SKIP_WITHOUT(tiny("f32"));
   for (const std::string type : kQuantTypes)

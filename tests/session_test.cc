@@ -2,9 +2,11 @@
 // allocated once it runs.
 #include "engine/session.h"
 
+#include <atomic>
 #include <cmath>
 
 #include "engine/cpu/thread_pool.h"
+#include "engine/cpu/work_shares.h"
 #include "engine/error.h"
 #include "engine/rope.h"
 #include "tests/allocation_counter.h"
@@ -182,8 +184,8 @@ TEST_F(SessionTest, ThePlanIsWhatIsAllocated) {
     if (e.name == "kv cache") kv = e.bytes;
   }
   EXPECT_EQ(sum, plan.total());
-  EXPECT_EQ(kv, 5u * 4 * 176 * (8 + 16) *
-                    2);  // layers, kv heads, slots (164 in blocks of 16), K + padded V, f16
+  EXPECT_EQ(kv, 5u * 4 * 256 * (8 + 16) *
+                    2);  // layers, kv heads, slots (164 in chunks of 256), K + padded V, f16
 }
 
 TEST(NgramTest, DraftsWhatFollowedBefore) {
@@ -241,15 +243,36 @@ TEST(ThreadPoolTest, EveryThreadRunsAndBarriersHold) {
     for (int round = 1; round <= 200; ++round) {
       pool.run([&](int t) {
         first[static_cast<size_t>(t)] = round;
-        pool.barrier();
+        pool.barrier(t);
         int sum = 0;
         for (const int v : first) sum += v;
         second[static_cast<size_t>(t)] = sum;
-        pool.barrier();
+        pool.barrier(t);
       });
       for (const int v : second) ASSERT_EQ(v, round * n);
     }
   }
+}
+
+TEST(WorkSharesTest, EveryUnitIsTakenOnce) {
+  for (const int threads : {1, 2, 3, 5})
+    for (const int64_t n : {0, 1, 2, 7, 100}) {
+      cpu::ThreadPool pool(threads);
+      cpu::WorkShares work(threads);
+      for (const bool alone : {false, true}) {  // alone: thread 0 has to take the others' shares
+        std::vector<std::atomic<int>> taken(static_cast<size_t>(n));
+        work.reset(n);
+        pool.run([&](int t) {
+          if (alone && t > 0) return;
+          for (;;) {
+            const auto [begin, end] = work.take(t);
+            if (begin == end) break;
+            for (int64_t i = begin; i < end; ++i) ++taken[static_cast<size_t>(i)];
+          }
+        });
+        for (const auto& times : taken) EXPECT_EQ(times, 1) << threads << " threads, " << n;
+      }
+    }
 }
 
 }  // namespace

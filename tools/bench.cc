@@ -1,17 +1,19 @@
-// chimera bench: how fast plain decoding is, how much of the memory's speed it gets, and what
-// drafting adds.
+// chimera bench: how fast this machine decodes, how fast it could, and where the time goes.
 #include <algorithm>
-#include <iterator>
+#include <chrono>
+#include <cstdio>
 
 #include "engine/generate.h"
 #include "tools/bench_shape.h"
 #include "tools/commands.h"
+#include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
+#include "tools/roofline.h"
 #include "tools/step_costs.h"
 #include "tools/timed_backend.h"
 
@@ -30,9 +32,9 @@ const char* const kPrompts[] = {
 };
 
 struct Options {
-  std::optional<std::string> model, prompts;
+  std::optional<std::string> model, prompts, svg;
   std::optional<int> limit, ctx, threads;
-  std::string device = "auto", shape = "", type = "bf16";
+  std::string device = "auto", shape = "", type = "bf16", weights = "packed";
   int n = 128, rounds = 5;
   DrafterFlags drafting;
   Sampling sampling;
@@ -43,15 +45,18 @@ Command command(Options* o) {
   Command command{
       "bench",
       "-m MODEL | --shape NAME [FLAGS]",
-      "Decodes a set of prompts with each drafter in turn, and reads memory as fast as it goes\n"
-      "between them. Reports medians of the rounds, and the lowest and highest.\n",
+      "Decodes sets of prompts with each drafter in turn, runs passes of 1 to 64 rows and after\n"
+      "texts of growing length, times every op of a pass, and reads memory as fast as it goes: "
+      "all\n"
+      "of it in every round. Reports medians of the rounds, and the lowest and highest.\n",
       {heading("Flags"),
        {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
-       {0, "prompts", "FILE",
-        "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line "
-        "(default: four prompts of its own)",
+       {0, "prompts", "FILE,..",
+        "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line; each "
+        "file is a set (default: four\nprompts of its own)",
         text(&o->prompts)},
-       {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
+       {0, "limit", "N", "prompts of a set to use, at most (default: all)",
+        integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
@@ -65,6 +70,10 @@ Command command(Options* o) {
        {0, "type", "TYPE", "... of this type", choice(&o->type, shape_types())},
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
+       {0, "weights", "HOW", "packed for this machine, or mapped: see chimera run --help",
+        choice(&o->weights, {"packed", "mapped"})},
+       {0, "svg", "FILE", "draw the passes under the limits of memory and arithmetic",
+        text(&o->svg)},
        {0, "json", "", "print one JSON object instead of a table", on(&o->json)}}};
   const std::vector<Flag> drafting = o->drafting.flags();
   command.flags.insert(command.flags.end() - 1, drafting.begin(), drafting.end());
@@ -92,26 +101,181 @@ struct Result {
   Series tokens_per_second, tokens_per_step, speedup;
 };
 
-std::vector<Prompt> choose_prompts(const Options& o) {
-  std::vector<Prompt> prompts;
-  if (o.prompts) {
-    prompts = load_prompts(*o.prompts);
-  } else {
-    for (const char* text : kPrompts) prompts.push_back({{"user", text}});
+// What each drafter did in one round, the first of them being none.
+void add_round(const std::vector<Total>& totals, std::vector<Result>* results) {
+  for (size_t d = 0; d < totals.size(); ++d) {
+    (*results)[d].tokens_per_second.add(totals[d].tokens_per_second());
+    (*results)[d].tokens_per_step.add(totals[d].tokens_per_step());
+    (*results)[d].speedup.add(totals[d].tokens_per_second() / totals[0].tokens_per_second());
   }
-  if (o.limit && prompts.size() > static_cast<size_t>(*o.limit))
-    prompts.resize(static_cast<size_t>(*o.limit));
-  return prompts;
+}
+
+struct PromptSet {
+  std::string name;
+  std::vector<std::vector<int32_t>> prompts;
+  std::vector<Result> results;
+};
+
+std::vector<PromptSet> choose_prompts(const Options& o, const Model& model) {
+  std::vector<PromptSet> sets;
+  const auto add = [&](const std::string& name, const std::vector<Prompt>& prompts) {
+    PromptSet& set = sets.emplace_back();
+    set.name = name;
+    for (const Prompt& prompt : prompts) {
+      if (o.limit && set.prompts.size() == static_cast<size_t>(*o.limit)) break;
+      set.prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
+    }
+  };
+  if (!o.prompts) {
+    std::vector<Prompt> own;
+    for (const char* text : kPrompts) own.push_back({{"user", text}});
+    add("own", own);
+    return sets;
+  }
+  for (size_t at = 0; at <= o.prompts->size();) {
+    const size_t end = std::min(o.prompts->find(',', at), o.prompts->size());
+    const std::string path = o.prompts->substr(at, end - at);
+    add(path.substr(path.rfind('/') + 1), load_prompts(path));
+    at = end + 1;
+  }
+  return sets;
 }
 
 void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& drafted,
-                size_t prompt, const std::string& drafter) {
+                const std::string& set, size_t prompt, const std::string& drafter) {
   const auto [a, b] = std::mismatch(plain.begin(), plain.end(), drafted.begin(), drafted.end());
   if (a == plain.end() && b == drafted.end()) return;
-  throw Error(
-      "prompt " + std::to_string(prompt + 1) + ", token " + std::to_string(a - plain.begin() + 1),
-      "the text of plain decoding", "another one with " + drafter,
-      "THE TEXTS DIFFER, which must never happen: please report it with this command");
+  throw Error(set + ", prompt " + std::to_string(prompt + 1) + ", token " +
+                  std::to_string(a - plain.begin() + 1),
+              "the text of plain decoding", "another one with " + drafter,
+              "THE TEXTS DIFFER, which must never happen: please report it with this command");
+}
+
+// ---- What cannot be had by decoding faster -----------------------------------------------------
+
+// Multiply-adds that one row costs.
+double multiply_adds(const LlamaConfig& c) {
+  const double hidden = c.hidden_size;
+  return c.n_layers * hidden * (2.0 * c.q_size() + 2.0 * c.kv_size() + 3.0 * c.ffn_size) +
+         hidden * c.vocab_size;
+}
+
+// Multiply-adds a second of products whose weights stay in cache: a piece of the model's own.
+class ArithmeticLimit {
+ public:
+  ArithmeticLimit(Backend& backend, TensorView weights) : backend_(backend) {
+    weights.rows = std::min<int64_t>(weights.rows, 256);
+    matrix_ = backend.prepare({&weights, 1});
+    std::vector<float> x(static_cast<size_t>(kRows * matrix_->cols));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 17) - 8.0f;
+    x_ = backend.allocate(x.size() * sizeof(float));
+    backend.upload(x_.get(), x.data(), x.size() * sizeof(float));
+    y_ = backend.allocate(static_cast<size_t>(kRows * matrix_->rows) * sizeof(float));
+    step_ = backend.make_step(1);
+    step_->clear();
+    step_->begin_sequence(0);
+    for (int i = 0; i < kRows; ++i) step_->add_row(0, i - 1, false);
+  }
+  double measure() {
+    using Clock = std::chrono::steady_clock;
+    double best = 1e9;
+    for (int i = 0; i < 50; ++i) {
+      const auto start = Clock::now();
+      backend_.submit(reinterpret_cast<uintptr_t>(step_.get()), [this] {
+        backend_.linear(step_.get(), {.weights = matrix_.get(),
+                                      .x = static_cast<float*>(x_.get()),
+                                      .y = static_cast<float*>(y_.get())});
+      });
+      best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+    }
+    return static_cast<double>(kRows * matrix_->rows * matrix_->cols) / best;
+  }
+
+ private:
+  static constexpr int kRows = 64;
+  Backend& backend_;
+  std::unique_ptr<Matrix> matrix_;
+  std::shared_ptr<Step> step_;
+  std::shared_ptr<void> x_, y_;
+};
+
+// ---- Output -------------------------------------------------------------------------------------
+
+using Json = nlohmann::ordered_json;
+
+template <typename... Values>
+std::string line(const char* format, Values... values) {
+  char buffer[200];
+  std::snprintf(buffer, sizeof buffer, format, values...);
+  return buffer;
+}
+
+Json json_of(const std::vector<Result>& results) {
+  Json list = Json::array();
+  for (const Result& r : results)
+    list.push_back({{"drafter", r.drafter},
+                    {"tokens_per_second", r.tokens_per_second.median()},
+                    {"tokens_per_second_spread", r.tokens_per_second.spread()},
+                    {"tokens_per_step", r.tokens_per_step.median()},
+                    {"tokens_per_step_spread", r.tokens_per_step.spread()},
+                    {"speedup", r.speedup.median()},
+                    {"speedup_spread", r.speedup.spread()}});
+  return list;
+}
+
+Json json_of(const char* what, const std::vector<StepCosts::Point>& points) {
+  Json list = Json::array();
+  for (const StepCosts::Point& p : points)
+    list.push_back({{what, p.at},
+                    {"seconds", p.seconds.median()},
+                    {"seconds_spread", p.seconds.spread()},
+                    {"ratio", p.ratio.median()},
+                    {"ratio_spread", p.ratio.spread()}});
+  return list;
+}
+
+Json json_of(const std::vector<StepCosts::Op>& ops) {
+  Json list = Json::array();
+  for (const StepCosts::Op& op : ops) {
+    Json seconds = Json::array();
+    for (size_t i = 0; i < op.seconds.size(); ++i)
+      seconds.push_back({{"rows", StepCosts::op_rows()[i]}, {"seconds", op.seconds[i].median()}});
+    list.push_back({{"op", op.name},
+                    {"calls", op.calls},
+                    {"weight_bytes", op.weight_bytes},
+                    {"passes", seconds}});
+  }
+  return list;
+}
+
+std::string table_of(const std::vector<Result>& results) {
+  std::string text = "drafter  tokens/s                  tokens/step          speedup\n";
+  for (const Result& r : results)
+    text += line("%-8s %-25s %-20s %s\n", r.drafter.c_str(), r.tokens_per_second.text(1).c_str(),
+                 r.tokens_per_step.text(2).c_str(), r.speedup.text(2).c_str());
+  return text;
+}
+
+std::string table_of(const char* what, const std::vector<StepCosts::Point>& points) {
+  std::string text = line("\n%-22s  ms a step                 times the first\n", what);
+  for (const StepCosts::Point& p : points)
+    text += line("%-22d  %-25.2f %s\n", p.at, 1e3 * p.seconds.median(), p.ratio.text(2).c_str());
+  return text;
+}
+
+std::string table_of(const std::vector<StepCosts::Op>& ops) {
+  std::string text = line("\n%-30s %5s", "ms a step", "calls");
+  for (const int rows : StepCosts::op_rows())
+    text += line("  %9s", count_text(rows, "row").c_str());
+  text += line("  %12s\n", "GB/s (1 row)");
+  for (const StepCosts::Op& op : ops) {
+    text += line("%-30s %5d", op.name.c_str(), op.calls);
+    for (const Series& seconds : op.seconds) text += line("  %9.3f", 1e3 * seconds.median());
+    if (op.weight_bytes > 0)
+      text += line("  %12.1f", static_cast<double>(op.weight_bytes) / op.seconds[0].median() / 1e9);
+    text += "\n";
+  }
+  return text;
 }
 
 }  // namespace
@@ -131,16 +295,18 @@ int bench(const std::vector<std::string>& args) {
                        {o.shape, o.type, o.ctx.value_or(512), o.rounds, threads, o.json});
   TimedBackend backend(std::move(device));
   Model model(*o.model);
-  std::vector<std::vector<int32_t>> prompts;
-  size_t longest = 0;
-  for (const Prompt& prompt : choose_prompts(o)) {
-    prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
-    longest = std::max(longest, prompts.back().size());
+  std::vector<PromptSet> sets = choose_prompts(o, model);
+  size_t longest = 0, n_prompts = 0;
+  for (const PromptSet& set : sets) {
+    n_prompts += set.prompts.size();
+    for (const auto& prompt : set.prompts) longest = std::max(longest, prompt.size());
   }
-  const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
+  const LlamaConfig config = model.file.tensors.config;
+  const int context = choose_context(config, o.ctx, longest, o.n);
 
   const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
-  const Llama llama = prepare_weights(backend, &model);
+  ArithmeticLimit arithmetic_limit(backend, model.file.tensors.layers.front().w_gate);
+  const Llama llama = prepare_weights(backend, &model, o.weights == "mapped");
   Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
   StepCosts costs(llama, &backend);
   GenerateOptions options;
@@ -156,60 +322,73 @@ int bench(const std::vector<std::string>& args) {
     drafters.push_back(make_drafter(name, o.drafting, draft, llama, context));
     results.emplace_back().drafter = name;
   }
+  for (PromptSet& set : sets) set.results = results;
 
   Progress progress;
   progress.show("warming up");
-  if (!o.drafting.nodes) session.measure_cost();
-  for (const auto& drafter : drafters) generate(session, drafter.get(), prompts.front(), options);
+  const CostCache cost_cache(model, llama);
+  if (!o.drafting.nodes) cost_cache.tune(&session, o.drafting.tune);
+  for (const auto& drafter : drafters)
+    generate(session, drafter.get(), sets.front().prompts.front(), options);
 
-  Series bandwidth, share;
+  Series bandwidth, share, arithmetic;
   for (int round = 0; round < o.rounds; ++round) {
     const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), threads);
-    std::vector<Total> totals(drafters.size());
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
-                    ", prompt " + std::to_string(i + 1) + " of " + std::to_string(prompts.size()));
-      options.sampling.seed = i;
-      std::vector<int32_t> plain;
-      for (size_t d = 0; d < drafters.size(); ++d) {
-        const Generation g = generate(session, drafters[d].get(), prompts[i], options);
-        if (d == 0) plain = g.ids;
-        check_same(plain, g.ids, i, results[d].drafter);
-        totals[d].add(g);
+    std::vector<Total> all(drafters.size());
+    for (PromptSet& set : sets) {
+      std::vector<Total> totals(drafters.size());
+      for (size_t i = 0; i < set.prompts.size(); ++i) {
+        progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
+                      ", " + set.name + ", prompt " + std::to_string(i + 1) + " of " +
+                      std::to_string(set.prompts.size()));
+        options.sampling.seed = i;
+        std::vector<int32_t> plain;
+        for (size_t d = 0; d < drafters.size(); ++d) {
+          const Generation g = generate(session, drafters[d].get(), set.prompts[i], options);
+          if (d == 0) plain = g.ids;
+          check_same(plain, g.ids, set.name, i, results[d].drafter);
+          totals[d].add(g);
+          all[d].add(g);
+        }
       }
+      if (totals[0].steps == 0)
+        throw Error("bench, " + set.name, "texts of two tokens and more", "none",
+                    "use other prompts");
+      add_round(totals, &set.results);
     }
-    if (totals[0].steps == 0)
-      throw Error("bench", "texts of two tokens and more", "none", "use other prompts");
-    for (size_t d = 0; d < drafters.size(); ++d) {
-      results[d].tokens_per_second.add(totals[d].tokens_per_second());
-      results[d].tokens_per_step.add(totals[d].tokens_per_step());
-      results[d].speedup.add(totals[d].tokens_per_second() / totals[0].tokens_per_second());
-    }
+    add_round(all, &results);
+    progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
+                  ", costs of a step");
     costs.measure_round();
+    arithmetic.add(arithmetic_limit.measure());
     bandwidth.add(gb_per_second);
-    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(totals[0].steps) /
-              totals[0].seconds / 1e9 / gb_per_second);
+    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(all[0].steps) /
+              all[0].seconds / 1e9 / gb_per_second);
   }
   progress.show("");
 
+  if (o.svg) {
+    Roofline roofline{model.name() + " on " + cpu_model() + ", " + backend.description(),
+                      1e9 * bandwidth.median(),
+                      arithmetic.median(),
+                      static_cast<double>(llama.weight_bytes()),
+                      multiply_adds(config),
+                      {}};
+    for (const StepCosts::Point& p : costs.by_rows())
+      roofline.passes.push_back({p.at, p.seconds.median()});
+    write_roofline(roofline, *o.svg);
+  }
   if (o.json) {
-    const auto result = [](const Result& r) {
-      return nlohmann::ordered_json{{"drafter", r.drafter},
-                                    {"tokens_per_second", r.tokens_per_second.median()},
-                                    {"tokens_per_second_spread", r.tokens_per_second.spread()},
-                                    {"tokens_per_step", r.tokens_per_step.median()},
-                                    {"tokens_per_step_spread", r.tokens_per_step.spread()},
-                                    {"speedup", r.speedup.median()},
-                                    {"speedup_spread", r.speedup.spread()}};
-    };
-    auto list = nlohmann::ordered_json::array();
-    for (const Result& r : results) list.push_back(result(r));
+    Json by_set = Json::array();
+    for (const PromptSet& set : sets)
+      by_set.push_back(
+          {{"set", set.name}, {"prompts", set.prompts.size()}, {"results", json_of(set.results)}});
     print_json({{"model", model.name()},
                 {"cpu", cpu_model()},
                 {"device", backend.name()},
                 {"isa", backend.isa()},
                 {"threads", threads},
-                {"prompts", prompts.size()},
+                {"prompts", n_prompts},
                 {"tokens", o.n},
                 {"rounds", o.rounds},
                 {"nodes", o.drafting.most_nodes()},
@@ -220,45 +399,28 @@ int bench(const std::vector<std::string>& args) {
                 {"read_bandwidth_gb_s_spread", bandwidth.spread()},
                 {"bandwidth_share", share.median()},
                 {"bandwidth_share_spread", share.spread()},
-                {"results", list}});
+                {"arithmetic_limit_g_multiply_adds_s", arithmetic.median() / 1e9},
+                {"results", json_of(results)},
+                {"sets", by_set},
+                {"passes", json_of("rows", costs.by_rows())},
+                {"contexts", json_of("tokens", costs.by_context())},
+                {"ops", json_of(costs.by_op())},
+                {"prefill_tokens", costs.prefill_tokens()},
+                {"prefill_tokens_per_second", costs.prefill_tokens_per_second().median()},
+                {"prefill_tokens_per_second_spread", costs.prefill_tokens_per_second().spread()}});
     return 0;
   }
-  std::string table;
-  for (const Result& r : results) {
-    char buffer[160];
-    std::snprintf(buffer, sizeof buffer, "%-8s %-25s %-20s %s\n", r.drafter.c_str(),
-                  r.tokens_per_second.text(1).c_str(), r.tokens_per_step.text(2).c_str(),
-                  r.speedup.text(2).c_str());
-    table += buffer;
-  }
-  const auto line = [&](const char* format, auto... values) {
-    char buffer[160];
-    std::snprintf(buffer, sizeof buffer, format, values...);
-    return std::string(buffer);
-  };
-  const auto curve = [&](const char* what, const std::vector<StepCosts::Point>& points) {
-    std::string text = line("\n%-22s  ms a step                 times the first\n", what);
-    for (const StepCosts::Point& p : points)
-      text += line("%-22d  %-25.2f %s\n", p.at, 1e3 * p.seconds.median(), p.ratio.text(2).c_str());
-    return text;
-  };
-  std::string ops = line("\n%-30s %5s", "ms a step", "calls");
-  for (const int rows : StepCosts::op_rows()) ops += line("  %9s", count_text(rows, "row").c_str());
-  ops += line("  %12s\n", "GB/s (1 row)");
-  for (const StepCosts::Op& op : costs.by_op()) {
-    ops += line("%-30s %5d", op.name.c_str(), op.calls);
-    for (const Series& seconds : op.seconds) ops += line("  %9.3f", 1e3 * seconds.median());
-    if (op.weight_bytes > 0)
-      ops += line("  %12.1f", static_cast<double>(op.weight_bytes) / op.seconds[0].median() / 1e9);
-    ops += "\n";
-  }
+  std::string by_set;
+  for (const PromptSet& set : sets)
+    if (sets.size() > 1)
+      by_set += set.name + ", " + count_text(static_cast<int64_t>(set.prompts.size()), "prompt") +
+                "\n" + table_of(set.results) + "\n";
   print(model.name() + " on " + cpu_model() + ", " + backend.description() + "\n" +
-        count_text(static_cast<int64_t>(prompts.size()), "prompt") + ", up to " +
-        std::to_string(o.n) + " tokens each; median (lowest..highest) of " +
-        count_text(o.rounds, "round") + "\n\n" +
-        "drafter  tokens/s                  tokens/step          speedup\n" + table +
-        curve("rows of a pass", costs.by_rows()) + curve("tokens of context", costs.by_context()) +
-        ops + "\nprefill of " + std::to_string(costs.prefill_tokens()) +
+        count_text(static_cast<int64_t>(n_prompts), "prompt") + ", up to " + std::to_string(o.n) +
+        " tokens each; median (lowest..highest) of " + count_text(o.rounds, "round") + "\n\n" +
+        by_set + table_of(results) + table_of("rows of a pass", costs.by_rows()) +
+        table_of("tokens of context", costs.by_context()) + table_of(costs.by_op()) +
+        "\nprefill of " + std::to_string(costs.prefill_tokens()) +
         " tokens: " + costs.prefill_tokens_per_second().text(0) + " tokens/s" +
         "\nreading memory at " + bandwidth.text(1) + " GB/s; plain decoding reads " +
         bytes_text(llama.weight_bytes()) + " of weights a token,\n" + share.text(2) +

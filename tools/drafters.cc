@@ -11,8 +11,9 @@ std::vector<Flag> DrafterFlags::flags() {
       {0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
       {0, "nodes", "N",
        "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
-       "measured at the start)",
+       "measured once and kept)",
        integer(&nodes, 1, 255)},
+      {0, "tune", "", "... measure it again", on(&tune)},
       {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
       {0, "width", "N", "guesses that the draft model goes on from at each depth",
        integer(&width, 1, 32)},

@@ -18,6 +18,7 @@ struct DrafterFlags {
   std::optional<std::string> draft;  // path of a draft model
   StaticTree tree{};                 // empty: none
   std::optional<int> nodes;          // not given: what this machine makes the most of
+  bool tune = false;                 // measure that again, whatever was measured before
   int depth = 6, width = 4;
 
   int most_nodes() const { return std::max(nodes.value_or(kMostNodes), tree.size()); }

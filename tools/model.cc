@@ -50,15 +50,19 @@ int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t lon
   return context;
 }
 
-Llama prepare_weights(Backend& backend, Model* model) {
+Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
   const MappedFile& file = model->file.file;
-  Llama llama(backend, model->file.tensors, [&](const TensorView& view) {
-    file.drop({view.data, view.bytes()});
-  });
   LlamaTensors& tensors = model->file.tensors;
+  tensors.embedding.lasting = tensors.head.lasting = mapped;
+  for (LlamaLayerTensors& l : tensors.layers)
+    for (TensorView* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w_gate, &l.w_up, &l.w_down})
+      w->lasting = mapped;
+  Llama llama(backend, tensors, [&](const TensorView& view) {
+    if (!view.lasting) file.drop({view.data, view.bytes()});
+  });
   tensors.embedding = tensors.output_norm = tensors.head = {};
   tensors.layers.clear();
-  model->file.file = MappedFile();
+  if (!mapped) model->file.file = MappedFile();
   return llama;
 }
 

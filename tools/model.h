@@ -37,7 +37,8 @@ inline constexpr int kMaxContext = 1 << 20;
 int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t longest_prompt, int n);
 
 // Repacks the weights for the backend. The file is no longer needed then, and closed: model->file
-// keeps its configuration only.
-Llama prepare_weights(Backend& backend, Model* model);
+// keeps its configuration only. mapped: the backend reads them where the file has them, and the
+// model must outlive the result; slower, but nothing is copied and processes share the memory.
+Llama prepare_weights(Backend& backend, Model* model, bool mapped = false);
 
 }  // namespace chimera

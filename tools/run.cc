@@ -12,6 +12,7 @@
 #include "loader/text.h"
 #include "tokenizer/stream_decoder.h"
 #include "tools/commands.h"
+#include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
@@ -27,7 +28,7 @@ constexpr size_t kLongestPrompt = 64 << 20;  // bytes
 struct Options {
   std::optional<std::string> model, prompt, file, system;
   std::optional<int> n, ctx, threads;
-  std::string drafter = "best", device = "auto", kv = "f16";
+  std::string drafter = "best", device = "auto", kv = "f16", weights = "packed";
   DrafterFlags drafting;
   Sampling sampling;
   bool chat = false, raw = false, eager = false, json = false;
@@ -78,6 +79,10 @@ Command command(Options* o) {
         integer(&o->ctx, 1, kMaxContext)},
        {0, "kv", "TYPE", "keys and values as f16, or as f32 in twice the memory",
         choice(&o->kv, {"f16", "f32"})},
+       {0, "weights", "HOW",
+        "packed for this machine, or mapped: read where the file\nhas them, without a copy, shared "
+        "between processes; slower",
+        choice(&o->weights, {"packed", "mapped"})},
        heading("Output"),
        {0, "json", "", "print one JSON object instead: text, ids and figures", on(&o->json)}}};
   const auto drafter = std::find_if(command.flags.begin(), command.flags.end(),
@@ -185,13 +190,14 @@ int run(const std::vector<std::string>& args) {
   const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
   if (o.drafter == "best")
     o.drafter = !o.drafting.tree.empty() ? "static" : draft ? "hybrid" : "ngram";
-  const Llama llama = prepare_weights(*backend, &model);
+  const Llama llama = prepare_weights(*backend, &model, o.weights == "mapped");
   const bool plain = o.drafter == "none";
   Session session(llama, {.context = context,
                           .max_nodes = plain ? 0 : o.drafting.most_nodes(),
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
-  if (!plain && o.drafter != "static" && !o.drafting.nodes) session.measure_cost();
+  const CostCache costs(model, llama);
+  if (!plain && o.drafter != "static" && !o.drafting.nodes) costs.tune(&session, o.drafting.tune);
   load_seconds += seconds_since(start);
   end_text_on_interrupt();
   if (!o.json) {
@@ -212,6 +218,7 @@ int run(const std::vector<std::string>& args) {
   options.cancelled = [] { return interrupted != 0; };
   const Generation g = generate(session, drafter.get(), prompt, options,
                                 [&](int32_t id) { emit(decoder.push(id)); });
+  costs.keep(session);
   emit(decoder.finish());
   if (!text.ends_with('\n') && !o.json) print("\n");
 

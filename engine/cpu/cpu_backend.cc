@@ -7,12 +7,14 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "engine/backend.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/panels.h"
 #include "engine/cpu/thread_pool.h"
+#include "engine/cpu/work_shares.h"
 #include "engine/error.h"
 
 namespace chimera {
@@ -23,15 +25,15 @@ int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Zeroed pages, touched only when written; `huge`: large ones, which cost less to look up but are
-// taken whole.
-std::shared_ptr<void> map_memory(size_t bytes, bool huge = false) {
+// Zeroed pages, taken when first written: large ones where the system has them, which cost less to
+// look up.
+std::shared_ptr<void> map_memory(size_t bytes) {
   bytes = std::max<size_t>(bytes, 64);
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
     throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --ctx");
-  if (huge) madvise(p, bytes, MADV_HUGEPAGE);
+  madvise(p, bytes, MADV_HUGEPAGE);
   return {p, [bytes](void* q) { munmap(q, bytes); }};
 }
 
@@ -44,7 +46,7 @@ class WeightArena {
     if (slabs_.empty() || used_ + bytes > size_) {
       size_ = std::max<size_t>(bytes, 64u << 20);
       used_ = 0;
-      slabs_.push_back(map_memory(size_, /*huge=*/true));
+      slabs_.push_back(map_memory(size_));
     }
     std::byte* p = static_cast<std::byte*>(slabs_.back().get()) + used_;
     used_ += bytes;
@@ -57,10 +59,10 @@ class WeightArena {
 };
 
 struct Segment {
-  TensorView file;  // type and shape; data: the file's rows in the engine's order, if no panels
-  std::byte* panels = nullptr;
-  int64_t first_row = 0;    // in the stacked matrix
-  int64_t first_panel = 0;  // units of 16 rows, of panels and of file rows alike
+  TensorView file;              // type and shape; data: the file's rows, if there are no panels
+  std::byte* panels = nullptr;  // none: made from the rows whenever they are needed, or never
+  int64_t first_row = 0;        // in the stacked matrix
+  int64_t first_panel = 0;      // units of 16 rows, of panels and of file rows alike
   int64_t n_panels = 0;
 };
 
@@ -68,6 +70,7 @@ class CpuMatrix : public Matrix {
  public:
   std::vector<Segment> segments;
   int64_t n_panels = 0;
+  size_t number = 0;  // in the order of preparation
   bool needs_f32 = false, needs_bf16 = false, needs_q8 = false;
 };
 
@@ -104,7 +107,12 @@ class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options)
       : kernels_(select_kernels()),
-        pool_(options.threads > 0 ? options.threads : physical_cores()) {}
+        ahead_(static_cast<size_t>(options.threads > 0 ? options.threads : physical_cores())),
+        work_(static_cast<int>(ahead_.size())),
+        pool_(
+            static_cast<int>(ahead_.size()),
+            [](void* self, int thread) { static_cast<CpuBackend*>(self)->read_ahead(thread, 512); },
+            this) {}
 
   std::string name() const override { return "cpu"; }
   std::string isa() const override { return kernels_.name; }
@@ -133,8 +141,11 @@ class CpuBackend final : public Backend {
         throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
                     std::to_string(w.cols));
       Segment s{w, nullptr, matrix->rows, matrix->n_panels, (w.rows + kPanelRows - 1) / kPanelRows};
-      if (kernels_.products != nullptr && kernels_.products[static_cast<int>(w.type)] != nullptr) {
-        const size_t panel = panel_bytes(w.type, w.cols);
+      const size_t panel = panel_bytes(w.type, w.cols);
+      if (w.lasting) {
+        scratch_panel_bytes_ = std::max(scratch_panel_bytes_, panel);
+        matrix->bytes += w.bytes();
+      } else if (product_for(w.type) != nullptr) {
         std::byte* panels = arena_.take(panel * static_cast<size_t>(s.n_panels));
         pool_.run([&](int thread) {
           const auto [begin, end] = share(s.n_panels, thread);
@@ -162,6 +173,10 @@ class CpuBackend final : public Backend {
       matrix->n_panels += s.n_panels;
       matrix->segments.push_back(s);
     }
+    matrix->number = shares_.size() / static_cast<size_t>(pool_.size());
+    for (int thread = 0; thread < pool_.size(); ++thread)
+      shares_.push_back(
+          weights_of(*matrix, work_.first_of(matrix->n_panels, static_cast<size_t>(thread))));
     return matrix;
   }
 
@@ -171,19 +186,21 @@ class CpuBackend final : public Backend {
       pack_panel(
           tensor, row / kPanelRows,
           s.panels + static_cast<size_t>(row / kPanelRows) * panel_bytes(tensor.type, tensor.cols));
-    else
+    else if (s.file.row(row) != tensor.row(row))
       std::memcpy(const_cast<std::byte*>(s.file.row(row)), tensor.row(row),
                   row_bytes(tensor.type, tensor.cols));
   }
 
-  // Layout: k (layer, sequence, kv_head, capacity / 16, head_dim, 16), then
-  //         v (layer, sequence, kv_head, capacity, padded_dim).
+  // Layout: k (sequence, capacity / kChunk, layer, kv_head, kChunk / 16, head_dim, 16), then
+  //         v (sequence, capacity / kChunk, layer, kv_head, kChunk, padded_dim).
+  // What a text has used of it lies together, so that large pages hold little else.
   size_t kv_bytes(const KvShape& s) const override {
-    return heads_of(s) * (key_elements(s) + value_elements(s)) * element_size(s);
+    return chunks_of(s) * heads_of(s) * (key_elements(s) + value_elements(s)) * element_size(s);
   }
   KvCache bind_kv(const KvShape& s, void* memory) const override {
     return {s, memory,
-            static_cast<std::byte*>(memory) + heads_of(s) * key_elements(s) * element_size(s)};
+            static_cast<std::byte*>(memory) +
+                chunks_of(s) * heads_of(s) * key_elements(s) * element_size(s)};
   }
 
   void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
@@ -197,10 +214,13 @@ class CpuBackend final : public Backend {
     const auto threads = static_cast<size_t>(pool_.size());
     const size_t shared = InputScratch::bytes(scratch_rows_, scratch_cols_);
     const size_t own = InputScratch::bytes(pool_.size(), scratch_cols_);
-    const size_t partials = size_t{kWaveTiles} * kMaxQueries * static_cast<size_t>(max_chunks_) *
-                            static_cast<size_t>(partial_size_) * 4;
+    const size_t tile = size_t{kMaxQueries} * static_cast<size_t>(max_chunks_) *
+                        static_cast<size_t>(partial_size_) * 4;
+    wave_tiles_ = static_cast<int>(std::clamp<size_t>(kWaveBytes / tile, kFewTiles, kManyTiles));
+    const size_t partials = static_cast<size_t>(wave_tiles_) * tile;
     const size_t sampler = static_cast<size_t>(round_up(vocab_, 16)) * 8;
-    reserved_ = shared + threads * own + partials + sampler;
+    const size_t panels = threads * scratch_panel_bytes_;
+    reserved_ = shared + threads * own + partials + sampler + panels;
     memory_ = map_memory(reserved_);
     auto* p = static_cast<std::byte*>(memory_.get());
     shared_input_ = InputScratch::carve(p, scratch_rows_, scratch_cols_);
@@ -211,6 +231,7 @@ class CpuBackend final : public Backend {
     partials_ = reinterpret_cast<float*>(p);
     p += partials;
     sampler_ = {reinterpret_cast<float*>(p), reinterpret_cast<int32_t*>(p) + round_up(vocab_, 16)};
+    scratch_panels_ = p + sampler;
   }
   size_t reserved_bytes() const override { return reserved_; }
 
@@ -244,31 +265,31 @@ class CpuBackend final : public Backend {
     const bool all = op.rows == Rows::kAll;
     const int m = all ? step->n_rows - step->first_new : step->n_logits;
     if (m == 0) return;
+    work_.reset(w.n_panels);
     pool_.run([&](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
       // each other; many are divided.
       const bool divide = m >= pool_.size();
       const InputScratch& input = divide ? shared_input_ : own_input_[static_cast<size_t>(thread)];
       const auto [first, last] = divide ? share(m, thread) : std::pair<int64_t, int64_t>{0, m};
+      read_ahead(thread, 8 << 10);  // they come while the input is transformed
       for (int64_t i = first; i < last; ++i)
         prepare_input(op, w, all ? step->first_new + i : step->logits_row[i], i, input);
-      if (divide) pool_.barrier();
+      if (divide) pool_.barrier(thread);
 
       const Activations x = activations(op, w, input);
       const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
-      const auto [begin, end] = share(w.n_panels, thread);
-      for (const Segment& s : w.segments) {
-        const int64_t b = std::max<int64_t>(begin - s.first_panel, 0),
-                      e = std::min(end - s.first_panel, s.n_panels);
-        if (b >= e) continue;
-        float* y = op.y + (all ? step->first_new * y_stride : 0) + s.first_row;
-        if (s.panels != nullptr)
-          kernels_.products[static_cast<int>(s.file.type)](
-              {s.panels, s.file.rows, w.cols, b, e, x, m, y, y_stride, op.accumulate});
-        else
-          product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, y,
-                            y_stride, op.accumulate);
+      float* y = op.y + (all ? step->first_new * y_stride : 0);
+      for (;;) {
+        const auto [begin, end] = work_.take(thread);
+        if (begin == end) break;
+        multiply(w, begin, end, x, m, y, y_stride, op.accumulate,
+                 scratch_panels_ + static_cast<size_t>(thread) * scratch_panel_bytes_);
       }
+      const size_t next = (w.number + 1) * static_cast<size_t>(pool_.size());
+      ahead_[static_cast<size_t>(thread)].next =
+          shares_[next % shares_.size() + static_cast<size_t>(thread)];
+      ahead_[static_cast<size_t>(thread)].bytes = kReadAhead;
     });
   }
 
@@ -278,25 +299,38 @@ class CpuBackend final : public Backend {
     const int half = h.head_dim / 2, width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
     const int group = h.n_heads / h.n_kv_heads,
               turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
-    for_new_rows(step, [&](int r) {
-      float* q = qkv + static_cast<int64_t>(r) * width;
-      float* k = q + h.n_heads * h.head_dim;
+    // One KV head of a row, with its query heads.
+    const auto one = [&](int r, int head) {
+      float* q = qkv + static_cast<int64_t>(r) * width + head * group * h.head_dim;
+      float* k = qkv + static_cast<int64_t>(r) * width + (h.n_heads + head) * h.head_dim;
       const float* v = k + h.n_kv_heads * h.head_dim;
       const int64_t key_at = static_cast<int64_t>(step->position[r]) * half,
                     query_at = key_at + rope.query_shift * half;
-      for (int i = 0; i < h.n_heads; ++i) {
-        float* head = q + i * h.head_dim;
-        if (i / group < turning)
-          kernels_.rotate(head, rope.cos + query_at, rope.sin + query_at, h.head_dim, scale);
+      for (int i = 0; i < group; ++i, q += h.head_dim) {
+        if (head < turning)
+          kernels_.rotate(q, rope.cos + query_at, rope.sin + query_at, h.head_dim, scale);
         else
-          for (int d = 0; d < h.head_dim; ++d) head[d] *= scale;
+          for (int d = 0; d < h.head_dim; ++d) q[d] *= scale;
       }
-      for (int i = 0; i < h.n_kv_heads; ++i) {
-        if (i < turning)
-          kernels_.rotate(k + i * h.head_dim, rope.cos + key_at, rope.sin + key_at, h.head_dim,
-                          1.0f);
-        append(kv, layer, step->sequence[r], i, step->slot[r], k + i * h.head_dim,
-               v + i * h.head_dim);
+      if (head < turning)
+        kernels_.rotate(k, rope.cos + key_at, rope.sin + key_at, h.head_dim, 1.0f);
+      append(kv, layer, step->sequence[r], head, step->slot[r], k, v);
+    };
+    const int first = step->first_new, n = step->n_rows - first;
+    if (n < kFewRows) {
+      for (int r = first; r < step->n_rows; ++r)
+        for (int head = 0; head < h.n_kv_heads; ++head) one(r, head);
+      return;
+    }
+    // Rows that follow each other write to the same cache lines of a head's keys, so they stay with
+    // one thread.
+    work_.reset(static_cast<int64_t>(h.n_kv_heads) * ((n + kKeyBlock - 1) / kKeyBlock));
+    pool_.run([&](int thread) {
+      for (auto [unit, end] = work_.take(thread); unit < end;) {
+        const int head = static_cast<int>(unit) % h.n_kv_heads;
+        const int row = first + static_cast<int>(unit) / h.n_kv_heads * kKeyBlock;
+        for (int r = row; r < std::min(row + kKeyBlock, step->n_rows); ++r) one(r, head);
+        if (++unit == end) std::tie(unit, end) = work_.take(thread);
       }
     });
   }
@@ -318,24 +352,22 @@ class CpuBackend final : public Backend {
       const Step::Sequence& seq = step->sequences[s];
       return std::max(0, seq.first_row + seq.n_rows - first_row(s));
     };
-    const auto tiles_of = [&](int s) {
-      return (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries;
-    };
-    int total = 0, chunks = 1;
+    int first_tile[Step::kMaxSequences + 1] = {}, chunks = 1;  // first_tile: of a sequence
     for (int s = 0; s < step->n_sequences; ++s) {
-      if (step->sequences[s].n_rows == 0) continue;
-      total += tiles_of(s) * h.n_kv_heads;
+      const int tiles = (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries;
+      first_tile[s + 1] = first_tile[s] + tiles * h.n_kv_heads;
       // No row sees further than all its sequence's rows in a chain.
-      chunks = std::max(
-          chunks, (step->sequences[s].committed + step->sequences[s].n_rows - 1) / kChunk + 1);
+      if (tiles > 0)
+        chunks = std::max(
+            chunks, (step->sequences[s].committed + step->sequences[s].n_rows - 1) / kChunk + 1);
     }
+    const int total = first_tile[step->n_sequences];
     const auto tile_at = [&](int index) {
-      int s = 0;
-      for (;; ++s) {
-        const int n = tiles_of(s) * h.n_kv_heads;
-        if (index < n) break;
-        index -= n;
-      }
+      const int s =
+          static_cast<int>(std::upper_bound(first_tile, first_tile + step->n_sequences, index) -
+                           first_tile) -
+          1;
+      index -= first_tile[s];
       const int pairs = n_rows(s) * group, first = index / h.n_kv_heads * kMaxQueries;
       return Tile{s, index % h.n_kv_heads, first, std::min(kMaxQueries, pairs - first)};
     };
@@ -352,8 +384,10 @@ class CpuBackend final : public Backend {
       const Step::Sequence& seq = step->sequences[tile.sequence];
       AttentionChunk c;
       c.type = kv.shape.type;
-      c.k = keys(kv, layer, tile.sequence, tile.kv_head);
-      c.v = values(kv, layer, tile.sequence, tile.kv_head);
+      c.k = keys(kv, layer, tile.sequence, 0, tile.kv_head);
+      c.v = values(kv, layer, tile.sequence, 0, tile.kv_head);
+      c.k_stride = static_cast<int64_t>(heads_of(kv.shape) * key_elements(kv.shape));
+      c.v_stride = static_cast<int64_t>(heads_of(kv.shape) * value_elements(kv.shape));
       c.head_dim = h.head_dim;
       c.padded_dim = padded;
       c.begin = chunk * kChunk;
@@ -391,8 +425,8 @@ class CpuBackend final : public Backend {
 
     next_.store(0, std::memory_order_relaxed);
     pool_.run([&](int thread) {
-      for (int wave = 0; wave < total; wave += kWaveTiles) {
-        const int tiles = std::min(kWaveTiles, total - wave);
+      for (int wave = 0; wave < total; wave += wave_tiles_) {
+        const int tiles = std::min(wave_tiles_, total - wave);
         // next_ counts the (tile, chunk) pairs of all waves, so it never has to be reset inside.
         const int begin = wave * chunks, end = (wave + tiles) * chunks;
         for (;;) {
@@ -401,9 +435,9 @@ class CpuBackend final : public Backend {
           if (!next_.compare_exchange_weak(i, i + 1, std::memory_order_relaxed)) continue;
           attend(tile_at(wave + (i - begin) / chunks), (i - begin) / chunks, (i - begin) % chunks);
         }
-        pool_.barrier();
+        pool_.barrier(thread);
         for (int i = thread; i < tiles; i += pool_.size()) finish(tile_at(wave + i), i);
-        if (wave + kWaveTiles < total) pool_.barrier();
+        if (wave + wave_tiles_ < total) pool_.barrier(thread);
       }
     });
   }
@@ -447,7 +481,10 @@ class CpuBackend final : public Backend {
         for (int r = 0; r < step->n_rows;
              ++r)  // parents first: a row never moves onto one still to move
           if (step->kept_at[r] >= 0 && step->kept_at[r] != step->slot[r])
-            move(kv, static_cast<int>(layer), step->sequence[r], step->slot[r], step->kept_at[r]);
+            (kv.shape.type == DType::kF16 ? move<uint16_t>
+                                          : move<float>)(kv, static_cast<int>(layer),
+                                                         step->sequence[r], step->slot[r],
+                                                         step->kept_at[r]);
     });
   }
 
@@ -464,7 +501,9 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  static constexpr int kWaveTiles = 16;
+  static constexpr size_t kWaveBytes =
+      4 << 20;  // of partial results; the threads meet after each wave
+  static constexpr size_t kFewTiles = 16, kManyTiles = 128;
   static constexpr int kFewRows =
       4;  // row loops shorter than this are not worth waking threads for
 
@@ -483,6 +522,61 @@ class CpuBackend final : public Backend {
       const auto [begin, end] = share(n, thread);
       for (int64_t r = begin; r < end; ++r) f(first + static_cast<int>(r));
     });
+  }
+
+  ProductFunction product_for(DType type) const {
+    return kernels_.products != nullptr ? kernels_.products[static_cast<int>(type)] : nullptr;
+  }
+
+  // Panels [begin, end) of a product.
+  void multiply(const CpuMatrix& w, int64_t begin, int64_t end, const Activations& x, int m,
+                float* y, int64_t y_stride, bool accumulate, std::byte* scratch_panel) const {
+    for (const Segment& s : w.segments) {
+      const int64_t b = std::max<int64_t>(begin - s.first_panel, 0),
+                    e = std::min(end - s.first_panel, s.n_panels);
+      if (b >= e) continue;
+      float* out = y + s.first_row;
+      const ProductFunction product = product_for(s.file.type);
+      if (s.panels != nullptr) {
+        product({s.panels, s.file.rows, w.cols, b, e, x, m, out, y_stride, accumulate});
+      } else if (product != nullptr) {
+        for (int64_t p = b; p < e; ++p) {
+          pack_panel(s.file, p, scratch_panel);
+          const int64_t row = p * kPanelRows;
+          product({scratch_panel, std::min<int64_t>(kPanelRows, s.file.rows - row), w.cols, 0, 1, x,
+                   m, out + row, y_stride, accumulate});
+        }
+      } else {
+        product_reference(s.file, b * kPanelRows, std::min(e * kPanelRows, s.file.rows), x, m, out,
+                          y_stride, accumulate);
+      }
+    }
+  }
+
+  // The first byte of a matrix's panel.
+  static const std::byte* weights_of(const CpuMatrix& w, int64_t panel) {
+    for (const Segment& s : w.segments) {
+      const int64_t p = panel - s.first_panel;
+      if (p >= s.n_panels) continue;
+      return s.panels != nullptr
+                 ? s.panels + static_cast<size_t>(p) * panel_bytes(s.file.type, w.cols)
+                 : s.file.row(p * kPanelRows);
+    }
+    return nullptr;
+  }
+
+  // Memory would be idle while a thread waits for another: the thread asks for the weights that it
+  // will need next, which is as a rule its share of the matrix that was prepared next.
+  struct alignas(64) Ahead {
+    const std::byte* next = nullptr;
+    size_t bytes = 0;
+  };
+  static constexpr size_t kReadAhead = 64 << 10;
+  void read_ahead(int thread, size_t bytes) {
+    Ahead& a = ahead_[static_cast<size_t>(thread)];
+    const std::byte* end = a.next + std::min(bytes, a.bytes);
+    a.bytes -= static_cast<size_t>(end - a.next);
+    for (; a.next < end; a.next += 64) __builtin_prefetch(a.next, 0, 2);
   }
 
   // Row `from` of the op's input, transformed and rounded into row `to` of the scratch.
@@ -517,78 +611,86 @@ class CpuBackend final : public Backend {
   }
 
   static size_t element_size(const KvShape& s) { return s.type == DType::kF16 ? 2 : 4; }
-  static size_t heads_of(const KvShape& s) {
-    return static_cast<size_t>(s.n_layers) * static_cast<size_t>(s.n_sequences) *
-           static_cast<size_t>(s.n_kv_heads);
+  static size_t chunks_of_sequence(const KvShape& s) {
+    return static_cast<size_t>(round_up(s.capacity, kChunk) / kChunk);
   }
-  static size_t key_elements(const KvShape& s) {
-    return static_cast<size_t>(round_up(s.capacity, kKeyBlock)) * static_cast<size_t>(s.head_dim);
+  static size_t chunks_of(const KvShape& s) {
+    return static_cast<size_t>(s.n_sequences) * chunks_of_sequence(s);
+  }
+  static size_t heads_of(const KvShape& s) {  // of one chunk
+    return static_cast<size_t>(s.n_layers) * static_cast<size_t>(s.n_kv_heads);
+  }
+  static size_t key_elements(const KvShape& s) {  // of one head and chunk
+    return size_t{kChunk} * static_cast<size_t>(s.head_dim);
   }
   static size_t value_elements(const KvShape& s) {
-    return static_cast<size_t>(round_up(s.capacity, kKeyBlock)) *
-           static_cast<size_t>(round_up(s.head_dim, 16));
+    return size_t{kChunk} * static_cast<size_t>(round_up(s.head_dim, 16));
   }
-  static size_t head_index(const KvShape& s, int layer, int sequence, int head) {
-    return (static_cast<size_t>(layer) * static_cast<size_t>(s.n_sequences) +
-            static_cast<size_t>(sequence)) *
-               static_cast<size_t>(s.n_kv_heads) +
-           static_cast<size_t>(head);
+  static size_t head_index(const KvShape& s, int layer, int sequence, int slot, int head) {
+    return (static_cast<size_t>(sequence) * chunks_of_sequence(s) +
+            static_cast<size_t>(slot / kChunk)) *
+               heads_of(s) +
+           static_cast<size_t>(layer * s.n_kv_heads + head);
   }
-  static std::byte* keys(const KvCache& kv, int layer, int sequence, int head) {
-    return static_cast<std::byte*>(kv.k) + head_index(kv.shape, layer, sequence, head) *
+  // The keys and the values of the chunk that a slot belongs to.
+  static std::byte* keys(const KvCache& kv, int layer, int sequence, int slot, int head) {
+    return static_cast<std::byte*>(kv.k) + head_index(kv.shape, layer, sequence, slot, head) *
                                                key_elements(kv.shape) * element_size(kv.shape);
   }
-  static std::byte* values(const KvCache& kv, int layer, int sequence, int head) {
-    return static_cast<std::byte*>(kv.v) + head_index(kv.shape, layer, sequence, head) *
+  static std::byte* values(const KvCache& kv, int layer, int sequence, int slot, int head) {
+    return static_cast<std::byte*>(kv.v) + head_index(kv.shape, layer, sequence, slot, head) *
                                                value_elements(kv.shape) * element_size(kv.shape);
+  }
+  // A slot's first key element in its chunk; the others follow kKeyBlock apart.
+  static size_t key_column(const KvShape& s, int slot) {
+    const auto at = static_cast<size_t>(slot % kChunk);
+    return at / kKeyBlock * static_cast<size_t>(s.head_dim) * kKeyBlock + at % kKeyBlock;
+  }
+  static size_t value_row(const KvShape& s, int slot) {
+    return static_cast<size_t>(slot % kChunk) * static_cast<size_t>(round_up(s.head_dim, 16));
   }
 
   void append(const KvCache& kv, int layer, int sequence, int head, int slot, const float* k,
               const float* v) {
-    const auto dim = static_cast<size_t>(kv.shape.head_dim),
-               padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
-    const auto at = static_cast<size_t>(slot);
-    const size_t column = at / kKeyBlock * dim * kKeyBlock + at % kKeyBlock;
-    if (kv.shape.type == DType::kF16) {
+    const KvShape& shape = kv.shape;
+    const auto dim = static_cast<size_t>(shape.head_dim);
+    std::byte *keys_of = keys(kv, layer, sequence, slot, head),
+              *values_of = values(kv, layer, sequence, slot, head);
+    if (shape.type == DType::kF16) {
       uint16_t rounded[1024];
-      kernels_.round_f16(k, kv.shape.head_dim, rounded);
-      auto* keys_at = reinterpret_cast<uint16_t*>(keys(kv, layer, sequence, head)) + column;
-      for (size_t d = 0; d < dim; ++d) keys_at[d * kKeyBlock] = rounded[d];
-      kernels_.round_f16(
-          v, kv.shape.head_dim,
-          reinterpret_cast<uint16_t*>(values(kv, layer, sequence, head)) + at * padded);
+      kernels_.round_f16(k, shape.head_dim, rounded);
+      auto* to = reinterpret_cast<uint16_t*>(keys_of) + key_column(shape, slot);
+      for (size_t d = 0; d < dim; ++d) to[d * kKeyBlock] = rounded[d];
+      kernels_.round_f16(v, shape.head_dim,
+                         reinterpret_cast<uint16_t*>(values_of) + value_row(shape, slot));
     } else {
-      auto* keys_at = reinterpret_cast<float*>(keys(kv, layer, sequence, head)) + column;
-      for (size_t d = 0; d < dim; ++d) keys_at[d * kKeyBlock] = k[d];
-      std::memcpy(reinterpret_cast<float*>(values(kv, layer, sequence, head)) + at * padded, v,
-                  dim * 4);
+      auto* to = reinterpret_cast<float*>(keys_of) + key_column(shape, slot);
+      for (size_t d = 0; d < dim; ++d) to[d * kKeyBlock] = k[d];
+      std::memcpy(reinterpret_cast<float*>(values_of) + value_row(shape, slot), v, dim * 4);
     }
   }
 
   template <typename T>
-  static void move_head(T* k, T* v, size_t dim, size_t padded, size_t from, size_t to) {
-    const T* source = k + from / kKeyBlock * dim * kKeyBlock + from % kKeyBlock;
-    T* target = k + to / kKeyBlock * dim * kKeyBlock + to % kKeyBlock;
-    for (size_t d = 0; d < dim; ++d) target[d * kKeyBlock] = source[d * kKeyBlock];
-    std::memcpy(v + to * padded, v + from * padded, padded * sizeof(T));
-  }
   static void move(const KvCache& kv, int layer, int sequence, int from, int to) {
-    const auto dim = static_cast<size_t>(kv.shape.head_dim),
-               padded = static_cast<size_t>(round_up(kv.shape.head_dim, 16));
-    for (int head = 0; head < kv.shape.n_kv_heads; ++head) {
-      std::byte *k = keys(kv, layer, sequence, head), *v = values(kv, layer, sequence, head);
-      const auto f = static_cast<size_t>(from), t = static_cast<size_t>(to);
-      if (kv.shape.type == DType::kF16)
-        move_head(reinterpret_cast<uint16_t*>(k), reinterpret_cast<uint16_t*>(v), dim, padded, f,
-                  t);
-      else
-        move_head(reinterpret_cast<float*>(k), reinterpret_cast<float*>(v), dim, padded, f, t);
+    const KvShape& s = kv.shape;
+    for (int head = 0; head < s.n_kv_heads; ++head) {
+      const T* k =
+          reinterpret_cast<T*>(keys(kv, layer, sequence, from, head)) + key_column(s, from);
+      T* k_to = reinterpret_cast<T*>(keys(kv, layer, sequence, to, head)) + key_column(s, to);
+      for (int d = 0; d < s.head_dim; ++d) k_to[d * kKeyBlock] = k[d * kKeyBlock];
+      std::memcpy(
+          reinterpret_cast<T*>(values(kv, layer, sequence, to, head)) + value_row(s, to),
+          reinterpret_cast<T*>(values(kv, layer, sequence, from, head)) + value_row(s, from),
+          value_elements(s) / kChunk * sizeof(T));
     }
   }
 
   const Kernels& kernels_;
+  std::vector<Ahead> ahead_;  // by thread
+  WorkShares work_;
   ThreadPool pool_;
   WeightArena arena_;
+  std::vector<const std::byte*> shares_;  // where the share of a thread starts (matrix, thread)
 
   std::shared_ptr<void> memory_;
   size_t reserved_ = 0;
@@ -596,8 +698,11 @@ class CpuBackend final : public Backend {
   int64_t scratch_cols_ = 0, vocab_ = 0;
   InputScratch shared_input_{};
   std::vector<InputScratch> own_input_;
-  float* partials_ = nullptr;  // (kWaveTiles, kMaxQueries, max_chunks_, partial_size)
+  int wave_tiles_ = 0;
+  float* partials_ = nullptr;  // (wave_tiles, kMaxQueries, max_chunks_, partial_size)
   SamplerScratch sampler_{};
+  size_t scratch_panel_bytes_ = 0;       // of the largest panel that is made anew for every pass
+  std::byte* scratch_panels_ = nullptr;  // (threads, scratch_panel_bytes)
   alignas(64) std::atomic<int> next_{0};
 };
 

@@ -105,9 +105,12 @@ inline constexpr int kMaxQueries = 8;
 //   sum      = sum of e(p) in 16 virtual lanes by p mod 16
 //   o[d]     = fma chain over ascending p of e(p) * v(p)[d], from 0
 struct AttentionChunk {
-  DType type;     // of keys and values: kF16 or kF32
-  const void* k;  // (capacity / 16, head_dim, 16)
-  const void* v;  // (capacity, padded_dim)
+  DType type;  // of keys and values: kF16 or kF32
+  // Keys (kChunk / 16, head_dim, 16) and values (kChunk, padded_dim) of slots [0, kChunk); those of
+  // the next kChunk slots stand k_stride, v_stride elements further on.
+  const void* k;
+  const void* v;
+  int64_t k_stride, v_stride;
   int head_dim;
   int padded_dim;  // head_dim rounded up to 16; the padding of v is zero
   int begin;       // first logical position of the chunk, a multiple of kChunk

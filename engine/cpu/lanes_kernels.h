@@ -154,9 +154,21 @@ inline Lanes load_kv(const uint16_t* p) {
 inline Lanes load_kv(const float* p) {
   return load(p);
 }
+// Inlined by force: g++ drops calls of a function that does nothing but prefetch.
 template <typename T>
-inline void prefetch(const T* p) {
+[[gnu::always_inline]] inline void prefetch(const T* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+template <typename T>
+inline const T* keys_at(const AttentionChunk& c, int slot) {  // of a block of 16
+  return static_cast<const T*>(c.k) + slot / kChunk * c.k_stride +
+         static_cast<int64_t>(slot % kChunk) * c.head_dim;
+}
+template <typename T>
+inline const T* values_at(const AttentionChunk& c, int slot) {
+  return static_cast<const T*>(c.v) + slot / kChunk * c.v_stride +
+         static_cast<int64_t>(slot % kChunk) * c.padded_dim;
 }
 
 // The sums of the two tiles below are arrays that the compiler keeps in registers only if every
@@ -198,17 +210,18 @@ template <int Q, int B, typename T>
   }
 }
 
-// ... of the slots [first, last), whole blocks of them: scores[q][slot - first].
+// ... of the slots [first, last) of a chunk, whole blocks of them: scores[q][slot - first].
 template <int Q, typename T>
 void score_queries(const AttentionChunk& c, int first, int last, const AttentionChunk::Query* query,
                    float (*scores)[kChunk + 32]) {
   constexpr int kBlocks = kScoreTile / Q > 4 ? 4 : kScoreTile / Q;
   const size_t size = static_cast<size_t>(c.head_dim) * kKeyBlock;
-  const T* block = static_cast<const T*>(c.k) + static_cast<size_t>(first / kKeyBlock) * size;
-  const T* values = static_cast<const T*>(c.v) + static_cast<size_t>(first) * c.padded_dim;
+  const T* block = keys_at<T>(c, first);
+  const T* values = values_at<T>(c, first);
   const int end = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
   int at = 0;
-  for (; at + kBlocks * kKeyBlock <= end; at += kBlocks * kKeyBlock, block += kBlocks * size, values += kBlocks * size)
+  for (; at + kBlocks * kKeyBlock <= end;
+       at += kBlocks * kKeyBlock, block += kBlocks * size, values += kBlocks * size)
     score_tile<Q, kBlocks>(block, values, c.head_dim, query, scores, at);
   if constexpr (kBlocks > 2) {
     for (; at + 2 * kKeyBlock <= end; at += 2 * kKeyBlock, block += 2 * size, values += 2 * size)
@@ -244,7 +257,7 @@ void weigh_values(const T* values, int stride, int begin, int end, const float (
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[q][j] = load(o[q] + at + 16 * j);
   }
-  const T* row = values + static_cast<size_t>(begin) * static_cast<size_t>(stride) + at;
+  const T* row = values + at;
   for (int p = begin; p < end; ++p, row += stride) {
     Lanes v[J];
 #pragma GCC unroll 8
@@ -266,7 +279,7 @@ void weigh_values(const T* values, int stride, int begin, int end, const float (
 template <int J, typename T>
 void weigh_values_all(const AttentionChunk& c, int begin, int end, const float (*e)[kChunk + 32],
                       float* const* o, int at) {
-  const T* values = static_cast<const T*>(c.v);
+  const T* values = values_at<T>(c, begin);
   for (int q = 0; q < c.n_queries; q += kQueryTile) {
     const int n = c.n_queries - q;
     with_constant<kQueryTile>(n < kQueryTile ? n : kQueryTile, [&](auto count) {
@@ -300,10 +313,10 @@ void attention_chunk(const AttentionChunk& c) {
         const int slot = c.query[q].path[p - c.committed];
         if (slot > last) last = slot;
       }
-    const int aligned = c.committed / kKeyBlock * kKeyBlock;
-    for (int first = aligned; first <= last; first += kChunk) {
+    for (int first = c.committed / kKeyBlock * kKeyBlock, end; first <= last; first = end) {
       float tail[kMaxQueries][kChunk + 32];
-      const int end = last + 1 < first + kChunk ? last + 1 : first + kChunk;
+      const int chunk_border = (first / kChunk + 1) * kChunk;
+      end = last + 1 < chunk_border ? last + 1 : chunk_border;
       score_slots<T>(c, first, end, tail);
       for (int q = 0; q < c.n_queries; ++q) {
         const AttentionChunk::Query& query = c.query[q];
@@ -348,8 +361,7 @@ void attention_chunk(const AttentionChunk& c) {
     const int end = query.length < chunk_end ? query.length : chunk_end;
     for (int p = shared_end > c.begin ? shared_end : c.begin; p < end; ++p) {
       const int slot = p < query.direct ? p : query.path[p - c.committed];
-      const T* row = static_cast<const T*>(c.v) +
-                     static_cast<size_t>(slot) * static_cast<size_t>(c.padded_dim);
+      const T* row = values_at<T>(c, slot);
       const Lanes weight = broadcast(e[q][p - c.begin]);
       for (int d = 0; d < c.padded_dim; d += 16)
         store(o[q] + d, fma(weight, load_kv(row + d), load(o[q] + d)));

@@ -18,15 +18,24 @@ namespace {
 constexpr int kTile = 8;  // tokens: 8 f32 sums and 8 integer dots are 16 of the 32 registers
 
 // The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the bytes
-// that are this far ahead, which are those of the next panels. They go to L2: L1 can wait for fewer
-// lines at a time, and its own prefetcher fetches them from there.
+// that are this far ahead, which are those of the next panels. Where that tile is the only one they
+// are not wanted again before the next step, and should not drive keys and values out of the caches;
+// else they go to L2: L1 can wait for fewer lines at a time, and its own prefetcher fetches them from
+// there.
 constexpr int kPrefetchBytes = 8192;
+enum class Ahead { kNothing, kOnce, kAgain };
 
+// Inlined by force: g++ drops calls of a function that does nothing but prefetch.
 template <int kBytes>
-void prefetch(const std::byte* p) {
+[[gnu::always_inline]] inline void prefetch(Ahead ahead, const std::byte* p) {
+  const auto* at = reinterpret_cast<const char*>(p + kPrefetchBytes);
+  if (ahead == Ahead::kOnce) {
 #pragma GCC unroll 9
-  for (int i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes + i), _MM_HINT_T1);
+    for (int i = 0; i < kBytes; i += 64) _mm_prefetch(at + i, _MM_HINT_NTA);
+  } else if (ahead == Ahead::kAgain) {
+#pragma GCC unroll 9
+    for (int i = 0; i < kBytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
+  }
 }
 
 // ---- Tiles ------------------------------------------------------------------------------------
@@ -36,7 +45,7 @@ struct Tile {
   const Product& p;
   const std::byte* panel;
   int token;       // the first
-  bool first;      // of its panel
+  Ahead ahead;
   __mmask16 rows;  // that exist
   float* y;        // of the first row and token
 };
@@ -122,7 +131,7 @@ void quantised_tile(const Tile& tile) {
   for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
 
   for (int64_t b = 0; b < blocks; ++b, q8 += 32, ++scale_x, ++sum_x) {
-    if (tile.first) prefetch<Reader::kBytes>(tile.panel + b * Reader::kBytes);
+    prefetch<Reader::kBytes>(tile.ahead, tile.panel + b * Reader::kBytes);
     const Reader w(tile.panel, b);
     __m512 u[T];
 #pragma GCC unroll 2
@@ -160,7 +169,7 @@ void float_tile(const Tile& tile) {
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
   for (int64_t k = 0; k < cols; ++k, w += 16, ++x) {
-    if (tile.first) prefetch<16 * sizeof(Weight)>(reinterpret_cast<const std::byte*>(w));
+    prefetch<16 * sizeof(Weight)>(tile.ahead, reinterpret_cast<const std::byte*>(w));
     const __m512 column = load_column(w);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -199,7 +208,7 @@ void bf16_tile(const Tile& tile) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
     for (int i = 0; i < 16; ++i, w += 64) {
-      if (tile.first) prefetch<64>(w);
+      prefetch<64>(tile.ahead, w);
       const __m512i pairs = _mm512_loadu_si512(w);
       const __m512 w_even = even_of(pairs), w_odd = odd_of(pairs);
 #pragma GCC unroll 8
@@ -247,7 +256,9 @@ void over_panels(const Product& p, size_t panel_size) {
       const Tile tile{.p = p,
                       .panel = p.panels + static_cast<size_t>(panel) * panel_size,
                       .token = t,
-                      .first = t == 0,
+                      .ahead = t > 0          ? Ahead::kNothing
+                               : p.m <= kTile ? Ahead::kOnce
+                                              : Ahead::kAgain,
                       .rows = mask,
                       .y = p.y + t * p.y_stride + row};
       switch (p.m - t) {

@@ -107,7 +107,10 @@ void attention(const AttentionChunk& c) {
       const auto slot = static_cast<size_t>(slot_of(p)), dim = static_cast<size_t>(c.head_dim);
       float score = 0.0f;
       for (size_t d = 0; d < dim; ++d) {
-        const float key = element(c.k, (slot / kKeyBlock * dim + d) * kKeyBlock + slot % kKeyBlock);
+        const size_t in_chunk = slot % kChunk;
+        const float key =
+            element(c.k, slot / kChunk * static_cast<size_t>(c.k_stride) +
+                             (in_chunk / kKeyBlock * dim + d) * kKeyBlock + in_chunk % kKeyBlock);
         score = std::fma(query.q[d], key, score);
       }
       e[p - c.begin] = score;
@@ -123,7 +126,9 @@ void attention(const AttentionChunk& c) {
     for (int d = 0; d < c.padded_dim; ++d) {
       float o = 0.0f;
       for (int p = c.begin; p < end; ++p) {
-        const size_t at = static_cast<size_t>(slot_of(p)) * static_cast<size_t>(c.padded_dim) +
+        const auto slot = static_cast<size_t>(slot_of(p));
+        const size_t at = slot / kChunk * static_cast<size_t>(c.v_stride) +
+                          slot % kChunk * static_cast<size_t>(c.padded_dim) +
                           static_cast<size_t>(d);
         o = std::fma(e[p - c.begin], element(c.v, at), o);
       }

@@ -12,24 +12,6 @@ namespace {
 
 constexpr int kSpins = 4000;  // some 50 us: longer than the host works between two ops of a step
 
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// Spins until done() holds, and after `limit` spins lets others run: what we wait for may need the
-// core.
-template <typename F>
-void spin_until(int limit, const F& done) {
-  for (int spins = 0; !done(); ++spins) {
-    if (spins < limit)
-      pause();
-    else
-      std::this_thread::yield();
-  }
-}
-
 }  // namespace
 
 int physical_cores() {
@@ -48,8 +30,11 @@ int physical_cores() {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
-ThreadPool::ThreadPool(int threads)
-    : size_(std::max(1, threads)), spins_(size_ > physical_cores() ? 0 : kSpins) {
+ThreadPool::ThreadPool(int threads, Job idle, void* idle_context)
+    : size_(std::max(1, threads)),
+      spins_(size_ > physical_cores() ? 0 : kSpins),
+      idle_(idle),
+      idle_context_(idle_context) {
   for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -58,6 +43,25 @@ ThreadPool::~ThreadPool() {
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::wait_a_little(int thread) {
+  if (idle_ != nullptr) idle_(idle_context_, thread);
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins until done() holds, and after spins_ looks lets others run: what we wait for may need the
+// core.
+template <typename F>
+void ThreadPool::spin_until(int thread, const F& done) {
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < spins_)
+      wait_a_little(thread);
+    else
+      std::this_thread::yield();
+  }
 }
 
 void ThreadPool::run(Job job, void* context) {
@@ -69,7 +73,7 @@ void ThreadPool::run(Job job, void* context) {
     generation_.notify_all();
   }
   job(context, 0);
-  if (size_ > 1) spin_until(spins_, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+  if (size_ > 1) spin_until(0, [this] { return busy_.load(std::memory_order_acquire) == 0; });
 }
 
 void ThreadPool::work(int thread) {
@@ -77,7 +81,7 @@ void ThreadPool::work(int thread) {
   for (;;) {
     for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen;
          ++spins)
-      pause();
+      wait_a_little(thread);
     generation_.wait(seen, std::memory_order_acquire);
     ++seen;
     if (stop_) return;
@@ -86,14 +90,14 @@ void ThreadPool::work(int thread) {
   }
 }
 
-void ThreadPool::barrier() {
+void ThreadPool::barrier(int thread) {
   if (size_ == 1) return;
   const uint32_t passed = barriers_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     barriers_.fetch_add(1, std::memory_order_release);
   } else {
-    spin_until(spins_, [&] { return barriers_.load(std::memory_order_acquire) != passed; });
+    spin_until(thread, [&] { return barriers_.load(std::memory_order_acquire) != passed; });
   }
 }
 

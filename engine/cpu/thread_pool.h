@@ -15,7 +15,11 @@ int physical_cores();
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);
+  // idle(context, thread), if there is one, is called again and again by a thread that waits for
+  // others, between two looks at whether they are done: a little work for later, well under a
+  // microsecond.
+  using Job = void (*)(void* context, int thread);
+  explicit ThreadPool(int threads, Job idle = nullptr, void* idle_context = nullptr);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -23,7 +27,6 @@ class ThreadPool {
   int size() const { return size_; }
 
   // Runs job(context, thread) on every thread and returns when all have finished. Not reentrant.
-  using Job = void (*)(void* context, int thread);
   void run(Job job, void* context);
   template <typename F>
   void run(F&& f) {
@@ -33,13 +36,18 @@ class ThreadPool {
   }
 
   // Inside a job: waits until every thread is here.
-  void barrier();
+  void barrier(int thread);
 
  private:
   void work(int thread);
+  template <typename F>
+  void spin_until(int thread, const F& done);
+  void wait_a_little(int thread);
 
   const int size_;
   const int spins_;  // before a waiting thread yields; none where threads have to share cores
+  const Job idle_;
+  void* const idle_context_;
   std::vector<std::thread> workers_;
   Job job_ = nullptr;
   void* context_ = nullptr;

@@ -1,0 +1,94 @@
+#include "tools/cost_cache.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "loader/output_file.h"
+#include "tools/machine.h"
+#include "tools/output.h"
+
+namespace chimera {
+namespace {
+
+namespace fs = std::filesystem;
+
+// XDG base directories: a relative path is to be ignored.
+fs::path cache_folder() {
+  const char* xdg = std::getenv("XDG_CACHE_HOME");
+  const char* home = std::getenv("HOME");
+  if (xdg != nullptr && fs::path(xdg).is_absolute()) return fs::path(xdg) / "chimera";
+  if (home != nullptr && fs::path(home).is_absolute()) return fs::path(home) / ".cache" / "chimera";
+  return {};
+}
+
+std::string hash_text(const std::string& text) {  // FNV-1a
+  uint64_t h = 0xcbf29ce484222325u;
+  for (const char c : text) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  char hex[17];
+  std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(h));
+  return hex;
+}
+
+int rows_of(const Session& session) {
+  return std::min(session.options().max_nodes + 1, CostCurve::kMaxRows);
+}
+
+}  // namespace
+
+CostCache::CostCache(const Model& model, const Llama& llama)
+    : key_(cpu_model() + ", " + llama.backend().description() + ", contract " +
+           std::to_string(llama.backend().contract_version()) + ", model " + model.fingerprint +
+           ", " + std::to_string(llama.weight_bytes()) + " bytes a pass") {
+  const fs::path folder = cache_folder();
+  if (!folder.empty()) path_ = (folder / ("cost-" + hash_text(key_) + ".json")).string();
+}
+
+void CostCache::tune(Session* session, bool again) const {
+  if (!again && load(session)) return;
+  session->measure_cost();
+  keep(*session);
+}
+
+bool CostCache::load(Session* session) const {
+  if (path_.empty()) return false;
+  std::ifstream file(path_, std::ios::binary);
+  std::string text(1 << 16, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  text.resize(static_cast<size_t>(file.gcount()));
+  const auto kept = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  // A file that is not as keep() leaves it is measured over, whatever happened to it.
+  if (!kept.is_object() || kept.value("for", nlohmann::json()) != key_) return false;
+  const auto rows = kept.value("rows", nlohmann::json()),
+             seconds = kept.value("seconds", nlohmann::json());
+  if (!rows.is_number_integer() || rows < rows_of(*session) || !seconds.is_array() ||
+      seconds.size() != CostCurve::kMaxRows)
+    return false;
+  CostCurve curve;
+  for (int i = 1; i <= CostCurve::kMaxRows; ++i) {
+    const auto& value = seconds[static_cast<size_t>(i - 1)];
+    if (!value.is_number() || !(value >= 0.0) || !(value < 1e6)) return false;
+    if (value > 0.0) curve.set(i, value);
+  }
+  if (curve.measured(1) <= 0) return false;
+  session->set_cost(curve);
+  return true;
+}
+
+void CostCache::keep(const Session& session) const {
+  if (path_.empty() || !session.cost().known()) return;
+  auto seconds = nlohmann::ordered_json::array();
+  for (int i = 1; i <= CostCurve::kMaxRows; ++i) seconds.push_back(session.cost().measured(i));
+  const nlohmann::ordered_json kept = {
+      {"for", key_}, {"rows", rows_of(session)}, {"seconds", seconds}};
+  try {
+    fs::create_directories(fs::path(path_).parent_path());
+    OutputFile file(path_);
+    file.write(kept.dump() + "\n");
+    file.commit();
+  } catch (const std::exception&) {  // no room, no permission: measured again next time
+  }
+}
+
+}  // namespace chimera
