@@ -23,15 +23,13 @@ class CostCurve {
     interpolate();
   }
 
-  // A pass over `rows` rows has taken this long. Its point moves, slowly upwards, since whatever
-  // else the machine does can only add; all others move a little with it, since what makes one pass
-  // dearer (a longer context, another program) does the same to the rest.
+  // A pass over `rows` rows has taken this long. What made it dearer than expected (a longer
+  // context, another program) does the same to the rest, so the curve moves as a whole and slowly:
+  // its shape stays as it was measured, on which the choice of trees depends.
   void learn(int rows, double seconds) {
     if (!known_ || rows > kMaxRows) return;
-    const double before = this->seconds(rows);
-    const double change = std::clamp(seconds / before, 0.5, 2.0) - 1;
-    for (double& m : measured_) m *= 1 + change / 64;
-    measured_[static_cast<size_t>(rows)] = before * (1 + change / (change > 0 ? 16 : 4));
+    const double change = std::clamp(seconds / this->seconds(rows), 0.5, 2.0) - 1;
+    for (double& m : measured_) m *= 1 + change / 32;
     interpolate();
   }
 

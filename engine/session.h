@@ -70,6 +70,8 @@ class Session {
   // curve learns from every step. Without one trees have max_nodes nodes if there are as many
   // candidates, and a run can be repeated step by step.
   void measure_cost();
+  // Seconds of a pass over so many rows at the start of a text, the best of a few. As above.
+  double time_pass(int rows);
   void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
 

@@ -45,8 +45,19 @@ CostCache::CostCache(const Model& model, const Llama& llama)
   if (!folder.empty()) path_ = (folder / ("cost-" + hash_text(key_) + ".json")).string();
 }
 
+// Whether the kept curve is still that of this machine: what it says of a small tree's price is
+// compared with a few passes. (It may have been measured while something else was running.)
+bool CostCache::holds(Session* session) const {
+  constexpr double kTolerance = 0.15;
+  const int rows = std::min(6, rows_of(*session));
+  const double ratio = session->time_pass(rows) / session->time_pass(1);
+  const double kept = session->cost().seconds(rows) / session->cost().seconds(1);
+  return std::abs(ratio / kept - 1) < kTolerance;
+}
+
 void CostCache::tune(Session* session, bool again) const {
-  if (!again && load(session)) return;
+  if (!again && load(session) && holds(session)) return;
+  session->set_cost({});
   session->measure_cost();
   keep(*session);
 }

@@ -14,14 +14,14 @@ class CostCache {
  public:
   CostCache(const Model& model, const Llama& llama);
 
-  // Gives the session the curve that was kept, or measures it: if there is none that reaches the
-  // session's largest tree, or if `again`.
+  // Gives the session the curve that was kept, or measures and keeps it: if there is none that
+  // reaches the session's largest tree, if it no longer holds, or if `again`.
   void tune(Session* session, bool again) const;
-  // Keeps what the session knows now, having learned from its steps.
-  void keep(const Session& session) const;
 
  private:
   bool load(Session* session) const;
+  bool holds(Session* session) const;
+  void keep(const Session& session) const;
 
   std::string key_;   // all that the costs depend on
   std::string path_;  // empty: no folder is known

@@ -218,7 +218,6 @@ int run(const std::vector<std::string>& args) {
   options.cancelled = [] { return interrupted != 0; };
   const Generation g = generate(session, drafter.get(), prompt, options,
                                 [&](int32_t id) { emit(decoder.push(id)); });
-  costs.keep(session);
   emit(decoder.finish());
   if (!text.ends_with('\n') && !o.json) print("\n");
 

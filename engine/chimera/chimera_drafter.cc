@@ -210,8 +210,10 @@ class GrowingDrafter final : public ChimeraDrafter {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
-  static void average(double seconds, double* over_the_last) {
-    *over_the_last = *over_the_last > 0 ? 0.9 * *over_the_last + 0.1 * seconds : seconds;
+  // Follows a duration: quickly down and slowly up, since whatever else the machine does only adds.
+  static void average(double seconds, double* mean) {
+    const double change = std::min(seconds, 2 * *mean) - *mean;
+    *mean = *mean > 0 ? *mean + change / (change > 0 ? 16 : 4) : seconds;
   }
 
   static float at_depth(const std::vector<float>& values, int depth) {  // depth: 0 below the root
@@ -337,8 +339,13 @@ class GrowingDrafter final : public ChimeraDrafter {
     double mass = 0;
     for (const int i : order_) mass += static_cast<double>(tree_[i].probability);
     const double seconds = drafting + c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
-    return mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
-           depth_seconds_ * tree_.expected_tokens();
+    if (mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
+        depth_seconds_ * tree_.expected_tokens())
+      return true;
+    // Now and then it is tried all the same: what is not done is not measured, and one slow pass
+    // must not end drafting for good.
+    constexpr int kTryEvery = 8;
+    return ++declined_ % kTryEvery == 0;
   }
 
   // Keeps account of what became of expanded nodes: pays() counts on it to go on so.
@@ -418,6 +425,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<float> probabilities_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
   std::vector<int> static_at_;                      // candidates of the given shape's nodes
+  int declined_ = 0;                                // times that pays() said no
   double depth_seconds_ = 0, observe_seconds_ = 0;  // averaged over the last ones
 
   std::array<Yield, kMostDepths + 1> yields_;  // by the depth of what was expanded
