@@ -1,5 +1,9 @@
 #include "tools/model.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 
 #include "engine/error.h"
@@ -60,9 +64,20 @@ Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
   Llama llama(backend, tensors, [&](const TensorView& view) {
     if (!view.lasting) file.drop({view.data, view.bytes()});
   });
+  if (mapped) {  // nobody reads the file's head again: the vocabulary is copied
+    const std::byte* first = tensors.embedding.data;
+    for (const LlamaLayerTensors& l : tensors.layers)
+      for (const TensorView* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w_gate, &l.w_up, &l.w_down})
+        first = std::min(first, w->data);
+    if (!tensors.head.empty()) first = std::min(first, tensors.head.data);
+    file.drop({file.bytes().data(), first});
+  }
   tensors.embedding = tensors.output_norm = tensors.head = {};
   tensors.layers.clear();
   if (!mapped) model->file.file = MappedFile();
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what reading the file has needed and freed
+#endif
   return llama;
 }
 
