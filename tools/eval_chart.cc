@@ -16,17 +16,6 @@ std::string at(double x, double y) {
   return fixed_text(x, 1) + "," + fixed_text(y, 1) + " ";
 }
 
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '<' || c == '&')
-      out += c == '<' ? "&lt;" : "&amp;";
-    else
-      out += c;
-  }
-  return out;
-}
-
 // A square with its axes; data runs from 0 to 1 in both directions.
 class Panel {
  public:
@@ -40,7 +29,7 @@ class Panel {
   void label(double x, double y, const std::string& text, const char* anchor,
              const std::string& colour = "#333") {
     svg_ += "<text x=\"" + fixed_text(px(x), 1) + "\" y=\"" + fixed_text(py(y), 1) +
-            "\" text-anchor=\"" + anchor + "\" fill=\"" + colour + "\">" + escaped(text) +
+            "\" text-anchor=\"" + anchor + "\" fill=\"" + colour + "\">" + xml_text(text) +
             "</text>\n";
   }
   void tick_x(double x, const std::string& text) { label(x, -0.08, text, "middle"); }
@@ -139,7 +128,7 @@ void write_eval_chart(const std::vector<EvalRow>& rows, const std::string& path)
   for (size_t i = 0; i < rows.size(); ++i) {
     const double top = kTop + kRowHeight * static_cast<double>(i);
     svg += "<text x=\"" + fixed_text(kGap, 0) + "\" y=\"" + fixed_text(top - 30, 0) +
-           "\" font-size=\"14\">" + escaped(rows[i].title) + "</text>\n";
+           "\" font-size=\"14\">" + xml_text(rows[i].title) + "</text>\n";
     svg += draw_trees(rows[i], top) + draw_accuracy(rows[i], top) + draw_reliability(rows[i], top);
   }
   OutputFile file(path);

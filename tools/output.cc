@@ -42,6 +42,17 @@ void Progress::bar(const std::string& label, double done) {
        (done > 0.02 ? ", " + fixed_text(seconds * (1 - done) / done, 0) + " s left" : ""));
 }
 
+std::string xml_text(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '<' || c == '&')
+      out += c == '<' ? "&lt;" : "&amp;";
+    else
+      out += c;
+  }
+  return out;
+}
+
 std::string bytes_text(size_t bytes) {
   const auto b = static_cast<double>(bytes);
   if (bytes < 1000) return std::to_string(bytes) + " bytes";

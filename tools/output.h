@@ -37,6 +37,7 @@ class Progress {
 
 std::string fixed_text(double value, int decimals);           // "3.14"
 std::string bytes_text(size_t bytes);                         // "98.4 MB"
+std::string xml_text(const std::string& text);                // for the inside of an SVG element
 std::string count_text(int64_t n, const std::string& thing);  // "1 token", "2 tokens"
 
 }  // namespace chimera

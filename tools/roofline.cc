@@ -11,17 +11,6 @@ namespace {
 
 constexpr double kWidth = 720, kHeight = 460, kLeft = 70, kRight = 30, kTop = 50, kBottom = 50;
 
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '<' || c == '&')
-      out += c == '<' ? "&lt;" : "&amp;";
-    else
-      out += c;
-  }
-  return out;
-}
-
 // Logarithmic axes: multiply-adds a byte, and billions of them a second.
 class Chart {
  public:
@@ -37,7 +26,7 @@ class Chart {
   }
   void text(double x, double y, double dx, double dy, const char* anchor, const std::string& t) {
     svg_ += "<text x=\"" + px(x, dx) + "\" y=\"" + py(y, dy) + "\" text-anchor=\"" + anchor +
-            "\">" + escaped(t) + "</text>\n";
+            "\">" + xml_text(t) + "</text>\n";
   }
   const std::string& svg() const { return svg_; }
 
@@ -100,7 +89,7 @@ void write_roofline(const Roofline& r, const std::string& path) {
              "\" font-family=\"sans-serif\" font-size=\"11\">\n"
              "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
              "<text x=\"" +
-             fixed_text(kLeft, 0) + "\" y=\"24\" font-size=\"14\">" + escaped(r.title) +
+             fixed_text(kLeft, 0) + "\" y=\"24\" font-size=\"14\">" + xml_text(r.title) +
              "</text>\n" + chart.svg() + "</svg>\n");
   file.commit();
 }
