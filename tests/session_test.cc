@@ -144,6 +144,24 @@ TEST_F(SessionTest, CancelStopsBeforeTheNextStep) {
 
 // The states that a draft model reads: after a step they belong to the rows kept, in order; a
 // tapped last layer, normed, is the final state.
+// What passes cost decides how many nodes are drafted, and nothing else.
+TEST_F(SessionTest, TreesFollowTheCosts) {
+  const std::vector<int32_t> prompt(40, 100);  // repeats itself: there is much to propose
+  const auto run = [&](double of_a_row) {
+    Session session(model(), {.context = 160, .max_nodes = 8});
+    CostCurve cost;
+    for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows)
+      cost.set(rows, 1000 * (1 + of_a_row * rows));
+    session.set_cost(cost);
+    const auto drafter = make_ngram_drafter({}, 1, 160);
+    return generate(session, drafter.get(), prompt, {60, {}, {}});
+  };
+  const Generation steep = run(1000), flat = run(1e-4);
+  EXPECT_EQ(steep.drafted, 0);
+  EXPECT_GT(flat.drafted, 0);
+  EXPECT_EQ(steep.ids, flat.ids);
+}
+
 TEST_F(SessionTest, StatesAndTaps) {
   const int last = model().config().n_layers - 1;
   Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});
