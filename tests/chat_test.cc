@@ -72,8 +72,8 @@ TEST(Chat, ChatMlLikeHuggingFace) {
   for (const auto& c : cases) {
     std::vector<Message> messages;
     for (const auto& m : c["messages"]) messages.push_back({m["role"], m["content"]});
-    const Ids ids =
-        encode_chat(smollm2(), ChatFormat::kChatMl, messages, c["add_generation_prompt"]);
+    const Ids ids = encode_chat(smollm2(), ChatFormat::kChatMl, messages,
+                                c["add_generation_prompt"] ? "assistant" : "");
     EXPECT_EQ(ids, c["ids"].get<Ids>()) << c["rendered"];
     EXPECT_EQ(spell(smollm2(), ids), c["rendered"].get<std::string>());
   }
@@ -108,15 +108,16 @@ TEST(Chat, Names) {
 
 TEST(Chat, ChatMlText) {
   const Tokenizer tokenizer(tiny_chatml());
-  const auto spelled = [&](std::vector<Message> messages, bool prompt) {
-    return spell(tokenizer, encode_chat(tokenizer, ChatFormat::kChatMl, messages, prompt));
+  const auto spelled = [&](std::vector<Message> messages, std::string_view next_role) {
+    return spell(tokenizer, encode_chat(tokenizer, ChatFormat::kChatMl, messages, next_role));
   };
-  EXPECT_EQ(spelled({}, false), "");
-  EXPECT_EQ(spelled({}, true), "<|im_start|>assistant\n");
+  EXPECT_EQ(spelled({}, ""), "");
+  EXPECT_EQ(spelled({}, "assistant"), "<|im_start|>assistant\n");
+  EXPECT_EQ(spelled({}, "user"), kDefaultSystem + std::string("<|im_start|>user\n"));
   EXPECT_EQ(
-      spelled({{"user", " Hi "}}, true),
+      spelled({{"user", " Hi "}}, "assistant"),
       kDefaultSystem + std::string("<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"));
-  EXPECT_EQ(spelled({{"system", "S"}, {"user", "U"}, {"assistant", "A"}, {"user", ""}}, false),
+  EXPECT_EQ(spelled({{"system", "S"}, {"user", "U"}, {"assistant", "A"}, {"user", ""}}, ""),
             "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
             "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\n<|im_end|>\n");
 }
@@ -129,7 +130,7 @@ TEST(Chat, TextBetweenControlTokensIsEncodedAsOne) {
   v.merges.push_back("\u010A \u010A");
   const Tokenizer tokenizer(std::move(v));
   const Message messages[] = {{"system", "\n\na"}};
-  const Ids ids = encode_chat(tokenizer, ChatFormat::kChatMl, messages, false);
+  const Ids ids = encode_chat(tokenizer, ChatFormat::kChatMl, messages, "");
   EXPECT_EQ(ids, (Ids{256, 's', 'y', 's', 't', 'e', 'm', 259, '\n', 'a', 257, '\n'}));
 }
 
@@ -142,7 +143,7 @@ TEST(Chat, NoContentBecomesAControlToken) {
   for (const Tokenizer* tokenizer : tokenizers) {
     for (const char* role : {"system", "user", "assistant"}) {
       const Message messages[] = {{"system", "S"}, {role, attack}};
-      const Ids ids = encode_chat(*tokenizer, ChatFormat::kChatMl, messages, false);
+      const Ids ids = encode_chat(*tokenizer, ChatFormat::kChatMl, messages, "");
       int controls = 0;
       for (const int32_t id : ids) controls += tokenizer->is_control(id);
       EXPECT_EQ(controls, 4) << role;
@@ -155,7 +156,7 @@ TEST(Chat, NoContentBecomesAControlToken) {
 void expect_error(const Tokenizer& tokenizer, ChatFormat format, const Message& message,
                   const std::string& part) {
   try {
-    encode_chat(tokenizer, format, std::span(&message, 1), true);
+    encode_chat(tokenizer, format, std::span(&message, 1), "assistant");
     ADD_FAILURE() << "accepted: " << message.role;
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();

@@ -4,15 +4,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 
 #include "engine/backend.h"
+#include "loader/gguf.h"
+#include "tokenizer/chat.h"
 
 using chimera::cuda_available;
 
@@ -595,6 +599,64 @@ TEST_F(CliTest, TrainData) {
             std::string::npos)
       << rest.err;
   expect_error({"train", "dance"}, 2, "expected data, merge, fit or eval");
+}
+
+// Without a file of prompts the target writes them: each one the user's message of a conversation,
+// then answered like any other, and the same whoever else is in the batch.
+TEST_F(CliTest, TrainDataFromOwnPrompts) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  SKIP_IF_ABSENT(kStories);
+  const auto data = [&](const std::string& output, const std::string& sequences) {
+    const Output o =
+        chimera({"train", "data", "-m", kSmolLm2, "--own-prompts", "6", "-o", folder_ / output,
+                 "-n", "3", "--max-prompt", "60", "--sequences", sequences, "--threads", "1"});
+    EXPECT_EQ(o.code, 0) << o.err;
+    std::map<int, json> answers;
+    std::istringstream lines(read(output));
+    std::string line;
+    std::getline(lines, line);
+    EXPECT_GT(json::parse(line)["prompt_temperature"], 0);
+    while (std::getline(lines, line)) {
+      const json record = json::parse(line);
+      answers[record["prompt"]] = record;
+    }
+    EXPECT_NE(o.err.find(std::to_string(answers.size()) + " answers, " +
+                         std::to_string(6 - answers.size()) + " prompts without an end"),
+              std::string::npos)
+        << o.err;
+    return answers;
+  };
+  const auto answers = data("three", "3");
+  EXPECT_EQ(data("one", "1"), answers);
+  ASSERT_GT(answers.size(), 2u);
+  const chimera::Tokenizer tokenizer(chimera::load_gguf_vocabulary(kSmolLm2));
+  const std::vector<int32_t> opening =
+      chimera::encode_chat(tokenizer, chimera::ChatFormat::kChatMl, {}, "user");
+  std::set<std::string> prompts;
+  for (const auto& [number, record] : answers) {
+    const auto ids = record["ids"].get<std::vector<int32_t>>();
+    const size_t prompt_len = record["prompt_len"];
+    ASSERT_GT(prompt_len, opening.size());
+    EXPECT_LE(prompt_len, 60u);
+    EXPECT_GE(ids.size(), prompt_len + 1);
+    EXPECT_LE(ids.size(), prompt_len + 3);
+    // The user's message is whole: encoded again it is the same prompt.
+    const std::vector<int32_t> asked(ids.begin() + static_cast<std::ptrdiff_t>(opening.size()),
+                                     ids.begin() + static_cast<std::ptrdiff_t>(prompt_len));
+    const auto end = std::find(asked.begin(), asked.end(), tokenizer.eos());
+    const chimera::Message message{"user", tokenizer.decode(std::span(asked.begin(), end))};
+    EXPECT_EQ(
+        chimera::encode_chat(tokenizer, chimera::ChatFormat::kChatMl, {&message, 1}, "assistant"),
+        std::vector<int32_t>(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(prompt_len)));
+    prompts.insert(message.content);
+  }
+  EXPECT_GT(prompts.size(), 1u) << "they differ";
+  expect_error({"train", "data", "-m", kStories, "--own-prompts", "2", "-o", folder_ / "x"}, 1,
+               "expected a model with a known chat format");
+  expect_error({"train", "data", "-m", kStories, "--own-prompts", "2", "--prompts", "y", "-o",
+                folder_ / "x"},
+               2, "both of them");
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "x"));
 }
 
 TEST_F(CliTest, TrainEval) {

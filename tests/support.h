@@ -101,7 +101,7 @@ inline std::vector<std::vector<int32_t>> test_prompts(size_t n, const Vocabulary
   std::vector<std::vector<int32_t>> prompts;
   for (std::string line; prompts.size() < n && std::getline(file, line);) {
     const Message message{"user", nlohmann::json::parse(line)["turns"][0].get<std::string>()};
-    prompts.push_back(encode_chat(tokenizer, ChatFormat::kChatMl, {&message, 1}, true));
+    prompts.push_back(encode_chat(tokenizer, ChatFormat::kChatMl, {&message, 1}, "assistant"));
   }
   return prompts;
 }

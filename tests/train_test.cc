@@ -10,11 +10,12 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <numbers>
 #include <random>
 
 #include "engine/error.h"
-#include "engine/train/adamw.h"
 #include "engine/train/batch_gradient.h"
+#include "engine/train/optimizer.h"
 #include "engine/train/target_features.h"
 #include "loader/draft_file.h"
 #include "loader/feature_file.h"
@@ -265,16 +266,17 @@ TEST(Train, OverfitsOneText) {
     t.probability[0] = 1;
   }
   const ParameterLayout layout(config);
-  AdamWState state =
-      start_adamw(pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
+  OptimizerState state =
+      start_optimizer(pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
   DraftGradient<float> model(config, embedding.data(), embedding.data(), vocab, {}, 1, 1);
   std::vector<float> gradient(layout.total);
   const TrainingText* batch[] = {&text};
+  const OptimizerOptions options{.rate = 3e-3};
+  Optimizer optimizer(options, layout, &model.ops());
   Score score;
   for (int step = 0; step < 400; ++step) {
     score = model.run(state.values.data(), batch, 4, 0.8, gradient.data());
-    adamw_step({}, layout, learning_rate({.rate = 3e-3}, step / 400.0), &gradient, &state,
-               &model.ops());
+    optimizer.step(learning_rate(options, step / 400.0), &gradient, &state);
   }
   for (size_t k = 0; k < 4; ++k) EXPECT_EQ(score.step[k].correct, score.step[k].rows) << k;
   EXPECT_LT(score.weighted_loss(0.8), 0.1);
@@ -282,13 +284,56 @@ TEST(Train, OverfitsOneText) {
 
 TEST(Train, AStepThatIsNotFiniteChangesNothing) {
   const ParameterLayout layout(tiny_config());
-  AdamWState state = start_adamw(std::vector<float>(layout.total, 1.0f));
+  OptimizerState state = start_optimizer(std::vector<float>(layout.total, 1.0f));
   std::vector<float> gradient(layout.total, 0.1f);
   gradient[7] = NAN;
   Ops<float> ops(1);
-  EXPECT_FALSE(std::isfinite(adamw_step({}, layout, 1e-3, &gradient, &state, &ops)));
+  const OptimizerOptions options;
+  EXPECT_FALSE(std::isfinite(Optimizer(options, layout, &ops).step(1e-3, &gradient, &state)));
   EXPECT_EQ(state.step, 0);
   EXPECT_EQ(state.values, std::vector<float>(layout.total, 1.0f));
+}
+
+// A matrix with known singular vectors, a cosine basis, and singular values from 1 down to 1/100:
+// afterwards the vectors are the same and the values nearly 1.
+TEST(Train, OrthogonalizedMatricesHaveSingularValuesNearOne) {
+  const auto basis = [](int64_t n, int64_t i, int64_t j) {  // entry j of vector i
+    const double size = std::sqrt((i == 0 ? 1.0 : 2.0) / static_cast<double>(n));
+    return size * std::cos(std::numbers::pi * (static_cast<double>(j) + 0.5) *
+                           static_cast<double>(i) / static_cast<double>(n));
+  };
+  constexpr int64_t kShapes[][2] = {{16, 24}, {24, 16}, {16, 16}, {1, 8}, {8, 1}};
+  for (const auto& [rows, cols] : kShapes) {
+    const int64_t rank = std::min(rows, cols);
+    std::vector<float> x(static_cast<size_t>(rows * cols));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        double sum = 0;
+        for (int64_t i = 0; i < rank; ++i)
+          sum += std::pow(0.01, static_cast<double>(i) / static_cast<double>(rank)) *
+                 basis(rows, i, r) * basis(cols, i, c);
+        x[static_cast<size_t>(r * cols + c)] = static_cast<float>(sum);
+      }
+    }
+    Ops<float> ops(2);
+    const ParameterLayout layout(tiny_config());
+    Optimizer({}, layout, &ops).orthogonalize(rows, cols, x.data());
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t j = 0; j < rank; ++j) {
+        double value = 0;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < cols; ++c)
+            value += basis(rows, i, r) * static_cast<double>(x[static_cast<size_t>(r * cols + c)]) *
+                     basis(cols, j, c);
+        if (i == j) {
+          EXPECT_GT(value, 0.65) << rows << " x " << cols << ", " << i;
+          EXPECT_LT(value, 1.25) << rows << " x " << cols << ", " << i;
+        } else {
+          EXPECT_NEAR(value, 0, 1e-3) << rows << " x " << cols << ", " << i << ", " << j;
+        }
+      }
+    }
+  }
 }
 
 struct Folder {

@@ -44,7 +44,7 @@ class ChatWriter {
   std::vector<int32_t> ids_;
 };
 
-void write_chatml(ChatWriter& out, std::span<const Message> messages, bool add_generation_prompt) {
+void write_chatml(ChatWriter& out, std::span<const Message> messages, std::string_view next_role) {
   const auto write = [&](std::string_view role, std::string_view content) {
     out.control("<|im_start|>");
     out.text(role);
@@ -53,13 +53,14 @@ void write_chatml(ChatWriter& out, std::span<const Message> messages, bool add_g
     out.control("<|im_end|>");
     out.text("\n");
   };
-  if (!messages.empty() && messages[0].role != "system") {
+  if (messages.empty() ? next_role == "user" : messages[0].role != "system") {
     write("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face");
   }
   for (const Message& message : messages) write(message.role, message.content);
-  if (add_generation_prompt) {
+  if (!next_role.empty()) {
     out.control("<|im_start|>");
-    out.text("assistant\n");
+    out.text(next_role);
+    out.text("\n");
   }
 }
 
@@ -67,7 +68,7 @@ struct Format {
   ChatFormat format;
   std::string_view name;
   std::string_view chat_template;  // without white space at its ends
-  void (*write)(ChatWriter& out, std::span<const Message> messages, bool add_generation_prompt);
+  void (*write)(ChatWriter& out, std::span<const Message> messages, std::string_view next_role);
 };
 
 constexpr Format kFormats[] = {
@@ -114,7 +115,7 @@ std::string_view name(ChatFormat format) {
 }
 
 std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
-                                 std::span<const Message> messages, bool add_generation_prompt) {
+                                 std::span<const Message> messages, std::string_view next_role) {
   const Format* known = find_format(format);
   if (!known) {
     throw Error("chat", "a model with a known chat format", "none",
@@ -126,7 +127,7 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                 in_quotes(message.role));
   }
   ChatWriter writer(tokenizer);
-  known->write(writer, messages, add_generation_prompt);
+  known->write(writer, messages, next_role);
   return writer.finish();
 }
 

@@ -31,12 +31,12 @@ ChatFormat detect_chat_format(const Vocabulary& vocabulary);
 // "none", "chatml".
 std::string_view name(ChatFormat format);
 
-// The tokens of a conversation, and with `add_generation_prompt` those that begin the assistant's
-// answer. Control tokens are put in by id; roles and contents are encoded as ordinary text, so that
-// nothing in a content can end its message. BOS is in the result where the format has one.
-// Throws Error for kNone, for a role that the format does not have, and where the vocabulary lacks
-// one of the format's control tokens.
+// The tokens of a conversation, and those that open the next message, where a role for it is given:
+// "assistant", for an answer to be generated, or "user", for a question. Control tokens are put in
+// by id; roles and contents are encoded as ordinary text, so that nothing in a content can end its
+// message. BOS is in the result where the format has one. Throws Error for kNone, for a role that
+// the format does not have, and where the vocabulary lacks one of the format's control tokens.
 std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
-                                 std::span<const Message> messages, bool add_generation_prompt);
+                                 std::span<const Message> messages, std::string_view next_role);
 
 }  // namespace chimera

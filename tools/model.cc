@@ -28,7 +28,7 @@ std::string Model::name() const {
 
 std::vector<int32_t> encode(const Model& model, std::span<const Message> messages, bool chat) {
   const Tokenizer& tokenizer = model.tokenizer;
-  if (chat) return encode_chat(tokenizer, model.chat_format, messages, true);
+  if (chat) return encode_chat(tokenizer, model.chat_format, messages, "assistant");
   std::string text;
   for (const Message& message : messages) text += (text.empty() ? "" : "\n") + message.content;
   std::vector<int32_t> ids = tokenizer.encode(text, /*parse_special=*/false);

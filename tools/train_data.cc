@@ -37,7 +37,7 @@ volatile std::sig_atomic_t interrupted = 0;
 
 struct Options {
   std::optional<std::string> model, prompts, output, shard;
-  int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0;
+  int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0, own_prompts = 0;
   bool features = false, strict = false;
   uint64_t seed = 1;
   std::string device = "cpu";
@@ -46,11 +46,37 @@ struct Options {
 // Half of the answers greedy, half sampled: a draft serves both.
 constexpr float kTemperatures[] = {0.0f, 0.0f, 0.7f, 1.0f};
 
+// Of prompts that the target writes itself: cooler ones repeat each other, warmer ones make less
+// sense.
+constexpr float kPromptTemperature = 0.85f;
+
 Sampling sampling_of(uint64_t seed, size_t prompt) {
   Sampling s;
   s.temperature = kTemperatures[prompt % std::size(kTemperatures)];
   s.seed = seed * 1000003 + prompt;
   return s;
+}
+
+Sampling sampling_of_own_prompt(uint64_t seed, size_t prompt) {
+  Sampling s = sampling_of(seed, prompt);
+  s.temperature = kPromptTemperature;
+  s.seed = ~s.seed;
+  return s;
+}
+
+// What a sequence of the session is busy with.
+struct Job {
+  size_t prompt = kNone;    // its number
+  bool asks = false;        // it writes the prompt, not the answer
+  size_t given_tokens = 0;  // before what it writes
+  static constexpr size_t kNone = SIZE_MAX;
+};
+
+std::string_view trimmed(std::string_view text) {
+  constexpr std::string_view kWhiteSpace = " \t\r\n";
+  const size_t begin = text.find_first_not_of(kWhiteSpace);
+  if (begin == std::string_view::npos) return "";
+  return text.substr(begin, text.find_last_not_of(kWhiteSpace) + 1 - begin);
 }
 
 // The prompts already answered in a shard that an earlier run left, which must have the same
@@ -89,12 +115,14 @@ int train_data(const std::vector<std::string>& args) {
   Options o;
   const Command command{
       "train data",
-      "-m MODEL --prompts FILE -o SHARD [FLAGS]",
+      "-m MODEL (--prompts FILE | --own-prompts N) -o SHARD [FLAGS]",
       "Answers prompts in the model's chat format, many at once, and writes the token ids: what\n"
       "`chimera train fit` learns from. A run that was stopped goes on where it was.\n",
       {
           {'m', "model", "FILE", "the target: GGUF or llama2.c", text(&o.model)},
           {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o.prompts)},
+          {0, "own-prompts", "N", "instead: N prompts that the target writes itself, as a user",
+           integer(&o.own_prompts, 1, 100000000)},
           {'o', "output", "FILE", "the shard to write or to go on with", text(&o.output)},
           {0, "features", "",
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
@@ -113,17 +141,22 @@ int train_data(const std::vector<std::string>& args) {
            choice(&o.device, {"cpu", "cuda"})},
       }};
   if (!parse(command, args)) return 0;
-  if (!o.model || !o.prompts || !o.output)
-    throw UsageError("train data", "-m MODEL, --prompts FILE and -o SHARD", "one missing",
+  if (!o.model || !o.output || o.prompts.has_value() == (o.own_prompts > 0))
+    throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
+                     o.prompts && o.own_prompts > 0 ? "both of them" : "one missing",
                      "see chimera train data --help");
   const auto [shard, shards] = parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
   const bool chat = model.chat_format != ChatFormat::kNone;
-  const std::vector<Prompt> prompts =
-      load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
-  const size_t count =
-      o.limit > 0 ? std::min(prompts.size(), static_cast<size_t>(o.limit)) : prompts.size();
+  if (o.own_prompts > 0 && !chat)
+    throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
+                "give --prompts FILE");
+  std::vector<Prompt> prompts;
+  if (o.prompts)
+    prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
+  size_t count = o.prompts ? prompts.size() : static_cast<size_t>(o.own_prompts);
+  if (o.limit > 0) count = std::min(count, static_cast<size_t>(o.limit));
   ordered_json about{{"chimera_data", 1},
                      {"model", model.name()},
                      {"vocab_size", model.tokenizer.size()},
@@ -133,6 +166,7 @@ int train_data(const std::vector<std::string>& args) {
                      {"temperatures", kTemperatures},
                      {"shard", o.shard.value_or("0/1")},
                      {"chat", chat}};
+  if (o.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
   if (o.device != "cpu") about["device"] = o.device;
   const std::string header = about.dump();
   const std::unordered_set<size_t> done = resume(*o.output, header);
@@ -150,52 +184,85 @@ int train_data(const std::vector<std::string>& args) {
     features.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
   training::FeatureRecorder recorder(llama.config(), o.sequences);
 
-  std::vector<size_t> running(static_cast<size_t>(o.sequences),
-                              SIZE_MAX);  // prompt of each sequence
-  std::vector<size_t> prompt_len(static_cast<size_t>(o.sequences));
+  std::vector<Job> jobs(static_cast<size_t>(o.sequences));
   size_t next = 0, answers = done.size(), left_out = 0;
   int64_t tokens = 0;
+  const std::vector<int32_t> opening =
+      o.own_prompts > 0 ? encode_chat(model.tokenizer, model.chat_format, {}, "user")
+                        : std::vector<int32_t>();
+  const size_t max_prompt = static_cast<size_t>(o.max_prompt);
+
+  const auto write = [&](int s, bool asks, std::span<const int32_t> given) {
+    Job& job = jobs[static_cast<size_t>(s)];
+    job.asks = asks;
+    job.given_tokens = given.size();
+    session.start(
+        s, given,
+        asks ? sampling_of_own_prompt(o.seed, job.prompt) : sampling_of(o.seed, job.prompt));
+    recorder.start(s, static_cast<int>(given.size()));
+  };
+  // Too long a prompt is left out.
+  const auto answer = [&](int s, std::span<const Message> prompt) {
+    const std::vector<int32_t> ids = encode(model, prompt, chat);
+    if (ids.size() > max_prompt) {
+      ++left_out;
+      jobs[static_cast<size_t>(s)] = {};
+      return;
+    }
+    write(s, false, ids);
+  };
+
   const auto start = std::chrono::steady_clock::now();
   auto last_note = start;
   std::signal(SIGINT, [](int) { interrupted = 1; });
   for (bool busy = true; busy && !interrupted;) {
     busy = false;
     for (int s = 0; s < o.sequences; ++s) {
-      size_t& prompt = running[static_cast<size_t>(s)];
-      while (prompt == SIZE_MAX && next < count) {
+      Job& job = jobs[static_cast<size_t>(s)];
+      while (job.prompt == Job::kNone && next < count) {
         const size_t candidate = next++;
         if (candidate % shards != shard || done.count(candidate)) continue;
-        const std::vector<int32_t> ids = encode(model, prompts[candidate], chat);
-        if (ids.size() > static_cast<size_t>(o.max_prompt)) {
-          ++left_out;
-          continue;
-        }
-        session.start(s, ids, sampling_of(o.seed, candidate));
-        recorder.start(s, static_cast<int>(ids.size()));
-        prompt = candidate;
-        prompt_len[static_cast<size_t>(s)] = ids.size();
+        job.prompt = candidate;
+        if (o.prompts)
+          answer(s, prompts[candidate]);
+        else
+          write(s, true, opening);
       }
-      busy = busy || prompt != SIZE_MAX;
+      busy = busy || job.prompt != Job::kNone;
     }
     if (!busy || !session.step(features ? &recorder : nullptr)) break;
     for (int s = 0; s < o.sequences; ++s) {
-      size_t& prompt = running[static_cast<size_t>(s)];
-      if (prompt == SIZE_MAX || session.emitted(s) == 0) continue;
+      Job& job = jobs[static_cast<size_t>(s)];
+      if (job.prompt == Job::kNone || session.emitted(s) == 0) continue;
       ++tokens;
       const auto text = session.tokens(s);
-      const size_t length = text.size() - prompt_len[static_cast<size_t>(s)];
-      if (text.back() != eos && length < static_cast<size_t>(o.n)) continue;
-      ordered_json record{{"prompt", prompt},
-                          {"prompt_len", prompt_len[static_cast<size_t>(s)]},
-                          {"temperature", sampling_of(o.seed, prompt).temperature},
+      const auto written = text.subspan(job.given_tokens);
+      const bool ended = written.back() == eos;
+      const size_t room = job.asks ? max_prompt : job.given_tokens + static_cast<size_t>(o.n);
+      if (!ended && text.size() < room) continue;
+      if (job.asks) {
+        const std::string prompt = model.tokenizer.decode(written.first(written.size() - 1));
+        const Message message{"user", std::string(trimmed(prompt))};
+        session.stop(s);
+        if (!ended || message.content.empty()) {
+          ++left_out;
+          job = {};
+        } else {
+          answer(s, {&message, 1});
+        }
+        continue;
+      }
+      ordered_json record{{"prompt", job.prompt},
+                          {"prompt_len", job.given_tokens},
+                          {"temperature", sampling_of(o.seed, job.prompt).temperature},
                           {"ids", text}};
       out << record.dump() << "\n" << std::flush;
       if (!out)
         throw Error(*o.output, "room to write", "none", "free some and run the same command again");
-      if (features && length >= 2)
+      if (features && written.size() >= 2)
         features->append(static_cast<int64_t>(answers), recorder.take(s, text));
       session.stop(s);
-      prompt = SIZE_MAX;
+      job = {};
       ++answers;
     }
     const auto now = std::chrono::steady_clock::now();
@@ -208,7 +275,7 @@ int train_data(const std::vector<std::string>& args) {
     }
   }
   note((isatty(2) ? "\n" : "") + std::to_string(answers) + " answers, " + std::to_string(left_out) +
-       " prompts too long");
+       (o.prompts ? " prompts too long" : " prompts without an end"));
   return interrupted ? 130 : 0;
 }
 

@@ -5,8 +5,8 @@
 #include <csignal>
 #include <cstring>
 
-#include "engine/train/adamw.h"
 #include "engine/train/batch_gradient.h"
+#include "engine/train/optimizer.h"
 #include "loader/draft_file.h"
 #include "loader/load.h"
 #include "loader/mapped_file.h"
@@ -123,15 +123,23 @@ struct Position {
 std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
                          const std::string& target) {
   if (o.minutes > 0) n_texts = 0, total = 0;
-  return nlohmann::ordered_json{
-      {"target", target},  {"texts", n_texts},    {"positions", total},
-      {"rate", o.rate},    {"batch", o.batch},    {"micro_batches", o.micro_batches},
-      {"steps", o.steps},  {"seed", o.seed},      {"hidden_size", c.hidden_size},
-      {"ffn", c.ffn_size}, {"rank", c.head_rank}, {"ctx", o.context}}
+  return nlohmann::ordered_json{{"optimizer", "muon"},
+                                {"target", target},
+                                {"texts", n_texts},
+                                {"positions", total},
+                                {"rate", o.rate},
+                                {"batch", o.batch},
+                                {"micro_batches", o.micro_batches},
+                                {"steps", o.steps},
+                                {"seed", o.seed},
+                                {"hidden_size", c.hidden_size},
+                                {"ffn", c.ffn_size},
+                                {"rank", c.head_rank},
+                                {"ctx", o.context}}
       .dump();
 }
 
-void save_checkpoint(const std::string& path, const training::AdamWState& s, const Position& at,
+void save_checkpoint(const std::string& path, const training::OptimizerState& s, const Position& at,
                      const std::vector<int32_t>& vocabulary, const std::string& settings) {
   const auto n = static_cast<int64_t>(s.values.size());
   write_safetensors(path,
@@ -152,7 +160,7 @@ void save_checkpoint(const std::string& path, const training::AdamWState& s, con
 }
 
 void load_checkpoint(const std::string& path, const std::string& settings, size_t parameters,
-                     training::AdamWState* s, Position* at, std::vector<int32_t>* vocabulary) {
+                     training::OptimizerState* s, Position* at, std::vector<int32_t>* vocabulary) {
   const MappedFile file(path);
   SafeTensors st = parse_safetensors(file.bytes(), file.name());
   const auto meta = [&](const char* key) {
@@ -306,7 +314,7 @@ int train_fit(const std::vector<std::string>& args) {
   const std::string settings =
       run_settings(o, draft.config, texts.size(), total, target_fingerprint);
 
-  training::AdamWState state = training::start_adamw(training::pack_parameters(draft));
+  training::OptimizerState state = training::start_optimizer(training::pack_parameters(draft));
   Position at;
   if (o.resume) load_checkpoint(*o.resume, settings, layout.total, &state, &at, &draft.vocabulary);
 
@@ -366,9 +374,9 @@ int train_fit(const std::vector<std::string>& args) {
     note("held out: " + validated + "; saved at " + std::to_string(at.starts) + " positions");
   };
 
-  training::AdamWOptions adamw;
-  adamw.rate = o.rate;
-  adamw.average = 0.999;
+  training::OptimizerOptions options;
+  options.rate = o.rate;
+  training::Optimizer optimizer(options, layout, &gradient_of.ops());
   std::vector<float> gradient(layout.total);
   training::Score recent;
   Clock::time_point told = begin, saved = begin;
@@ -393,9 +401,8 @@ int train_fit(const std::vector<std::string>& args) {
     }
     const training::Score score =
         gradient_of.run(state.values.data(), parts, o.steps, kStepWeight, gradient.data());
-    const double rate = training::learning_rate(adamw, progress());
-    const double norm =
-        training::adamw_step(adamw, layout, rate, &gradient, &state, &gradient_of.ops());
+    const double rate = training::learning_rate(options, progress());
+    const double norm = optimizer.step(rate, &gradient, &state);
     if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
       throw Error(
           "training step " + std::to_string(state.step + 1), "a finite loss and gradient",

@@ -35,7 +35,7 @@ class GrowingDrafter final : public ChimeraDrafter {
         hidden_(tensors.config.hidden_size),
         greedy_(tensors.config.greedy),
         sampled_(tensors.config.sampled),
-        model_(target, tensors, options.static_vocabulary, n_sequences, context) {
+        model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
     for (Sequence& s : sequences_)
       for (auto* v : {&s.h, &s.f, &s.g}) v->resize(static_cast<size_t>(hidden_));

@@ -26,8 +26,6 @@ struct ChimeraOptions {
   int depth = 6;       // of the tree
   int width = 4;       // nodes expanded at a depth
   bool ngrams = true;  // hybrid
-  bool recycling = false;
-  int static_vocabulary = 2048;
   StaticTree tree{};  // not empty: the draft's guesses of this shape, and nothing else
 };
 

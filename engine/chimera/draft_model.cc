@@ -25,8 +25,8 @@ void round_row(DType type, const float* row, int64_t cols, std::byte* out) {
 
 }  // namespace
 
-DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vocabulary,
-                       int n_sequences, int context, DType weight_type)
+DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequences, int context,
+                       DType weight_type)
     : backend_(target.backend()),
       target_(target),
       config_(t.config),
@@ -102,10 +102,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int static_vo
   ffn_norm_ = place(t.ffn_norm);
   out_norm_ = place(t.out_norm);
 
-  vocabulary_.assign(t.vocabulary.begin(),
-                     t.vocabulary.begin() +
-                         std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(t.vocabulary.size()),
-                                                  static_vocabulary));
+  vocabulary_ = t.vocabulary;
   const auto n_static = static_cast<int64_t>(vocabulary_.size());
   head_rows_.resize(static_cast<size_t>(n_static + kMaxDynamic) * row_bytes(head_type_, d));
   for (int64_t i = 0; i < n_static; ++i)

@@ -22,10 +22,9 @@ class DraftModel {
 
   // weight_type: what the weights are rounded to: 4 bits (which costs no acceptance that could be
   // measured, and half the bytes of 8), or f32, to compare with exact values. The rows of the
-  // target's head are kept in 8 bits, or f32. static_vocabulary: how many of the tensors' most
-  // frequent tokens the heads choose from, besides the dynamic ones (set_dynamic).
-  DraftModel(const Llama& target, const DraftTensors& tensors, int static_vocabulary,
-             int n_sequences, int context, DType weight_type = DType::kQ4_1);
+  // target's head are kept in 8 bits, or f32.
+  DraftModel(const Llama& target, const DraftTensors& tensors, int n_sequences, int context,
+             DType weight_type = DType::kQ4_1);
 
   const DraftConfig& config() const { return config_; }
   std::span<const int32_t> vocabulary() const { return vocabulary_; }

@@ -7,7 +7,7 @@ namespace chimera::training {
 BatchGradient::BatchGradient(const DraftConfig& config, const float* embedding, const float* head,
                              int64_t vocab, std::span<const int32_t> vocabulary, int dynamic_best,
                              int n_parallel, int threads, Precision precision)
-    : ops_(threads),
+    : ops_(threads, precision),
       pool_(std::clamp(threads, 1, n_parallel)),
       n_parameters_(ParameterLayout(config).total) {
   for (int i = 0; i < pool_.size(); ++i)

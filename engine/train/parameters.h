@@ -12,7 +12,7 @@ struct Parameter {
   std::string name;  // as in the draft file: "w1", "head_down.0"
   int64_t rows = 0, cols = 0;
   size_t offset = 0;
-  bool decay = false;  // matrices; norms and scales are left alone
+  bool is_matrix = false;  // not a norm or a scale
   size_t size() const { return static_cast<size_t>(rows * cols); }
 };
 
