@@ -16,6 +16,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <tuple>
 #include <unordered_set>
 
 #include "engine/session.h"
@@ -109,6 +110,159 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
   return {i, n};
 }
 
+// The answers of one shard, written as they are finished.
+class ShardWriter {
+ public:
+  ShardWriter(const Options& o, const Model& model, const Llama& llama, std::vector<Prompt> prompts)
+      : o_(o),
+        model_(model),
+        chat_(model.chat_format != ChatFormat::kNone),
+        prompts_(std::move(prompts)),
+        session_(llama,
+                 {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128}),
+        recorder_(llama.config(), o.sequences),
+        jobs_(static_cast<size_t>(o.sequences)) {
+    std::tie(shard_, shards_) = parse_shard(o.shard.value_or("0/1"));
+    count_ = o.own_prompts > 0 ? static_cast<size_t>(o.own_prompts) : prompts_.size();
+    if (o.limit > 0) count_ = std::min(count_, static_cast<size_t>(o.limit));
+    if (o.own_prompts > 0) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
+    const std::string header = this->header();
+    done_ = resume(*o.output, header);
+    answers_ = done_.size();
+    out_.open(*o.output, std::ios::binary | std::ios::app);
+    if (done_.empty() && std::filesystem::file_size(*o.output) == 0) out_ << header << "\n";
+    if (o.features)
+      features_.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
+  }
+
+  // One pass over all sequences; false: there is nothing left to do.
+  bool step() {
+    bool busy = false;
+    for (int s = 0; s < o_.sequences; ++s) {
+      while (job(s).prompt == Job::kNone && next_ < count_) begin(s, next_++);
+      busy = busy || job(s).prompt != Job::kNone;
+    }
+    if (!busy || !session_.step(features_ ? &recorder_ : nullptr)) return false;
+    for (int s = 0; s < o_.sequences; ++s) {
+      if (job(s).prompt == Job::kNone || session_.emitted(s) == 0) continue;
+      ++tokens_;
+      const auto text = session_.tokens(s);
+      const bool ended = text.back() == model_.tokenizer.eos();
+      const size_t room = job(s).asks ? static_cast<size_t>(o_.max_prompt)
+                                      : job(s).given_tokens + static_cast<size_t>(o_.n);
+      if (!ended && text.size() < room) continue;
+      session_.stop(s);
+      if (job(s).asks)
+        take_prompt(s, ended);
+      else
+        take_answer(s);
+    }
+    return true;
+  }
+
+  std::string progress(double seconds) const {
+    return std::to_string(answers_) + " of " + std::to_string(count_ / shards_) + " answers, " +
+           std::to_string(tokens_) + " tokens, " +
+           fixed_text(static_cast<double>(tokens_) / seconds, 0) + " tokens/s";
+  }
+  std::string summary() const {
+    return std::to_string(answers_) + " answers, " + std::to_string(left_out_) +
+           (o_.own_prompts > 0 ? " prompts without an end" : " prompts too long");
+  }
+
+ private:
+  Job& job(int sequence) { return jobs_[static_cast<size_t>(sequence)]; }
+
+  std::string header() const {
+    ordered_json about{{"chimera_data", 1},
+                       {"model", model_.name()},
+                       {"vocab_size", model_.tokenizer.size()},
+                       {"seed", o_.seed},
+                       {"max_tokens", o_.n},
+                       {"max_prompt", o_.max_prompt},
+                       {"temperatures", kTemperatures},
+                       {"shard", o_.shard.value_or("0/1")},
+                       {"chat", chat_}};
+    if (o_.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
+    if (o_.device != "cpu") about["device"] = o_.device;
+    return about.dump();
+  }
+
+  void begin(int s, size_t prompt) {
+    if (prompt % shards_ != shard_ || done_.count(prompt)) return;
+    job(s).prompt = prompt;
+    if (o_.own_prompts > 0)
+      write(s, /*asks=*/true, opening_);
+    else
+      answer(s, prompts_[prompt]);
+  }
+
+  void answer(int s, std::span<const Message> prompt) {
+    const std::vector<int32_t> ids = encode(model_, prompt, chat_);
+    if (ids.size() > static_cast<size_t>(o_.max_prompt))
+      leave_out(s);
+    else
+      write(s, /*asks=*/false, ids);
+  }
+
+  void leave_out(int s) {
+    ++left_out_;
+    job(s) = {};
+  }
+
+  void write(int s, bool asks, std::span<const int32_t> given) {
+    Job& j = job(s);
+    j.asks = asks;
+    j.given_tokens = given.size();
+    session_.start(
+        s, given,
+        asks ? sampling_of_own_prompt(o_.seed, j.prompt) : sampling_of(o_.seed, j.prompt));
+    recorder_.start(s, static_cast<int>(given.size()));
+  }
+
+  // The target has written a prompt: it is answered as if a user had sent its text.
+  void take_prompt(int s, bool ended) {
+    const auto written = session_.tokens(s).subspan(job(s).given_tokens);
+    const std::string text = model_.tokenizer.decode(written.first(written.size() - 1));
+    const Message message{"user", std::string(trimmed(text))};
+    if (!ended || message.content.empty())
+      leave_out(s);
+    else
+      answer(s, {&message, 1});
+  }
+
+  void take_answer(int s) {
+    Job& j = job(s);
+    const auto text = session_.tokens(s);
+    const ordered_json record{{"prompt", j.prompt},
+                              {"prompt_len", j.given_tokens},
+                              {"temperature", sampling_of(o_.seed, j.prompt).temperature},
+                              {"ids", text}};
+    out_ << record.dump() << "\n" << std::flush;
+    if (!out_)
+      throw Error(*o_.output, "room to write", "none", "free some and run the same command again");
+    if (features_ && text.size() >= j.given_tokens + 2)
+      features_->append(static_cast<int64_t>(answers_), recorder_.take(s, text));
+    j = {};
+    ++answers_;
+  }
+
+  const Options& o_;
+  const Model& model_;
+  const bool chat_;
+  const std::vector<Prompt> prompts_;  // none where the target writes them
+  std::vector<int32_t> opening_;       // of a user's message
+  size_t shard_ = 0, shards_ = 1, count_ = 0, next_ = 0;
+  std::unordered_set<size_t> done_;
+  std::ofstream out_;
+  std::optional<FeatureFile> features_;
+  Session session_;
+  training::FeatureRecorder recorder_;
+  std::vector<Job> jobs_;  // by sequence
+  size_t answers_ = 0, left_out_ = 0;
+  int64_t tokens_ = 0;
+};
+
 }  // namespace
 
 int train_data(const std::vector<std::string>& args) {
@@ -145,137 +299,32 @@ int train_data(const std::vector<std::string>& args) {
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
                      o.prompts && o.own_prompts > 0 ? "both of them" : "one missing",
                      "see chimera train data --help");
-  const auto [shard, shards] = parse_shard(o.shard.value_or("0/1"));
+  parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
-  const bool chat = model.chat_format != ChatFormat::kNone;
-  if (o.own_prompts > 0 && !chat)
+  if (o.own_prompts > 0 && model.chat_format == ChatFormat::kNone)
     throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
                 "give --prompts FILE");
   std::vector<Prompt> prompts;
   if (o.prompts)
     prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
-  size_t count = o.prompts ? prompts.size() : static_cast<size_t>(o.own_prompts);
-  if (o.limit > 0) count = std::min(count, static_cast<size_t>(o.limit));
-  ordered_json about{{"chimera_data", 1},
-                     {"model", model.name()},
-                     {"vocab_size", model.tokenizer.size()},
-                     {"seed", o.seed},
-                     {"max_tokens", o.n},
-                     {"max_prompt", o.max_prompt},
-                     {"temperatures", kTemperatures},
-                     {"shard", o.shard.value_or("0/1")},
-                     {"chat", chat}};
-  if (o.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
-  if (o.device != "cpu") about["device"] = o.device;
-  const std::string header = about.dump();
-  const std::unordered_set<size_t> done = resume(*o.output, header);
-  std::ofstream out(*o.output, std::ios::binary | std::ios::app);
-  if (done.empty() && std::filesystem::file_size(*o.output) == 0) out << header << "\n";
-
   const auto backend = make_backend(o.device, {.threads = o.threads});
-  const int32_t eos = model.tokenizer.eos();
   const Llama llama = prepare_weights(*backend, &model);
-  Session session(llama,
-                  {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128});
-
-  std::optional<FeatureFile> features;
-  if (o.features)
-    features.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
-  training::FeatureRecorder recorder(llama.config(), o.sequences);
-
-  std::vector<Job> jobs(static_cast<size_t>(o.sequences));
-  size_t next = 0, answers = done.size(), left_out = 0;
-  int64_t tokens = 0;
-  const std::vector<int32_t> opening =
-      o.own_prompts > 0 ? encode_chat(model.tokenizer, model.chat_format, {}, "user")
-                        : std::vector<int32_t>();
-  const size_t max_prompt = static_cast<size_t>(o.max_prompt);
-
-  const auto write = [&](int s, bool asks, std::span<const int32_t> given) {
-    Job& job = jobs[static_cast<size_t>(s)];
-    job.asks = asks;
-    job.given_tokens = given.size();
-    session.start(
-        s, given,
-        asks ? sampling_of_own_prompt(o.seed, job.prompt) : sampling_of(o.seed, job.prompt));
-    recorder.start(s, static_cast<int>(given.size()));
-  };
-  // Too long a prompt is left out.
-  const auto answer = [&](int s, std::span<const Message> prompt) {
-    const std::vector<int32_t> ids = encode(model, prompt, chat);
-    if (ids.size() > max_prompt) {
-      ++left_out;
-      jobs[static_cast<size_t>(s)] = {};
-      return;
-    }
-    write(s, false, ids);
-  };
+  ShardWriter shard(o, model, llama, std::move(prompts));
 
   const auto start = std::chrono::steady_clock::now();
   auto last_note = start;
   std::signal(SIGINT, [](int) { interrupted = 1; });
-  for (bool busy = true; busy && !interrupted;) {
-    busy = false;
-    for (int s = 0; s < o.sequences; ++s) {
-      Job& job = jobs[static_cast<size_t>(s)];
-      while (job.prompt == Job::kNone && next < count) {
-        const size_t candidate = next++;
-        if (candidate % shards != shard || done.count(candidate)) continue;
-        job.prompt = candidate;
-        if (o.prompts)
-          answer(s, prompts[candidate]);
-        else
-          write(s, true, opening);
-      }
-      busy = busy || job.prompt != Job::kNone;
-    }
-    if (!busy || !session.step(features ? &recorder : nullptr)) break;
-    for (int s = 0; s < o.sequences; ++s) {
-      Job& job = jobs[static_cast<size_t>(s)];
-      if (job.prompt == Job::kNone || session.emitted(s) == 0) continue;
-      ++tokens;
-      const auto text = session.tokens(s);
-      const auto written = text.subspan(job.given_tokens);
-      const bool ended = written.back() == eos;
-      const size_t room = job.asks ? max_prompt : job.given_tokens + static_cast<size_t>(o.n);
-      if (!ended && text.size() < room) continue;
-      if (job.asks) {
-        const std::string prompt = model.tokenizer.decode(written.first(written.size() - 1));
-        const Message message{"user", std::string(trimmed(prompt))};
-        session.stop(s);
-        if (!ended || message.content.empty()) {
-          ++left_out;
-          job = {};
-        } else {
-          answer(s, {&message, 1});
-        }
-        continue;
-      }
-      ordered_json record{{"prompt", job.prompt},
-                          {"prompt_len", job.given_tokens},
-                          {"temperature", sampling_of(o.seed, job.prompt).temperature},
-                          {"ids", text}};
-      out << record.dump() << "\n" << std::flush;
-      if (!out)
-        throw Error(*o.output, "room to write", "none", "free some and run the same command again");
-      if (features && written.size() >= 2)
-        features->append(static_cast<int64_t>(answers), recorder.take(s, text));
-      session.stop(s);
-      job = {};
-      ++answers;
-    }
+  while (!interrupted && shard.step()) {
     const auto now = std::chrono::steady_clock::now();
-    const double seconds = std::chrono::duration<double>(now - start).count();
     if (now - last_note > std::chrono::seconds(isatty(2) ? 1 : 60)) {
       last_note = now;
-      std::fprintf(stderr, "%s%zu of %zu answers, %lld tokens, %.0f tokens/s%s",
-                   isatty(2) ? "\r" : "", answers, count / shards, static_cast<long long>(tokens),
-                   static_cast<double>(tokens) / seconds, isatty(2) ? "  " : "\n");
+      const double seconds = std::chrono::duration<double>(now - start).count();
+      std::fprintf(stderr, "%s%s%s", isatty(2) ? "\r" : "", shard.progress(seconds).c_str(),
+                   isatty(2) ? "  " : "\n");
     }
   }
-  note((isatty(2) ? "\n" : "") + std::to_string(answers) + " answers, " + std::to_string(left_out) +
-       (o.prompts ? " prompts too long" : " prompts without an end"));
+  note((isatty(2) ? "\n" : "") + shard.summary());
   return interrupted ? 130 : 0;
 }
 

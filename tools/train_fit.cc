@@ -27,7 +27,8 @@ constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one bef
 constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
 
 struct Options {
-  std::optional<std::string> model, data, output, checkpoint, resume, init, licence;
+  std::optional<std::string> model, output, checkpoint, resume, init, licence;
+  std::vector<std::string> data;
   int positions = 0, stop_after = 0, batch = 256, micro_batches = 2, steps = 4, vocabulary = 2048,
       ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
@@ -45,7 +46,7 @@ Command command(Options* o) {
       "says of each token is read from SHARD.features; what is not there is computed, and added.\n"
       "Ctrl-C saves and stops; --resume goes on.\n",
       {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "data", "FILES", "shards of texts, separated by commas", text(&o->data)},
+       {0, "data", "FILES", "shards of texts, separated by commas", texts(&o->data)},
        {'o', "output", "DRAFT", "the draft: a safetensors file", text(&o->output)},
        heading("How long"),
        {0, "positions", "N", "positions to start a rollout from; 0: each once",
@@ -82,17 +83,6 @@ Command command(Options* o) {
         "go on from a checkpoint: the same bits as without a break\n(but for --minutes)",
         text(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
-}
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> parts(1);
-  for (const char c : list) {
-    if (c == ',')
-      parts.emplace_back();
-    else
-      parts.back() += c;
-  }
-  return parts;
 }
 
 // The most frequent tokens of the answers, most frequent first; then by id.
@@ -257,7 +247,7 @@ int train_fit(const std::vector<std::string>& args) {
   if (!parse(command(&o), args)) return 0;
   const std::string see_help = "see chimera train fit --help";
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
-  if (!o.data) throw UsageError("train fit", "--data FILES", "none", see_help);
+  if (o.data.empty()) throw UsageError("train fit", "--data FILES", "none", see_help);
   if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
   const auto precision =
       o.precision == "bf16" ? training::Precision::kBF16 : training::Precision::kF32;
@@ -274,9 +264,8 @@ int train_fit(const std::vector<std::string>& args) {
   const std::string target_name = printable(t.name);
   const std::string target_fingerprint = fingerprint(t, model.vocabulary);
   const int vocab = t.config.vocab_size;
-  const std::vector<std::string> shards = split(*o.data);
   const int context = std::min(o.context, t.config.max_context);
-  TrainingTexts source(shards, vocab, context, o.seed);
+  TrainingTexts source(o.data, vocab, context, o.seed);
   const std::vector<Text>& texts = source.texts();
   const std::vector<Text>& held_out = source.held_out();
   int64_t available = 0;
@@ -326,7 +315,7 @@ int train_fit(const std::vector<std::string>& args) {
   const Llama llama(*backend, t, [&](const TensorView& view) {
     model.file.drop({view.data, view.bytes()});
   });
-  TextFeatures features(llama, target_fingerprint, shards, context, threads);
+  TextFeatures features(llama, target_fingerprint, o.data, context, threads);
   training::BatchGradient gradient_of(
       draft.config, embedding.data(), untied.empty() ? embedding.data() : untied.data(), vocab,
       draft.vocabulary, kTargetsBest, o.micro_batches, threads, precision);
