@@ -86,7 +86,8 @@ class CudaBackend final : public Backend {
     synchronize(stream_);
   }
 
-  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
+  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
+                                  const Consumed& consumed) override {
     auto matrix = std::make_unique<CudaMatrix>();
     matrix->cols = stacked.front().cols;
     int64_t partials = 0, counters = 0;
@@ -98,6 +99,7 @@ class CudaBackend final : public Backend {
       std::vector<std::byte> tape(bytes);
       pack_in_parallel(w, tape.data());
       CudaMatrix::Segment s{w.type, w.rows, matrix->rows, DeviceMemory(allocate_device(bytes))};
+      if (consumed) consumed({w.data, w.bytes()});
       upload(s.tape.get(), tape.data(), bytes);
       matrix->bytes += bytes;
       matrix->rows += w.rows;

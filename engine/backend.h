@@ -30,6 +30,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -40,6 +41,8 @@
 #include "engine/tensor.h"
 
 namespace chimera {
+
+using Consumed = std::function<void(std::span<const std::byte>)>;
 
 // A weight matrix in the backend's own layout, made by prepare(). (rows, cols) as stacked.
 class Matrix {
@@ -114,8 +117,11 @@ class Backend {
   virtual std::shared_ptr<Step> make_step(int n_sequences) = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
-  // for this machine. The views may be dropped afterwards.
-  virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) = 0;
+  // for this machine. consumed, or nullptr: told of bytes of the views as soon as they are not
+  // needed any more, from any thread, so that a file's pages can be dropped while a large tensor is
+  // still being read. The views may be dropped afterwards, except those that are lasting.
+  virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
+                                          const Consumed& consumed) = 0;
   // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
   virtual void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) = 0;
   virtual size_t kv_bytes(const KvShape& shape) const = 0;

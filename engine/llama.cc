@@ -6,12 +6,8 @@
 
 namespace chimera {
 
-Llama::Llama(Backend& backend, const LlamaTensors& t,
-             const std::function<void(const TensorView&)>& consumed)
+Llama::Llama(Backend& backend, const LlamaTensors& t, const Consumed& consumed)
     : backend_(backend), config_(t.config), name_(t.name) {
-  const auto done = [&](const TensorView& view) {
-    if (consumed) consumed(view);
-  };
   const auto hidden = static_cast<size_t>(config_.hidden_size);
   norms_ = backend.allocate((2 * t.layers.size() + 1) * hidden * 4);
   auto* next_norm = static_cast<float*>(norms_.get());
@@ -19,12 +15,11 @@ Llama::Llama(Backend& backend, const LlamaTensors& t,
     std::vector<float> weight(hidden);
     dequantize_row(view.type, view.data, view.cols, weight.data());
     backend.upload(next_norm, weight.data(), hidden * 4);
-    done(view);
+    if (consumed) consumed({view.data, view.bytes()});
     return std::exchange(next_norm, next_norm + hidden);
   };
   const auto prepare = [&](std::initializer_list<TensorView> views) {
-    auto matrix = backend.prepare({views.begin(), views.size()});
-    for (const TensorView& view : views) done(view);
+    auto matrix = backend.prepare({views.begin(), views.size()}, consumed);
     weight_bytes_ += matrix->bytes;
     return matrix;
   };

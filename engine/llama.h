@@ -1,7 +1,6 @@
 // The LLaMA decoder: weights prepared for a backend, and the one forward pass.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -27,10 +26,8 @@ struct Activations {
 // Weights are immutable and shared by sessions.
 class Llama {
  public:
-  // Prepares every weight, in the order of execution. consumed(view) is called when a view is no
-  // longer needed, so that its pages can be dropped.
-  Llama(Backend& backend, const LlamaTensors& tensors,
-        const std::function<void(const TensorView&)>& consumed = nullptr);
+  // Prepares every weight, in the order of execution. consumed: see Backend::prepare().
+  Llama(Backend& backend, const LlamaTensors& tensors, const Consumed& consumed = nullptr);
 
   // One pass over the step's rows: fills states for all of them and logits for those that want
   // them; appends their keys and values.

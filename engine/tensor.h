@@ -1,8 +1,9 @@
 // A view of a weight matrix where the file has it: no ownership, no copy.
 #pragma once
 
-#include <cstddef>
+#include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "engine/dtype.h"
@@ -27,6 +28,12 @@ struct TensorView {
 
   bool empty() const { return data == nullptr; }
   size_t bytes() const { return static_cast<size_t>(rows) * row_bytes(type, cols); }
+  // Rows [first, last) as they lie in memory; there are no more than `rows`.
+  std::span<const std::byte> memory(int64_t first, int64_t last) const {
+    const size_t row = row_bytes(type, cols);
+    return {data + static_cast<size_t>(std::min(first, rows)) * row,
+            data + static_cast<size_t>(std::min(last, rows)) * row};
+  }
 
   // Row r in the engine's order.
   const std::byte* row(int64_t r) const {

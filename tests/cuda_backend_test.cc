@@ -227,7 +227,7 @@ TEST(CudaBackend, IntegerProductsAreExact) {
     constexpr int64_t kRows = 150, kCols = 768, kTokens = 40;
     for (const DType type : cuda::test::kAllTypes) {
       const auto m = cuda::test::random_matrix(random, type, kRows, kCols, true);
-      const auto matrix = backend->prepare({&m.view, 1});
+      const auto matrix = backend->prepare({&m.view, 1}, nullptr);
       backend->reserve(64, 64, kCols, {1, 1, 16}, 16);
       const std::vector<float> x = cuda::test::random_input(random, kTokens * kCols, true);
       const auto memory = backend->allocate(sizeof(Step) + (x.size() + kTokens * kRows) * 4);
@@ -273,7 +273,8 @@ TEST(CudaBackend, OpsAreTheCpus) {
     const auto b = cuda::test::random_matrix(random, DType::kF32, 10, kHidden, false);
     const auto head = cuda::test::random_matrix(random, DType::kF32, kVocab, kHidden, false);
     const TensorView both[] = {a.view, b.view};
-    const auto qkv_weights = backend.prepare(both), head_weights = backend.prepare({&head.view, 1});
+    const auto qkv_weights = backend.prepare(both, nullptr),
+               head_weights = backend.prepare({&head.view, 1}, nullptr);
     const KvShape shape{DType::kF32, 2, kKvHeads, kDim, 2, 40};
     const auto kv_memory = backend.allocate(backend.kv_bytes(shape));
     const KvCache kv = backend.bind_kv(shape, kv_memory.get());
@@ -354,7 +355,7 @@ TEST(CudaBackend, PacksLargeMatrices) {
     for (const DType type : {DType::kF32, DType::kQ4_K}) {
       const auto m = cuda::test::random_matrix(random, type, kRows, kCols, false);
       const auto backend = backend_on(device);
-      const auto matrix = backend->prepare({&m.view, 1});
+      const auto matrix = backend->prepare({&m.view, 1}, nullptr);
       const auto step = backend->make_step(1);
       const auto memory = backend->allocate(static_cast<size_t>(Step::kMaxRows * kCols) * 4);
       for (int row = 0; row < kRows; row += 7) step->token[step->n_rows++] = row;
@@ -388,7 +389,7 @@ TEST(CudaBackend, ReplacesARow) {
       };
       for (size_t i = 0; i < values.size(); ++i) put(i);
       const TensorView view{"rows", type, 40, 64, file.data(), 0};
-      const auto matrix = backend->prepare({&view, 1});
+      const auto matrix = backend->prepare({&view, 1}, nullptr);
       for (size_t i = 37 * 64; i < 38 * 64; ++i) {
         values[i] += 1;
         put(i);

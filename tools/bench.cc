@@ -165,7 +165,7 @@ class ArithmeticLimit {
  public:
   ArithmeticLimit(Backend& backend, TensorView weights) : backend_(backend) {
     weights.rows = std::min<int64_t>(weights.rows, 256);
-    matrix_ = backend.prepare({&weights, 1});
+    matrix_ = backend.prepare({&weights, 1}, nullptr);
     std::vector<float> x(static_cast<size_t>(kRows * matrix_->cols));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 17) - 8.0f;
     x_ = backend.allocate(x.size() * sizeof(float));

@@ -56,14 +56,15 @@ int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t lon
 
 Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
   const MappedFile& file = model->file.file;
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what reading the file has needed and freed
+#endif
   LlamaTensors& tensors = model->file.tensors;
   tensors.embedding.lasting = tensors.head.lasting = mapped;
   for (LlamaLayerTensors& l : tensors.layers)
     for (TensorView* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w_gate, &l.w_up, &l.w_down})
       w->lasting = mapped;
-  Llama llama(backend, tensors, [&](const TensorView& view) {
-    if (!view.lasting) file.drop({view.data, view.bytes()});
-  });
+  Llama llama(backend, tensors, [&](std::span<const std::byte> bytes) { file.drop(bytes); });
   if (mapped) {  // nobody reads the file's head again: the vocabulary is copied
     const std::byte* first = tensors.embedding.data;
     for (const LlamaLayerTensors& l : tensors.layers)
@@ -75,9 +76,6 @@ Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
   tensors.embedding = tensors.output_norm = tensors.head = {};
   tensors.layers.clear();
   if (!mapped) model->file.file = MappedFile();
-#if defined(__GLIBC__)
-  malloc_trim(0);  // what reading the file has needed and freed
-#endif
   return llama;
 }
 

@@ -46,8 +46,9 @@ class TimedBackend final : public Backend {
   void upload(void* device, const void* host, size_t bytes) override {
     backend_->upload(device, host, bytes);
   }
-  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
-    return backend_->prepare(stacked);
+  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
+                                  const Consumed& consumed) override {
+    return backend_->prepare(stacked, consumed);
   }
   void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
     backend_->replace_row(matrix, tensor, row);

@@ -312,9 +312,7 @@ int train_fit(const std::vector<std::string>& args) {
   const std::vector<float> embedding = rows_as_f32(t.embedding, all);
   const std::vector<float> untied =
       t.head.empty() ? std::vector<float>() : rows_as_f32(t.head, all);
-  const Llama llama(*backend, t, [&](const TensorView& view) {
-    model.file.drop({view.data, view.bytes()});
-  });
+  const Llama llama(*backend, t, [&](std::span<const std::byte> bytes) { model.file.drop(bytes); });
   TextFeatures features(llama, target_fingerprint, o.data, context, threads);
   training::BatchGradient gradient_of(
       draft.config, embedding.data(), untied.empty() ? embedding.data() : untied.data(), vocab,

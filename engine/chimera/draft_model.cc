@@ -108,7 +108,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   for (int64_t i = 0; i < n_static; ++i)
     embed_head_row(static_cast<int>(i), vocabulary_[static_cast<size_t>(i)]);
   const TensorView head = view(head_type_, head_rows_, n_static + kMaxDynamic, d);
-  head_ = backend_.prepare({&head, 1});
+  head_ = backend_.prepare({&head, 1}, nullptr);
   weight_bytes_ += head_->bytes;
   logits_ = floats(rows * head_->rows);
   kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
@@ -145,7 +145,7 @@ std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t
   for (int64_t r = 0; r < rows; ++r)
     round_row(type, w.data() + r * cols, cols, rounded.data() + static_cast<size_t>(r) * row);
   const TensorView tensor = view(type, rounded, rows, cols);
-  auto matrix = backend_.prepare({&tensor, 1});
+  auto matrix = backend_.prepare({&tensor, 1}, nullptr);
   weight_bytes_ += matrix->bytes;
   return matrix;
 }

@@ -133,7 +133,8 @@ class CpuBackend final : public Backend {
     std::memcpy(device, host, bytes);
   }
 
-  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked) override {
+  std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
+                                  const Consumed& consumed) override {
     auto matrix = std::make_unique<CpuMatrix>();
     matrix->cols = stacked.front().cols;
     for (const TensorView& w : stacked) {
@@ -148,9 +149,15 @@ class CpuBackend final : public Backend {
       } else if (product_for(w.type) != nullptr) {
         std::byte* panels = arena_.take(panel * static_cast<size_t>(s.n_panels));
         pool_.run([&](int thread) {
+          constexpr int64_t kAtOnce = 1 << 20;  // bytes of the file between two calls of consumed
+          const int64_t group = std::max<int64_t>(1, kAtOnce / static_cast<int64_t>(panel));
           const auto [begin, end] = share(s.n_panels, thread);
-          for (int64_t p = begin; p < end; ++p)
-            pack_panel(w, p, panels + static_cast<size_t>(p) * panel);
+          for (int64_t first = begin; first < end; first += group) {
+            const int64_t last = std::min(end, first + group);
+            for (int64_t p = first; p < last; ++p)
+              pack_panel(w, p, panels + static_cast<size_t>(p) * panel);
+            if (consumed) consumed(w.memory(first * kPanelRows, last * kPanelRows));
+          }
         });
         s.panels = panels;
         s.file.data = nullptr;
@@ -160,6 +167,7 @@ class CpuBackend final : public Backend {
         std::byte* rows = arena_.take(w.bytes());
         for (int64_t r = 0; r < w.rows; ++r)
           std::memcpy(rows + static_cast<size_t>(r) * row, w.row(r), row);
+        if (consumed) consumed({w.data, w.bytes()});
         s.file.data = rows;
         s.file.interleaved_head_dim = 0;
         matrix->bytes += w.bytes();
