@@ -50,7 +50,7 @@ NVCCFLAGS := -std=c++20 -I. -O3 -fmad=false --expt-relaxed-constexpr -diag-suppr
 
 LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) \
            $(if $(filter 1,$(CUDA)),cuda/cuda_backend.cu,cuda/stub.cc)
-PROGRAM := $(wildcard tools/*.cc)
+PROGRAM := $(wildcard tools/*.cc tools/bench/*.cc tools/train/*.cc)
 LADDER  := $(wildcard tools/ladder/*.cc)
 # The tests run the CUDA kernels on the CPU, on machines with a toolkit and without.
 TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc

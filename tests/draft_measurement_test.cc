@@ -1,5 +1,5 @@
 // What is said about trees without decoding with them is what decoding with them gives.
-#include "tools/draft_measurement.h"
+#include "tools/train/draft_measurement.h"
 
 #include "engine/ngram_index.h"
 #include "loader/draft_file.h"

@@ -21,8 +21,8 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
   const auto golden = nlohmann::json::parse(read_text(kPrototype + "golden.json"));
   const auto ids = golden["ids"].get<std::vector<int32_t>>();
   const std::vector<uint16_t> hidden = read_array<uint16_t>(kPrototype + "hidden.f16");
-  DraftModel model(*target.model, load_prototype(kPrototype + "prototype.safetensors"), 1,
-                   256, DType::kF32);
+  DraftModel model(*target.model, load_prototype(kPrototype + "prototype.safetensors"), 1, 256,
+                   DType::kF32);
 
   // Slots 0 .. n-1 in chains, then the root's row and three more along the true tokens.
   for (const auto& [start, steps] : golden["starts"].items()) {
@@ -117,8 +117,8 @@ TEST(Draft, TheOneThatShips) {
   const DraftTensors tensors = load_draft(kDraft);
   EXPECT_EQ(tensors.target_fingerprint, fingerprint(target.file.tensors, target.file.vocabulary));
   const Message message{"user", "Count from one to twenty in words, twice. Then explain why."};
-  const std::vector<int32_t> prompt =
-      encode_chat(Tokenizer(target.file.vocabulary), ChatFormat::kChatMl, {&message, 1}, "assistant");
+  const std::vector<int32_t> prompt = encode_chat(Tokenizer(target.file.vocabulary),
+                                                  ChatFormat::kChatMl, {&message, 1}, "assistant");
   for (const bool costs : {false, true}) {
     Session session(*target.model, {.context = 256, .max_nodes = 16, .prefill_rows = 16});
     if (costs) session.measure_cost();

@@ -347,18 +347,10 @@ TEST(GgufFull, SurvivesRandomDamage) {
     for (size_t damage = 1 + below(4); damage > 0; --damage) {
       const size_t at = below(bytes.size() - 8);
       switch (below(4)) {
-        case 0:
-          bytes[at] = static_cast<char>(random());
-          break;
-        case 1:
-          bytes.replace(at, 8, raw<uint64_t>(random() >> below(64)));
-          break;
-        case 2:
-          bytes.erase(at, below(8));
-          break;
-        case 3:
-          bytes.insert(at, raw<uint64_t>(~uint64_t{0}).substr(below(8)));
-          break;
+        case 0: bytes[at] = static_cast<char>(random()); break;
+        case 1: bytes.replace(at, 8, raw<uint64_t>(random() >> below(64))); break;
+        case 2: bytes.erase(at, below(8)); break;
+        case 3: bytes.insert(at, raw<uint64_t>(~uint64_t{0}).substr(below(8))); break;
       }
     }
     try_model(bytes);

@@ -94,17 +94,10 @@ std::string random_text(std::mt19937& random, size_t length) {
   while (length-- > 0) {
     uint32_t c;
     switch (below(6)) {
-      case 0:
-        c = 0x80 + below(0x780);
-        break;
-      case 1:
-        c = 0x800 + below(0xF800);
-        break;
-      case 2:
-        c = 0x10000 + below(0x30000);
-        break;
-      default:
-        c = 0x20 + below(0x5F);
+      case 0: c = 0x80 + below(0x780); break;
+      case 1: c = 0x800 + below(0xF800); break;
+      case 2: c = 0x10000 + below(0x30000); break;
+      default: c = 0x20 + below(0x5F);
     }
     if ((c >= 0xD800 && c < 0xE000) || c == 0x2581) c = '\n';
     append_utf8(text, c);

@@ -1,6 +1,6 @@
 // The trainer: gradients against finite differences, the forward against the prototype's golden
 // values, products, resuming.
-#include "tools/train.h"
+#include "tools/train/train.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "tools/draft_measurement.h"
+#include "tools/train/draft_measurement.h"
 
 #include <algorithm>
 #include <cmath>

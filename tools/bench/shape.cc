@@ -1,4 +1,4 @@
-#include "tools/bench_shape.h"
+#include "tools/bench/shape.h"
 
 #include <algorithm>
 #include <chrono>
@@ -7,10 +7,10 @@
 #include "engine/error.h"
 #include "engine/model_shapes.h"
 #include "engine/session.h"
+#include "tools/bench/series.h"
+#include "tools/bench/timed_backend.h"
 #include "tools/machine.h"
 #include "tools/output.h"
-#include "tools/series.h"
-#include "tools/timed_backend.h"
 
 namespace chimera {
 namespace {

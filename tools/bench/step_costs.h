@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "engine/session.h"
-#include "tools/series.h"
-#include "tools/timed_backend.h"
+#include "tools/bench/series.h"
+#include "tools/bench/timed_backend.h"
 
 namespace chimera {
 

@@ -11,7 +11,7 @@
 #include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/output.h"
-#include "tools/train.h"
+#include "tools/train/train.h"
 
 namespace chimera {
 namespace {

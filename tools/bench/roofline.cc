@@ -1,4 +1,4 @@
-#include "tools/roofline.h"
+#include "tools/bench/roofline.h"
 
 #include <algorithm>
 #include <cmath>

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "tools/draft_measurement.h"
+#include "tools/train/draft_measurement.h"
 
 namespace chimera {
 

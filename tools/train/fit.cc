@@ -14,8 +14,8 @@
 #include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/output.h"
-#include "tools/train.h"
-#include "tools/training_texts.h"
+#include "tools/train/train.h"
+#include "tools/train/training_texts.h"
 
 namespace chimera {
 

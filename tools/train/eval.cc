@@ -7,15 +7,15 @@
 #include "loader/draft_file.h"
 #include "loader/text.h"
 #include "tools/commands.h"
-#include "tools/draft_measurement.h"
 #include "tools/drafters.h"
-#include "tools/eval_chart.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
-#include "tools/train.h"
+#include "tools/train/draft_measurement.h"
+#include "tools/train/eval_chart.h"
+#include "tools/train/train.h"
 #include "tools/tree_file.h"
 
 namespace chimera {

@@ -8,13 +8,13 @@
 
 #include "loader/text.h"
 #include "tools/commands.h"
-#include "tools/draft_measurement.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
+#include "tools/train/draft_measurement.h"
 #include "tools/tree_file.h"
 
 namespace chimera {

@@ -1,4 +1,4 @@
-#include "tools/training_texts.h"
+#include "tools/train/training_texts.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -10,7 +10,7 @@
 #include "engine/philox.h"
 #include "loader/text.h"
 #include "tools/output.h"
-#include "tools/train.h"
+#include "tools/train/train.h"
 
 namespace chimera {
 namespace {

@@ -4,7 +4,10 @@
 #include <cstdio>
 
 #include "engine/generate.h"
-#include "tools/bench_shape.h"
+#include "tools/bench/roofline.h"
+#include "tools/bench/shape.h"
+#include "tools/bench/step_costs.h"
+#include "tools/bench/timed_backend.h"
 #include "tools/commands.h"
 #include "tools/cost_cache.h"
 #include "tools/drafters.h"
@@ -13,9 +16,6 @@
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
-#include "tools/roofline.h"
-#include "tools/step_costs.h"
-#include "tools/timed_backend.h"
 
 namespace chimera {
 namespace {

@@ -27,7 +27,7 @@
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
-#include "tools/train.h"
+#include "tools/train/train.h"
 
 namespace chimera {
 namespace {

@@ -1,4 +1,4 @@
-#include "tools/eval_chart.h"
+#include "tools/train/eval_chart.h"
 
 #include <algorithm>
 #include <cmath>

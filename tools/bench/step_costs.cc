@@ -1,4 +1,4 @@
-#include "tools/step_costs.h"
+#include "tools/bench/step_costs.h"
 
 #include <algorithm>
 #include <chrono>

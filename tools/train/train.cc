@@ -1,5 +1,5 @@
 // chimera train: the stages that make a draft model, each a sub-command of its own.
-#include "tools/train.h"
+#include "tools/train/train.h"
 
 #include "tools/commands.h"
 #include "tools/flags.h"
