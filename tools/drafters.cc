@@ -15,7 +15,10 @@ std::vector<Flag> DrafterFlags::flags() {
        integer(&nodes, 1, 255)},
       {0, "tune", "", "... measure it again", on(&tune)},
       {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
-      {0, "width", "N", "guesses that the draft model goes on from at each depth",
+      {0, "width", "N",
+       "guesses that the draft model goes on from at each depth\n(default: 4, or a fifth of "
+       "--nodes "
+       "if that is more)",
        integer(&width, 1, 32)},
       {0, "tree", "SPEC",
        "a static tree for the draft model: its widths such as\n3,2,1, or a file (chimera "
@@ -42,7 +45,7 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
     throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
   ChimeraOptions options{.nodes = flags.most_nodes(),
                          .depth = flags.depth,
-                         .width = flags.width,
+                         .width = flags.most_width(),
                          .ngrams = name == "hybrid"};
   if (name == "static") {
     if (flags.tree.empty())

@@ -57,7 +57,9 @@ Command command(Options* o) {
         text(&o->calibrated)},
        {0, "depth", "N", "how far ahead of the text trees reach",
         integer(&o->drafting.depth, 1, kMostDepths)},
-       {0, "width", "N", "guesses that the draft goes on from at each depth",
+       {0, "width", "N",
+        "guesses that the draft goes on from at each depth\n(default: 12, a fifth of the largest "
+        "tree)",
         integer(&o->drafting.width, 1, 32)},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
@@ -234,6 +236,7 @@ int train_eval(const std::vector<std::string>& args) {
   if (!o.model || !o.drafting.draft || o.prompts.empty())
     throw UsageError("train eval", "-m MODEL, --draft DRAFT and --prompts FILE", "one missing",
                      "see chimera train eval --help");
+  const int width = o.drafting.width.value_or(12);
   if (o.drafting.tree.depth() > o.drafting.depth)
     throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),
                      std::to_string(o.drafting.tree.depth()) + " deep", "raise --depth");
@@ -275,7 +278,7 @@ int train_eval(const std::vector<std::string>& args) {
                              temperature == std::floor(temperature) ? 0 : 2);
       row.prompts = static_cast<int64_t>(prompts[f].size());
       row.measurement = measure_draft(
-          session, *draft, {.depth = o.drafting.depth, .width = o.drafting.width}, true, prompts[f],
+          session, *draft, {.depth = o.drafting.depth, .width = width}, true, prompts[f],
           generation, [&](double done) {
             progress.bar(row.title, (static_cast<double>(rows.size() - 1) + done) /
                                         static_cast<double>(files.size() * temperatures.size()));
@@ -304,14 +307,13 @@ int train_eval(const std::vector<std::string>& args) {
                 {"isa", backend->isa()},
                 {"tokens", o.n},
                 {"depth", o.drafting.depth},
-                {"width", o.drafting.width},
+                {"width", width},
                 {"rows", list}});
     return 0;
   }
   std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
                        std::to_string(o.n) + " tokens each, trees of depth " +
-                       std::to_string(o.drafting.depth) + ", width " +
-                       std::to_string(o.drafting.width) + "\n";
+                       std::to_string(o.drafting.depth) + ", width " + std::to_string(width) + "\n";
   for (const EvalRow& row : rows) tables += table_of(row);
   print(tables);
   return 0;

@@ -29,7 +29,7 @@ constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynami
 struct Options {
   std::optional<std::string> model, output, checkpoint, resume, init, licence;
   std::vector<std::string> data;
-  int positions = 0, stop_after = 0, batch = 256, micro_batches = 2, steps = 4, vocabulary = 2048,
+  int positions = 0, stop_after = 0, batch = 384, micro_batches = 2, steps = 4, vocabulary = 2048,
       ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
