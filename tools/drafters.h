@@ -19,7 +19,7 @@ struct DrafterFlags {
   StaticTree tree{};                 // empty: none
   std::optional<int> nodes;          // not given: what this machine makes the most of
   bool tune = false;                 // measure that again, whatever was measured before
-  int depth = 6;
+  int depth = 8;
   std::optional<int> width;  // not given: a large tree is wide, too
 
   int most_width() const { return width.value_or(std::max(4, nodes.value_or(0) / 5)); }

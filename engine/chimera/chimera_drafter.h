@@ -23,7 +23,7 @@ namespace chimera {
 
 struct ChimeraOptions {
   int nodes = 16;      // candidates verified a step
-  int depth = 6;       // of the tree
+  int depth = 8;       // of the tree
   int width = 4;       // nodes expanded at a depth
   bool ngrams = true;  // hybrid
   StaticTree tree{};  // not empty: the draft's guesses of this shape, and nothing else
