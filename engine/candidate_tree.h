@@ -71,6 +71,18 @@ class CandidateTree {
     return size() - 1;
   }
 
+  // Gives a node another probability, and what hangs below it in proportion.
+  void set_probability(int node, float probability) {
+    const float factor = probability / (*this)[node].probability;
+    for (int i = node; i < size(); ++i) {
+      int ancestor = i;
+      while (ancestor > node) ancestor = (*this)[ancestor].parent;
+      if (ancestor != node) continue;
+      Node& n = (*this)[i];
+      n.probability = std::min(n.probability * factor, probability_of(n.parent));
+    }
+  }
+
   // Of the probability of a node, what its children so far leave.
   float left_below(int parent) const {
     float left = probability_of(parent);

@@ -239,11 +239,32 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
     const float sum = sum_of_exp(logits, width, largest, scale);
+    const float above = tree_.probability_of(parent), others = discount_matches(parent);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
-      const float p = coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
-      added(i, tree_.add(parent, token_of(best[i]), tree_.probability_of(parent) * p));
+      const float p =
+          above * others * coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
+      int node = tree_.find(parent, token_of(best[i]));
+      if (node == CandidateTree::kNone)
+        node = tree_.add(parent, token_of(best[i]), p);
+      else
+        tree_.set_probability(node, tree_[node].probability + p);
+      added(i, node);
     }
+  }
+  // An n-gram match, the parent's child already, and the draft say two things about one token. The
+  // match holds on its own with `kTrust` of its probability, which knew nothing of the draft; else
+  // the draft's word counts. Returns the share of the parent's probability that is left for that.
+  float discount_matches(int parent) {
+    constexpr float kTrust = 0.2f;  // 0.15 and 0.3 did as well on texts held out, 0.5 less
+    const float above = tree_.probability_of(parent);
+    float left = above;
+    for (int i = parent + 1; i < tree_.size(); ++i) {
+      if (tree_[i].parent != parent) continue;
+      tree_.set_probability(i, kTrust * tree_[i].probability);
+      left -= tree_[i].probability;
+    }
+    return above > 0 ? std::max(left / above, 0.0f) : 1.0f;
   }
   void propose(int parent, int depth, const DraftContext& c, const float* logits) {
     propose(

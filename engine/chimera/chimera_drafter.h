@@ -6,7 +6,7 @@
 // probabilities along its path. The `nodes` candidates with the highest path probability are
 // verified. (After EAGLE-2, arXiv 2406.16858; a parent is never less probable than its child, so
 // they form a tree.) An n-gram match enters its continuation with the probability that such a match
-// has (ngram_index.h).
+// has (ngram_index.h), of which less counts once the draft has had its say about the same token.
 //
 // Where the cost of a pass is known, a further depth is drafted only if it pays: if the tokens that
 // it may add, to those expected so far, are more than its time to the time spent so far.
@@ -26,7 +26,7 @@ struct ChimeraOptions {
   int depth = 8;       // of the tree
   int width = 4;       // nodes expanded at a depth
   bool ngrams = true;  // hybrid
-  StaticTree tree{};  // not empty: the draft's guesses of this shape, and nothing else
+  StaticTree tree{};   // not empty: the draft's guesses of this shape, and nothing else
 };
 
 class ChimeraDrafter : public TreeDrafter {
