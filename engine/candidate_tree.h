@@ -71,11 +71,13 @@ class CandidateTree {
     return size() - 1;
   }
 
-  // Gives a node another probability, and what hangs below it in proportion.
+  // Gives a node another probability, and what hangs below it in proportion (nothing, if it was 0).
   void set_probability(int node, float probability) {
-    const float factor = probability / (*this)[node].probability;
-    for (int i = node; i < size(); ++i) {
-      int ancestor = i;
+    const float before = (*this)[node].probability;
+    const float factor = before > 0 ? probability / before : 0;
+    (*this)[node].probability = std::min(probability, probability_of((*this)[node].parent));
+    for (int i = node + 1; i < size(); ++i) {
+      int ancestor = (*this)[i].parent;
       while (ancestor > node) ancestor = (*this)[ancestor].parent;
       if (ancestor != node) continue;
       Node& n = (*this)[i];

@@ -21,6 +21,12 @@ TEST(CandidateTree, ANewProbabilityMovesWhatHangsBelow) {
   EXPECT_EQ(tree[e].probability, 0.25f);
   tree.set_probability(e, 0.9f);
   EXPECT_EQ(tree[e].probability, 0.25f) << "no more than its parent's";
+  // From nothing: a probability of its own, and still nothing below.
+  tree.set_probability(a, 0);
+  EXPECT_EQ(tree[d].probability, 0);
+  tree.set_probability(a, 0.5f);
+  EXPECT_EQ(tree[a].probability, 0.5f);
+  EXPECT_EQ(tree[b].probability, 0);
 }
 
 // Choosing relies on it, to the last bit: the most probable nodes must be a tree.

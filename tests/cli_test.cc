@@ -475,15 +475,13 @@ TEST_F(CliTest, CostsAreKept) {
   }
 }
 
-// Memory: what `info` says a run will need, and a tenth for the rest; the CUDA backend's own
-// runtime, in builds that have it, is no part of that.
+// Memory: what `info` says a run will need, and a tenth for the rest. That is the aim; the
+// program's code and libraries, and huge pages where weights are packed, still take a little more.
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
   const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
                      "-n",  "24", "--ctx",  "128", "--json"};
   const json plan = object({"info", kSmolLm2, "--ctx", "128", "--json"});
-  const std::string no_gpu = chimera({"run", "--device", "cuda", "-m", "x", "-p", "y"}).err;
-  const bool has_cuda = no_gpu.find("a build with the CUDA backend") == std::string::npos;
   json ids;
   for (const std::string weights : {"packed", "mapped"}) {
     Args with = args;
@@ -493,7 +491,7 @@ TEST_F(CliTest, PackedAndMappedWeights) {
     if (ids.is_null()) ids = o["ids"];
     EXPECT_EQ(o["ids"], ids);
     EXPECT_LE(o["peak_memory_bytes"].get<double>(),
-              1.1 * plan["total_bytes"].get<double>() + (has_cuda ? 7e6 : 0))
+              1.1 * plan["total_bytes"].get<double>() + (weights == "packed" ? 7e6 : 4e6))
         << weights;
   }
 }

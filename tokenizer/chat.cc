@@ -92,13 +92,6 @@ const Format* find_format(ChatFormat format) {
   return found == std::end(kFormats) ? nullptr : found;
 }
 
-std::string_view trimmed(std::string_view text) {
-  constexpr std::string_view kWhiteSpace = " \t\r\n";
-  const size_t begin = text.find_first_not_of(kWhiteSpace);
-  if (begin == std::string_view::npos) return "";
-  return text.substr(begin, text.find_last_not_of(kWhiteSpace) + 1 - begin);
-}
-
 }  // namespace
 
 ChatFormat detect_chat_format(const Vocabulary& vocabulary) {

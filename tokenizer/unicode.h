@@ -39,6 +39,9 @@ CharClass char_class(uint32_t code_point);
 // Text from a file, fit for one line of an error message: quoted, short, unprintable bytes escaped.
 std::string in_quotes(std::string_view text);
 
+// Without spaces, tabs and line ends around it.
+std::string_view trimmed(std::string_view text);
+
 // unicode_tables.cc: sorted, disjoint, both ends included.
 struct CodePointRange {
   uint32_t first, last;

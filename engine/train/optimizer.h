@@ -3,9 +3,8 @@
 //
 // Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it takes it as a step,
 // so that every direction of the matrix is moved by the same amount, rare ones too. Its step is
-// scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both. On equal
-// data it took this draft as far with a quarter of the positions (README).
-// AdamW: arXiv 1711.05101; the cosine: 1608.03983.
+// scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both. What it
+// is worth on equal data stands in the README. AdamW: arXiv 1711.05101; the cosine: 1608.03983.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +49,7 @@ class Optimizer {
   double step(double rate, std::vector<float>* gradient, OptimizerState* state);
 
   // Makes the singular values of x (rows, cols) nearly 1 (0.7 to 1.2), five Newton-Schulz steps of
-  // an odd polynomial. x is not 0.
+  // an odd polynomial.
   void orthogonalize(int64_t rows, int64_t cols, float* x);
 
  private:

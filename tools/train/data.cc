@@ -22,6 +22,7 @@
 #include "engine/session.h"
 #include "engine/train/target_features.h"
 #include "loader/feature_file.h"
+#include "tokenizer/unicode.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/model.h"
@@ -73,13 +74,6 @@ struct Job {
   static constexpr size_t kNone = SIZE_MAX;
 };
 
-std::string_view trimmed(std::string_view text) {
-  constexpr std::string_view kWhiteSpace = " \t\r\n";
-  const size_t begin = text.find_first_not_of(kWhiteSpace);
-  if (begin == std::string_view::npos) return "";
-  return text.substr(begin, text.find_last_not_of(kWhiteSpace) + 1 - begin);
-}
-
 // The prompts already answered in a shard that an earlier run left, which must have the same
 // header. A last line that was cut short is taken off.
 std::unordered_set<size_t> resume(const std::string& path, const std::string& header) {
@@ -113,7 +107,8 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
 // The answers of one shard, written as they are finished.
 class ShardWriter {
  public:
-  ShardWriter(const Options& o, const Model& model, const Llama& llama, std::vector<Prompt> prompts)
+  ShardWriter(const Options& o, std::pair<size_t, size_t> shard, const Model& model,
+              const Llama& llama, std::vector<Prompt> prompts)
       : o_(o),
         model_(model),
         chat_(model.chat_format != ChatFormat::kNone),
@@ -122,7 +117,7 @@ class ShardWriter {
                  {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128}),
         recorder_(llama.config(), o.sequences),
         jobs_(static_cast<size_t>(o.sequences)) {
-    std::tie(shard_, shards_) = parse_shard(o.shard.value_or("0/1"));
+    std::tie(shard_, shards_) = shard;
     count_ = o.own_prompts > 0 ? static_cast<size_t>(o.own_prompts) : prompts_.size();
     if (o.limit > 0) count_ = std::min(count_, static_cast<size_t>(o.limit));
     if (o.own_prompts > 0) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
@@ -299,7 +294,7 @@ int train_data(const std::vector<std::string>& args) {
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
                      o.prompts && o.own_prompts > 0 ? "both of them" : "one missing",
                      "see chimera train data --help");
-  parse_shard(o.shard.value_or("0/1"));
+  const auto which = parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
   if (o.own_prompts > 0 && model.chat_format == ChatFormat::kNone)
@@ -310,7 +305,7 @@ int train_data(const std::vector<std::string>& args) {
     prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
   const auto backend = make_backend(o.device, {.threads = o.threads});
   const Llama llama = prepare_weights(*backend, &model);
-  ShardWriter shard(o, model, llama, std::move(prompts));
+  ShardWriter shard(o, which, model, llama, std::move(prompts));
 
   const auto start = std::chrono::steady_clock::now();
   auto last_note = start;
