@@ -475,8 +475,8 @@ TEST_F(CliTest, CostsAreKept) {
   }
 }
 
-// Memory: what `info` says a run will need, and a tenth for the rest. That is the aim; the
-// program's code and libraries, and huge pages where weights are packed, still take a little more.
+// Memory: what `info` says a run will need, and a tenth for the rest. That is the aim; with a drafter
+// a run still takes a little more, packed weights more than mapped ones.
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
   const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
