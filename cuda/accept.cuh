@@ -2,10 +2,10 @@
 // sample there, and so on (backend.h). A block has a sequence.
 //
 // # Sampling in parallel, one answer
-// sampler.h defines a token by sums over the vocabulary, and makes them exact: e = exp(..) in [0,
-// 1] is rounded down to a multiple of 2^-34, so a sum of 2^19 of them fits the 53 bits of a double,
-// or here a 64-bit integer, in any order. So they may be taken in parallel; what is a comparison of
-// doubles on the CPU is the same comparison here, scaled by 2^34.
+// The token is the one with the largest logit / temperature + noise (sampler.h): a maximum, exact in
+// any order. Cuts are defined by sums over the vocabulary, and sampler.h makes them exact: e =
+// exp(..) in [0, 1] is rounded down to a multiple of 2^-34, so a sum of 2^19 of them fits the 53
+// bits of a double, or here a 64-bit integer, in any order.
 //
 // e is never stored: it is a few operations from the logit, cheaper than to keep 128 sequences x
 // vocab. What survives top-k and top-p is a threshold: e > limit, or e = limit and id <= last_id
@@ -150,64 +150,49 @@ DEVICE void cut(AcceptShared* s, Distribution* d, double wanted) {
   sync_threads();
 }
 
-DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
-                          const Sampling& sampling, int64_t position) {
-  const int t = thread_index();
-  // The largest logit, lowest id first: floats in an order-preserving integer, ids inverted. NaN:
-  // last.
-  uint64_t best_key = 0xffffffffu;  // id 0
-  for (int32_t id = t; id < vocab; id += kAcceptThreads) {
-    const float x = logits[id] + 0.0f;  // -0 is 0
+// The id in [0, vocab) with the largest value(id), the lowest of equal ones; NaN and -infinity never
+// win; 0 if there is none. As one integer: floats in an order-preserving form, then ids inverted.
+template <typename Value>
+DEVICE int32_t block_argmax(AcceptShared* s, int32_t vocab, const Value& value) {
+  uint64_t best = 0xffffffffu;  // id 0
+  for (int32_t id = thread_index(); id < vocab; id += kAcceptThreads) {
+    const float x = value(id) + 0.0f;  // -0 is 0
     const uint32_t u = bits_of(x);
     const uint32_t order = is_nan(x) || x == -infinity() ? 0u
                            : (u & 0x80000000u) != 0      ? ~u
                                                          : u | 0x80000000u;
-    best_key = most(best_key,
-                    static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
+    best = most(best,
+                static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
   }
-  best_key = block_max(s, best_key);
-  const auto best = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(best_key));
-  if (sampling.temperature < 1e-3f) return best;
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(block_max(s, best)));
+}
+
+DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
+                          const Sampling& sampling, int64_t position) {
+  const int32_t best = block_argmax(s, vocab, [logits](int32_t id) { return logits[id]; });
+  if (sampling.temperature < kLeastTemperature) return best;
 
   Distribution d{logits, vocab, logits[best], sampling.temperature};
-  d.limit = 0;
-  d.last_id = -1;
-  if (sampling.top_k > 0 && sampling.top_k < vocab)
-    cut<true>(s, &d, static_cast<double>(sampling.top_k));
-  if (sampling.top_p < 1.0f) {
+  const bool top_k = sampling.top_k > 0 && sampling.top_k < vocab, top_p = sampling.top_p < 1.0f;
+  if (top_k) cut<true>(s, &d, static_cast<double>(sampling.top_k));
+  if (top_p) {
     uint64_t own = 0, sum;
-    for (int32_t id = t; id < vocab; id += kAcceptThreads) own += d.kept(id);
+    for (int32_t id = thread_index(); id < vocab; id += kAcceptThreads) own += d.kept(id);
     block_scan(s, own, &sum);
     cut<false>(s, &d, static_cast<double>(sampling.top_p) * static_cast<double>(sum));
   }
-
-  const auto weight = [&](int32_t id) -> uint64_t {
-    const uint64_t e = d.kept(id);
-    return static_cast<float>(e) * (1.0f / static_cast<float>(uint64_t{1} << kFixedBits)) <
-                   sampling.min_p
-               ? 0
-               : e;
-  };
-  uint64_t own = 0, sum;
-  for (int32_t id = d.begin(); id < d.end(); ++id) own += weight(id);
-  const uint64_t through = block_scan(s, own, &sum);
-  const double target =
-      philox_uniform(sampling.seed, static_cast<uint64_t>(position)) * static_cast<double>(sum);
-  const auto passed = [target](uint64_t running) { return static_cast<double>(running) > target; };
-  uint64_t chosen = 0;  // id + 1, in the one thread whose ids hold it
-  if (passed(through) && !passed(through - own)) {
-    uint64_t running = through - own;
-    for (int32_t id = d.begin(); id < d.end(); ++id) {
-      const uint64_t e = weight(id);
-      running += e;
-      if (e != 0 && passed(running)) {
-        chosen = static_cast<uint64_t>(id) + 1;
-        break;
-      }
+  const bool cuts = top_k || top_p || sampling.min_p > 0;
+  return block_argmax(s, vocab, [&](int32_t id) {
+    if (cuts) {
+      const uint64_t e = d.kept(id);
+      if (e == 0 || static_cast<float>(e) * (1.0f / static_cast<float>(uint64_t{1} << kFixedBits)) <
+                        sampling.min_p)
+        return -infinity();
     }
-  }
-  chosen = block_max(s, chosen);
-  return chosen == 0 ? best : static_cast<int32_t>(chosen - 1);  // 0: NaN only; target < sum
+    return divide(logits[id], sampling.temperature) +
+           gumbel(token_bits(sampling.seed, static_cast<uint64_t>(position),
+                             static_cast<uint32_t>(id)));
+  });
 }
 
 KERNEL(kAcceptThreads, 1) void accept_kernel(AcceptParams p) {

@@ -43,7 +43,7 @@
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
-inline constexpr int kContractVersion = 1;
+inline constexpr int kContractVersion = 2;
 inline constexpr int kChunk = 256;
 inline constexpr int kSplitUnit =
     256;  // k; a run of a split is whole units (K-quants: blocks of 256)

@@ -1,8 +1,10 @@
-// exp and the sum of 16 virtual lanes, as the CPU's contract defines them (engine/cpu/kernels.h).
+// exp, log, Gumbel noise and the sum of 16 virtual lanes, as the CPU's contract defines them (engine/cpu/kernels.h,
+// exp.h, log.h).
 #pragma once
 
 #include "cuda/device.cuh"
 #include "engine/cpu/exp.h"
+#include "engine/cpu/log.h"
 
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
@@ -25,6 +27,26 @@ BOTH float exp_contract(float x) {
   p = fma(p, r, c1);
   p = fma(p, r, c0);
   return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+BOTH float log_contract(float x) {
+  const auto i = static_cast<int32_t>(bits_of(x)) - cpu::kLogSqrtHalfBits;
+  const auto n = static_cast<float>(i >> 23);
+  const float f = float_of(static_cast<uint32_t>((i & 0x7fffff) + cpu::kLogSqrtHalfBits)) - 1.0f;
+  const float s = divide(f, f + 2.0f), z = s * s;
+  constexpr float c0 = cpu::kLogArtanh[0], c1 = cpu::kLogArtanh[1], c2 = cpu::kLogArtanh[2],
+                  c3 = cpu::kLogArtanh[3], c4 = cpu::kLogArtanh[4];
+  float p = fma(c4, z, c3);
+  p = fma(p, z, c2);
+  p = fma(p, z, c1);
+  p = fma(p, z, c0);
+  return fma(n, cpu::kLogLn2, s * p);
+}
+
+BOTH float gumbel(uint32_t word) {
+  const float w = static_cast<float>(static_cast<int32_t>(word >> 1 | 1)) * cpu::kGumbelUnit;
+  const float t = most(1.0f - w, cpu::kGumbelLeast);
+  return -log_contract(-(log_contract(t) + ((1.0f - t) - w)));
 }
 
 BOTH float silu(float x) { return divide(x, 1.0f + exp_contract(-x)); }

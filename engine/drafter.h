@@ -22,7 +22,7 @@ struct DraftContext {
   int max_nodes;                    // candidates to add at most, without the root
   int max_depth;                    // below the root; longer paths would leave the context
   const CostCurve* cost;            // what nodes cost here; nullptr: as many as max_nodes
-  float temperature;                // of the target's sampling: the surer, the lower
+  Sampling sampling;                // of the target
 };
 
 // What a pass of the target left for one sequence: n_kept rows, whose states follow each other.

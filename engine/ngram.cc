@@ -19,7 +19,7 @@ class NgramDrafter final : public TreeDrafter {
   CandidateTree& candidates(const DraftContext& c) override {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
-                   options_.max_match, c.temperature, &tree_);
+                   options_.max_match, c.sampling.temperature, &tree_);
     for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust();
     tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
     for (const int i : tree_.chosen()) expected_ += tree_[i].probability;

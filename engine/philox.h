@@ -27,6 +27,12 @@ constexpr PhiloxBlock philox4x32(uint64_t key, uint64_t counter_low, uint64_t co
   return {{c0, c1, c2, c3}};
 }
 
+// The bits of one token at one position. Sixteen blocks in a row serve 64 tokens, each word of
+// theirs 16 tokens in a row, so that lanes need no shuffling.
+constexpr uint32_t token_bits(uint64_t seed, uint64_t position, uint32_t token) {
+  return philox4x32(seed, position, token >> 6 << 4 | (token & 15)).word[token >> 4 & 3];
+}
+
 // Uniform in [0, 1) with 53 bits.
 constexpr double philox_uniform(uint64_t seed, uint64_t position) {
   const PhiloxBlock b = philox4x32(seed, position);

@@ -1,10 +1,10 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "engine/error.h"
-#include "engine/philox.h"
 
 namespace chimera {
 
@@ -20,17 +20,6 @@ void check(const Sampling& s) {
 }
 
 namespace {
-
-constexpr int32_t kBlock = 256;
-
-double block_sum(const float* e, int32_t n) {
-  double lane[4] = {};
-  int32_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int32_t j = 0; j < 4; ++j) lane[j] += static_cast<double>(e[i + j]);
-  for (; i < n; ++i) lane[0] += static_cast<double>(e[i]);
-  return lane[0] + lane[1] + lane[2] + lane[3];
-}
 
 // Keeps the first k of `order` by descending e, ties to the lowest id; the rest is in any order.
 void select_largest(const float* e, int32_t* order, int32_t n, int32_t k) {
@@ -54,20 +43,12 @@ int32_t nucleus(const float* e, int32_t* order, int32_t n, double wanted) {
   }
 }
 
-}  // namespace
-
-int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
-               int64_t position, const SamplerScratch& scratch) {
-  const int32_t best = ops.argmax(logits, vocab);
-  if (s.temperature < 1e-3f) return best;  // logits divided by less would overflow
-
-  float* e = scratch.e;
-  ops.exp_scaled(logits, vocab, logits[best], s.temperature, e);
-
-  // Cuts set e to zero. 49,152 ids are listed only if a cut asks for their order.
+// Steps 2 to 5: what is cut has e = 0 afterwards, what is kept has more.
+void cut(const SamplingOps& ops, const float* logits, int32_t vocab, float largest,
+         const Sampling& s, float* e, int32_t* order) {
+  ops.exp_scaled(logits, vocab, largest, s.temperature, e);
   const bool top_k = s.top_k > 0 && s.top_k < vocab, top_p = s.top_p < 1.0f;
   if (top_k || top_p) {
-    int32_t* order = scratch.order;
     int32_t n = 0;
     for (int32_t i = 0; i < vocab; ++i)
       if (e[i] > 0) order[n++] = i;
@@ -81,25 +62,26 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
     }
     for (int32_t i = kept; i < n; ++i) e[order[i]] = 0;
   }
-
   if (s.min_p > 0)
     for (int32_t i = 0; i < vocab; ++i) e[i] = e[i] < s.min_p ? 0 : e[i];
-  // Sums are exact, so they are taken block by block: first all, then up to the block that the draw
-  // falls into.
-  double total = 0;
-  for (int32_t i = 0; i < vocab; i += kBlock)
-    total += block_sum(e + i, std::min(kBlock, vocab - i));
-  const double target = philox_uniform(s.seed, static_cast<uint64_t>(position)) * total;
-  double running = 0;
-  for (int32_t i = 0; i < vocab; i += kBlock) {
-    const int32_t n = std::min(kBlock, vocab - i);
-    const double sum = block_sum(e + i, n);
-    if (running + sum > target)
-      for (int32_t j = i; j < i + n; ++j)
-        if ((running += static_cast<double>(e[j])) > target) return j;
-    running += sum;
+}
+
+}  // namespace
+
+int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
+               int64_t position, const SamplerScratch& scratch) {
+  if (s.temperature < kLeastTemperature) return ops.argmax(logits, vocab);
+
+  float* noisy = scratch.noise;
+  ops.gumbel(nullptr, vocab, s.seed, position, noisy);
+  for (int32_t i = 0; i < vocab; ++i) noisy[i] = logits[i] / s.temperature + noisy[i];
+  if ((s.top_k > 0 && s.top_k < vocab) || s.top_p < 1.0f || s.min_p > 0) {
+    const float largest = logits[ops.argmax(logits, vocab)];
+    cut(ops, logits, vocab, largest, s, scratch.e, scratch.order);
+    for (int32_t i = 0; i < vocab; ++i)
+      if (!(scratch.e[i] > 0)) noisy[i] = -std::numeric_limits<float>::infinity();
   }
-  return best;  // unreachable but for NaN: target < total
+  return ops.argmax(noisy, vocab);
 }
 
 }  // namespace chimera

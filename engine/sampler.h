@@ -2,23 +2,36 @@
 // the same whether its logits come from a step of one row or from a node of a tree.
 //
 // In this order:
-//   1. temperature below 0.001: the largest logit, ties to the lowest id. Done.
-//   2. e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in f32, rounded down
-//      to a multiple of 2^-34: then every sum below is exact in double (up to 2^19 tokens), and so
-//      the same in any order.
+//   1. temperature below kLeastTemperature: the largest logit, ties to the lowest id. Done.
+//   2. If there are cuts: e[i] = exp(logit[i] / temperature - max_j (logit[j] / temperature)) in
+//      f32, rounded down to a multiple of 2^-34: then every sum below is exact in double (up to
+//      2^19 tokens), and so the same in any order.
 //   3. top-k: keep the k largest e (0: all).
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches
 //      top_p * (sum of all that are left); 1 keeps all.
 //   5. min-p: keep e >= min_p * (largest e) = min_p; 0 keeps all.
-//   6. inverse CDF over the kept tokens, ids ascending: u = Philox(seed, position) in [0, 1); the
-//      first token at which the running sum exceeds u * (sum of kept).
+//   6. The kept token with the largest logit[i] / temperature + G[i], ties to the lowest id. G[i]
+//   is
+//      Gumbel noise that belongs to (seed, position, token i): Philox bits through two logarithms
+//      (engine/cpu/log.h). The largest sum falls on token i with exactly its probability (the
+//      Gumbel-max trick; Maddison et al., arXiv 1411.0030, section 2).
 // Ties in 3 and 4 go to the lowest id.
 // Tokens with a NaN logit are never chosen.
+//
+// Why noise for each token, and not one draw through the cumulative distribution? Either gives the
+// same distribution, but one draw means another token as soon as any token before it changes its
+// share. Noise of its own lets a drafter play the same game: it knows seed, position and noise, so
+// it adds them to its own logits, and the tokens that come out on top are those that the target
+// would emit if it thought as the draft does. (Daliri, Musco, Suresh, arXiv 2408.07978, couple
+// draft and target in this way.) The text is the target's alone: the draft's knowledge only makes
+// more of its guesses right.
 #pragma once
 
 #include <cstdint>
 
 namespace chimera {
+
+inline constexpr float kLeastTemperature = 1e-3f;  // logits divided by less would overflow
 
 struct Sampling {
   float temperature = 0.0f;  // 0: greedy
@@ -38,12 +51,16 @@ struct SamplingOps {
   int32_t (*argmax)(const float* x, int64_t n);
   // out[i] = exp(x[i] / divisor - max / divisor), rounded down to a multiple of 2^-34; NaN -> 0.
   void (*exp_scaled)(const float* x, int64_t n, float max, float divisor, float* out);
+  // out[i] = Gumbel noise of token ids[i] (ids null: token i) at a position; -2.9 to 21.5.
+  void (*gumbel)(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out);
 };
+// The fastest of them on this machine (engine/cpu).
+const SamplingOps& sampling_ops();
 
-// logits: (vocab). position: that of the sampled token in its sequence. scratch: vocab floats and
-// vocab ids, overwritten.
+// logits: (vocab). position: that of the sampled token in its sequence. scratch is overwritten.
 struct SamplerScratch {
   float* e;        // (vocab)
+  float* noise;    // (vocab)
   int32_t* order;  // (vocab)
 };
 int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& sampling,

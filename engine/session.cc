@@ -160,7 +160,7 @@ void Session::fill_step(Drafter* drafter) {
       const int max_depth = options_.context - static_cast<int>(text.tokens.size());
       drafter->draft(
           {model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth,
-           cost_.known() ? &cost_ : nullptr, step_->sequences[s].sampling.temperature},
+           cost_.known() ? &cost_ : nullptr, step_->sequences[s].sampling},
           step_);
       text.drafted = step_->n_rows - row - 1;
     }

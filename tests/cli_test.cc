@@ -475,8 +475,8 @@ TEST_F(CliTest, CostsAreKept) {
   }
 }
 
-// Memory: what `info` says a run will need, and a tenth for the rest. That is the aim; with a drafter
-// a run still takes a little more, packed weights more than mapped ones.
+// Memory: what `info` says a run will need, and a tenth for the rest. That is the aim; with a
+// drafter a run still takes a little more, packed weights more than mapped ones.
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
   const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",
@@ -607,7 +607,7 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
   const auto data = [&](const std::string& output, const std::string& sequences) {
     const Output o =
         chimera({"train", "data", "-m", kSmolLm2, "--own-prompts", "6", "-o", folder_ / output,
-                 "-n", "3", "--max-prompt", "60", "--sequences", sequences, "--threads", "1"});
+                 "-n", "3", "--max-prompt", "120", "--sequences", sequences, "--threads", "1"});
     EXPECT_EQ(o.code, 0) << o.err;
     std::map<int, json> answers;
     std::istringstream lines(read(output));
@@ -635,7 +635,7 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
     const auto ids = record["ids"].get<std::vector<int32_t>>();
     const size_t prompt_len = record["prompt_len"];
     ASSERT_GT(prompt_len, opening.size());
-    EXPECT_LE(prompt_len, 60u);
+    EXPECT_LE(prompt_len, 120u);
     EXPECT_GE(ids.size(), prompt_len + 1);
     EXPECT_LE(ids.size(), prompt_len + 3);
     // The user's message is whole: encoded again it is the same prompt.

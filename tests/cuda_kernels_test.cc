@@ -352,10 +352,10 @@ TEST(CudaAccept, SamplesAsTheCpu) {
     s.min_p = std::vector<float>{0.0f, 0.05f, 0.5f, 1.0f}[random() % 4];
     s.seed = random();
     const int position = 1 + static_cast<int>(random() % 1000);
-    std::vector<float> e(vocab);
+    std::vector<float> e(vocab), noise(vocab);
     std::vector<int32_t> order(vocab);
     const int32_t expected = sample(ops, logits.data(), static_cast<int32_t>(vocab), s, position,
-                                    {e.data(), order.data()});
+                                    {e.data(), noise.data(), order.data()});
     greedy_differs += expected != ops.argmax(logits.data(), static_cast<int64_t>(vocab));
     set_descending(trial % 2 != 0);
     ASSERT_EQ(sample_on_device(logits, s, position), expected)

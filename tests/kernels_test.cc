@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "engine/philox.h"
 #include "tests/support.h"
 
 namespace chimera::cpu {
@@ -191,6 +192,35 @@ TEST(RowKernels, ExpAndArgmax) {
   ties[40] = ties[77] = 2.0f;
   for (const Kernels* k : fast_kernels()) EXPECT_EQ(k->sampling.argmax(ties.data(), 100), 40);
   EXPECT_EQ(kScalarKernels.sampling.argmax(ties.data(), 100), 40);
+}
+
+TEST(RowKernels, Gumbel) {
+  std::mt19937 random(8);
+  std::vector<int32_t> ids(3000);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 200000);
+  const uint64_t seed = 0x123456789abcdef0u;
+  const int64_t position = int64_t{5} << 32 | 77;
+  for (const int64_t n : {int64_t{1}, int64_t{15}, int64_t{16}, int64_t{63}, int64_t{3000}})
+    for (const bool listed : {false, true}) {
+      const int32_t* tokens = listed ? ids.data() : nullptr;
+      std::vector<float> expected(static_cast<size_t>(n) + 1, -7.0f), y = expected;
+      kScalarKernels.sampling.gumbel(tokens, n, seed, position, expected.data());
+      EXPECT_EQ(expected.back(), -7.0f);
+      for (int64_t i = 0; i < n; ++i) {
+        const auto id = static_cast<uint32_t>(tokens != nullptr ? tokens[i] : i);
+        const uint32_t bits = token_bits(seed, static_cast<uint64_t>(position), id) >> 1 | 1;
+        // Of the uniform number as f32 has it: what it loses near 1 is the contract's.
+        const double w =
+            std::min(static_cast<double>(static_cast<float>(bits)) * 0x1p-31, 1 - 0x1p-25);
+        const double exact = -std::log(-std::log1p(-w));
+        EXPECT_NEAR(static_cast<double>(expected[static_cast<size_t>(i)]), exact,
+                    2e-6 * std::max(1.0, std::abs(exact)));
+      }
+      for (const Kernels* k : fast_kernels()) {
+        k->sampling.gumbel(tokens, n, seed, position, y.data());
+        EXPECT_TRUE(same_bits(y, expected)) << k->name << " " << n;
+      }
+    }
 }
 
 // A cache with committed positions, a tail of tree nodes, and queries with random paths.

@@ -12,10 +12,10 @@ namespace chimera::test {
 namespace {
 
 int32_t draw(const std::vector<float>& logits, const Sampling& sampling, int64_t position) {
-  std::vector<float> e(logits.size());
+  std::vector<float> e(logits.size()), noise(logits.size());
   std::vector<int32_t> order(logits.size());
   return sample(cpu::kScalarKernels.sampling, logits.data(), static_cast<int32_t>(logits.size()),
-                sampling, position, {e.data(), order.data()});
+                sampling, position, {e.data(), noise.data(), order.data()});
 }
 
 std::vector<double> frequencies(const std::vector<float>& logits, const Sampling& sampling,
@@ -37,6 +37,21 @@ TEST(Philox, KnownAnswers) {
   EXPECT_EQ(ones.word[1], 0x41c83b0eu);
   EXPECT_EQ(ones.word[2], 0xa20bc7c6u);
   EXPECT_EQ(ones.word[3], 0x6d5451fdu);
+}
+
+// Tokens share blocks of random numbers, and no two the same word of one.
+TEST(Philox, EveryTokenHasBitsOfItsOwn) {
+  std::vector<std::pair<uint32_t, uint32_t>> places;
+  for (uint32_t token = 0; token < 4096; ++token)
+    for (uint32_t block = 0; block < 1024; ++block)
+      for (uint32_t word = 0; word < 4; ++word)
+        if (block == (token >> 6 << 4 | (token & 15)) && word == (token >> 4 & 3)) {
+          places.emplace_back(block, word);
+          ASSERT_EQ(token_bits(7, 11, token), philox4x32(7, 11, block).word[word]);
+        }
+  std::sort(places.begin(), places.end());
+  EXPECT_EQ(places.size(), 4096u);
+  EXPECT_EQ(std::adjacent_find(places.begin(), places.end()), places.end());
 }
 
 TEST(Sampler, GreedyTakesTheLowestOfEqualIds) {

@@ -218,7 +218,7 @@ TEST(NgramTest, DraftsWhatFollowedBefore) {
     step->begin_sequence(0);
     const int root = step->add_row(text.back(), -1, true);
     step->set_root(root);
-    drafter->draft({*backend, 0, 1, text, root, options.nodes, max_depth, nullptr, 0}, step.get());
+    drafter->draft({*backend, 0, 1, text, root, options.nodes, max_depth, nullptr, {}}, step.get());
     std::vector<std::pair<int, int>> nodes;  // (parent row, token)
     for (int r = 1; r < step->n_rows; ++r) nodes.emplace_back(step->parent[r], step->token[r]);
     return nodes;

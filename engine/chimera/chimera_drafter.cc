@@ -9,6 +9,7 @@
 
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
+#include "engine/sampler.h"
 #include "engine/top_k.h"
 
 namespace chimera {
@@ -42,8 +43,12 @@ class GrowingDrafter final : public ChimeraDrafter {
     if (options.ngrams)
       indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
-    for (const int32_t id : model_.vocabulary()) known_[static_cast<size_t>(id)] = 1;
-    dynamic_.reserve(DraftModel::kMaxDynamic);
+    const auto fixed = model_.vocabulary();
+    for (const int32_t id : fixed) known_[static_cast<size_t>(id)] = 1;
+    n_fixed_ = fixed.size();
+    vocabulary_.reserve(n_fixed_ + DraftModel::kMaxDynamic);
+    vocabulary_.assign(fixed.begin(), fixed.end());
+    for (auto* v : {&noise_, &noisy_}) v->resize(n_fixed_ + DraftModel::kMaxDynamic);
     order_.reserve(1024);
     probabilities_.reserve(1024);
   }
@@ -107,7 +112,7 @@ class GrowingDrafter final : public ChimeraDrafter {
                            std::chrono::duration<double>(observe_seconds_));
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
-                     kMaxMatch, c.temperature, &tree_);
+                     kMaxMatch, c.sampling.temperature, &tree_);
     if (ready(c, seq)) grow(c, seq, budget, start);
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
     learn_yields();
@@ -125,8 +130,8 @@ class GrowingDrafter final : public ChimeraDrafter {
     for (int depth = 1; depth <= std::min(options_.depth, c.max_depth); ++depth) {
       if (static_cast<size_t>(depth) > next.size()) return;
       const int32_t token = next[static_cast<size_t>(depth - 1)];
-      const auto width = static_cast<size_t>(model_.logits_width());
-      visit(depth, {logits, width}, index_of(token));
+      draw_noise(c, depth - 1);
+      visit(depth, {with_noise(c, logits), vocabulary_.size()}, index_of(token));
       if (static_cast<size_t>(depth) == next.size() || depth == options_.depth) return;
       model_.step().first_new = model_.step().n_rows;
       add_row(c, depth - 1, token);
@@ -148,8 +153,9 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.text = text;
     seq.expanded = 0;
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
-    for (const int32_t id : dynamic_) known_[static_cast<size_t>(id)] = 0;
-    dynamic_.clear();
+    for (size_t i = n_fixed_; i < vocabulary_.size(); ++i)
+      known_[static_cast<size_t>(vocabulary_[i])] = 0;
+    vocabulary_.resize(n_fixed_);
     oldest_ = 0;
     model_.clear_dynamic();
   }
@@ -180,30 +186,39 @@ class GrowingDrafter final : public ChimeraDrafter {
   void learn(int32_t token) {
     if (known_[static_cast<size_t>(token)]) return;
     known_[static_cast<size_t>(token)] = 1;
-    if (dynamic_.size() < DraftModel::kMaxDynamic) {
-      dynamic_.push_back(token);
-      model_.set_dynamic(static_cast<int>(dynamic_.size()) - 1, token);
-      return;
+    const size_t n = vocabulary_.size() - n_fixed_;
+    size_t row = n;
+    if (n < DraftModel::kMaxDynamic) {
+      vocabulary_.push_back(token);
+    } else {
+      row = oldest_;
+      oldest_ = (oldest_ + 1) % DraftModel::kMaxDynamic;
+      known_[static_cast<size_t>(vocabulary_[n_fixed_ + row])] = 0;
+      vocabulary_[n_fixed_ + row] = token;
     }
-    known_[static_cast<size_t>(dynamic_[oldest_])] = 0;
-    dynamic_[oldest_] = token;
-    model_.set_dynamic(static_cast<int>(oldest_), token);
-    oldest_ = (oldest_ + 1) % DraftModel::kMaxDynamic;
-  }
-
-  int32_t token_of(int index) const {
-    const auto n = static_cast<int>(model_.vocabulary().size());
-    return index < n ? model_.vocabulary()[static_cast<size_t>(index)]
-                     : dynamic_[static_cast<size_t>(index - n)];
+    model_.set_dynamic(static_cast<int>(row), token);
   }
 
   // Where a token stands in the logits, -1: it cannot be proposed.
   int index_of(int32_t token) const {
-    const auto fixed = model_.vocabulary();
-    if (const auto it = std::find(fixed.begin(), fixed.end(), token); it != fixed.end())
-      return static_cast<int>(it - fixed.begin());
-    const auto it = std::find(dynamic_.begin(), dynamic_.end(), token);
-    return it == dynamic_.end() ? -1 : static_cast<int>(fixed.size() + (it - dynamic_.begin()));
+    const auto it = std::find(vocabulary_.begin(), vocabulary_.end(), token);
+    return it == vocabulary_.end() ? -1 : static_cast<int>(it - vocabulary_.begin());
+  }
+
+  // The noise that the target will add where it chooses the tokens `depth` + 1 below the root.
+  void draw_noise(const DraftContext& c, int depth) {
+    if (c.sampling.temperature >= kLeastTemperature)
+      sampling_ops().gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()),
+                            c.sampling.seed, static_cast<int64_t>(c.tokens.size()) + depth,
+                            noise_.data());
+  }
+  // A row of logits with that noise. Cuts of the distribution are the target's business: a token
+  // that it cuts has little probability here as well.
+  const float* with_noise(const DraftContext& c, const float* logits) {
+    const float temperature = c.sampling.temperature;
+    if (temperature < kLeastTemperature) return logits;
+    for (size_t i = 0; i < vocabulary_.size(); ++i) noisy_[i] = logits[i] + temperature * noise_[i];
+    return noisy_.data();
   }
 
   static double seconds_since(Clock::time_point start) {
@@ -223,14 +238,16 @@ class GrowingDrafter final : public ChimeraDrafter {
 
   // Adds candidates below a node `depth` below the root that was expanded, from its row of the
   // logits: the n likeliest, or those of the ranks that wanted(rank) says. added(rank, candidate).
+  // The noise of this depth has been drawn.
   template <typename Wanted, typename Added>
-  void propose(int parent, int depth, const DraftContext& c, const float* logits, int n,
+  void propose(int parent, int depth, const DraftContext& c, const float* plain_logits, int n,
                const Wanted& wanted, const Added& added) {
-    const int width = model_.logits_width();
+    const float* logits = with_noise(c, plain_logits);
+    const auto width = static_cast<int64_t>(vocabulary_.size());
     int32_t best[StaticTree::kMostRanks] = {};
     n = top_k(logits, width, n, best);
     // In between for temperatures between.
-    const float mix = std::min(c.temperature, 1.0f);
+    const float mix = std::min(c.sampling.temperature, 1.0f);
     const auto mixed = [&](const std::vector<float>& greedy, const std::vector<float>& sampled) {
       const float g = at_depth(greedy, depth), s = at_depth(sampled, depth);
       return g + (s - g) * mix;
@@ -244,9 +261,10 @@ class GrowingDrafter final : public ChimeraDrafter {
       if (!wanted(i)) continue;
       const float p =
           above * others * coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
-      int node = tree_.find(parent, token_of(best[i]));
+      const int32_t token = vocabulary_[static_cast<size_t>(best[i])];
+      int node = tree_.find(parent, token);
       if (node == CandidateTree::kNone)
-        node = tree_.add(parent, token_of(best[i]), p);
+        node = tree_.add(parent, token, p);
       else
         tree_.set_probability(node, tree_[node].probability + p);
       added(i, node);
@@ -318,6 +336,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Grows the tree depth by depth with the draft model.
   void grow(const DraftContext& c, const Sequence& seq, int budget, Clock::time_point start) {
     Step& step = model_.step();
+    draw_noise(c, 0);
     propose(CandidateTree::kRoot, 0, c, expand_root(c, seq));
     const int depths = std::min({options_.depth, c.max_depth, kMostDepths});
     for (int depth = 1; depth < depths; ++depth) {
@@ -348,6 +367,7 @@ class GrowingDrafter final : public ChimeraDrafter {
             add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, tree_[i].token);
       }
       const float* logits = expand_rows(depth, seq);
+      draw_noise(c, depth);
       for (size_t i = 0; i < width; ++i)
         propose(order_[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
@@ -398,6 +418,7 @@ class GrowingDrafter final : public ChimeraDrafter {
             static_at_[static_cast<size_t>(shape.find(parent, rank))] = candidate;
           });
     };
+    draw_noise(c, 0);
     fill(-1, expand_root(c, seq));
     const int depths = std::min(shape.depth(), c.max_depth);
     for (int depth = 1; depth < depths; ++depth) {
@@ -417,6 +438,7 @@ class GrowingDrafter final : public ChimeraDrafter {
         node.row = add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, node.token);
       }
       const float* logits = expand_rows(depth, seq);
+      draw_noise(c, depth);
       for (size_t i = 0; i < order_.size(); ++i)
         fill(order_[i], logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
@@ -438,9 +460,10 @@ class GrowingDrafter final : public ChimeraDrafter {
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
-  std::vector<uint8_t> known_;    // by token: in the static or dynamic vocabulary
-  std::vector<int32_t> dynamic_;  // tokens of the dynamic rows
-  size_t oldest_ = 0;
+  std::vector<int32_t> vocabulary_;   // what can be proposed: n_fixed_ tokens, then dynamic ones
+  size_t n_fixed_ = 0, oldest_ = 0;   // oldest_: of the dynamic ones
+  std::vector<uint8_t> known_;        // by token: in the vocabulary
+  std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
   std::vector<int> order_;
   std::vector<float> probabilities_;

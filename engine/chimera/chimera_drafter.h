@@ -8,6 +8,9 @@
 // they form a tree.) An n-gram match enters its continuation with the probability that such a match
 // has (ngram_index.h), of which less counts once the draft has had its say about the same token.
 //
+// Where the target samples, its noise is known beforehand (sampler.h), and the draft's logits get the
+// same noise: what comes out on top is what the target would emit if it thought as the draft does.
+//
 // Where the cost of a pass is known, a further depth is drafted only if it pays: if the tokens that
 // it may add, to those expected so far, are more than its time to the time spent so far.
 #pragma once
@@ -32,8 +35,8 @@ struct ChimeraOptions {
 class ChimeraDrafter : public TreeDrafter {
  public:
   // For measuring: runs the draft model along the tokens that really follow, as far as its tree may
-  // reach. visit(depth, logits, truth), depth from 1: logits of the draft's vocabulary, index of
-  // the true token in them, -1 if it is not there.
+  // reach. visit(depth, logits, truth), depth from 1: logits of the draft's vocabulary, noise of
+  // the sampling included, index of the true token in them, -1 if it is not there.
   virtual void follow(
       const DraftContext& context, std::span<const int32_t> next,
       FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;

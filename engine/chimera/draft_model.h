@@ -48,10 +48,9 @@ class DraftModel {
   // Fills f for the step's new rows [first_new, n_rows) and appends their slots.
   void forward();
   // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the
-  // last known state of the target. (rows, logits_width), rows logits_stride floats apart; row i
-  // belongs to row first_new + i.
+  // last known state of the target. Rows logits_stride floats apart; row i belongs to row first_new
+  // + i.
   const float* logits(int k, const float* h);
-  int logits_width() const { return static_cast<int>(vocabulary_.size()) + n_dynamic_; }
   int logits_stride() const { return static_cast<int>(head_->rows); }
 
   // The dynamic part of the vocabulary: up to kMaxDynamic tokens, replaced oldest first.

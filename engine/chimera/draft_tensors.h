@@ -38,8 +38,9 @@
 namespace chimera {
 
 // How the draft's probabilities are to be read, measured on texts that it has not learnt from
-// (chimera train eval --calibrate): p = coverage softmax(logits / temperature). Coverage is the
-// share of true tokens that are in its vocabulary at all.
+// (chimera train eval --calibrate): p = coverage softmax(logits / temperature), where the target
+// samples with its noise (sampler.h) in the logits. Coverage is the share of true tokens that are
+// in its vocabulary at all.
 struct DraftCalibration {
   std::vector<float> temperature, coverage;  // by step, as long as each other; further steps are
                                              // like the last; empty: both are 1

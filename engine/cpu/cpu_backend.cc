@@ -226,7 +226,7 @@ class CpuBackend final : public Backend {
                         static_cast<size_t>(partial_size_) * 4;
     wave_tiles_ = static_cast<int>(std::clamp<size_t>(kWaveBytes / tile, kFewTiles, kManyTiles));
     const size_t partials = static_cast<size_t>(wave_tiles_) * tile;
-    const size_t sampler = static_cast<size_t>(round_up(vocab_, 16)) * 8;
+    const size_t sampler = static_cast<size_t>(round_up(vocab_, 16)) * 12;
     const size_t panels = threads * scratch_panel_bytes_;
     reserved_ = shared + threads * own + partials + sampler + panels;
     memory_ = map_memory(reserved_);
@@ -238,7 +238,9 @@ class CpuBackend final : public Backend {
       own_input_.push_back(InputScratch::carve(p, pool_.size(), scratch_cols_));
     partials_ = reinterpret_cast<float*>(p);
     p += partials;
-    sampler_ = {reinterpret_cast<float*>(p), reinterpret_cast<int32_t*>(p) + round_up(vocab_, 16)};
+    const int64_t stride = round_up(vocab_, 16);
+    sampler_ = {reinterpret_cast<float*>(p), reinterpret_cast<float*>(p) + stride,
+                reinterpret_cast<int32_t*>(p) + 2 * stride};
     scratch_panels_ = p + sampler;
   }
   size_t reserved_bytes() const override { return reserved_; }

@@ -44,7 +44,7 @@
 
 namespace chimera::cpu {
 
-inline constexpr int kContractVersion = 1;
+inline constexpr int kContractVersion = 2;
 
 enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAmx };
 

@@ -129,6 +129,64 @@ inline IntLanes round_to_int(Lanes a) {  // nearest, ties to even
 inline IntLanes operator+(IntLanes a, IntLanes b) {
   return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
+inline IntLanes broadcast(int32_t x) {
+  return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
+inline IntLanes load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline IntLanes operator-(IntLanes a, IntLanes b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+inline IntLanes operator&(IntLanes a, IntLanes b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+inline IntLanes operator|(IntLanes a, IntLanes b) {
+  return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+inline IntLanes operator^(IntLanes a, IntLanes b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+template <int kBits>
+inline IntLanes shift_left(IntLanes a) {
+  return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+}
+template <int kBits>
+inline IntLanes shift_right(IntLanes a) {  // zeros come in
+  return {_mm256_srli_epi32(a.lo, kBits), _mm256_srli_epi32(a.hi, kBits)};
+}
+template <int kBits>
+inline IntLanes shift_right_signed(IntLanes a) {
+  return {_mm256_srai_epi32(a.lo, kBits), _mm256_srai_epi32(a.hi, kBits)};
+}
+// a where x == y, b elsewhere.
+inline IntLanes where_equal(IntLanes x, IntLanes y, IntLanes a, IntLanes b) {
+  return {_mm256_blendv_epi8(b.lo, a.lo, _mm256_cmpeq_epi32(x.lo, y.lo)),
+          _mm256_blendv_epi8(b.hi, a.hi, _mm256_cmpeq_epi32(x.hi, y.hi))};
+}
+inline Lanes to_float(IntLanes a) {  // signed
+  return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+inline IntLanes bits_of(Lanes a) {
+  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+inline Lanes from_bits(IntLanes a) {
+  return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
+// The 64 bits of a * b, unsigned, as two halves. The instruction takes every other lane.
+inline __m256i multiply_wide(__m256i a, __m256i b, __m256i* high) {
+  const __m256i even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+inline IntLanes multiply_wide(IntLanes a, uint32_t b, IntLanes* high) {
+  const __m256i factor = _mm256_set1_epi32(static_cast<int32_t>(b));
+  IntLanes low;
+  low.lo = multiply_wide(a.lo, factor, &high->lo);
+  low.hi = multiply_wide(a.hi, factor, &high->hi);
+  return low;
+}
 inline int32_t fold_sum(IntLanes a) {
   const __m256i s8 = _mm256_add_epi32(a.lo, a.hi);
   const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));

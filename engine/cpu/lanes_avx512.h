@@ -112,6 +112,57 @@ inline IntLanes round_to_int(Lanes a) {
 inline IntLanes operator+(IntLanes a, IntLanes b) {
   return {_mm512_add_epi32(a.v, b.v)};
 }
+inline IntLanes broadcast(int32_t x) {
+  return {_mm512_set1_epi32(x)};
+}
+inline IntLanes load(const int32_t* p) {
+  return {_mm512_loadu_si512(p)};
+}
+inline IntLanes operator-(IntLanes a, IntLanes b) {
+  return {_mm512_sub_epi32(a.v, b.v)};
+}
+inline IntLanes operator&(IntLanes a, IntLanes b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+inline IntLanes operator|(IntLanes a, IntLanes b) {
+  return {_mm512_or_si512(a.v, b.v)};
+}
+inline IntLanes operator^(IntLanes a, IntLanes b) {
+  return {_mm512_xor_si512(a.v, b.v)};
+}
+template <int kBits>
+inline IntLanes shift_left(IntLanes a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+inline IntLanes shift_right(IntLanes a) {  // zeros come in
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+inline IntLanes shift_right_signed(IntLanes a) {
+  return {_mm512_srai_epi32(a.v, kBits)};
+}
+// a where x == y, b elsewhere.
+inline IntLanes where_equal(IntLanes x, IntLanes y, IntLanes a, IntLanes b) {
+  return {_mm512_mask_blend_epi32(_mm512_cmpeq_epi32_mask(x.v, y.v), b.v, a.v)};
+}
+inline Lanes to_float(IntLanes a) {  // signed
+  return {_mm512_cvtepi32_ps(a.v)};
+}
+inline IntLanes bits_of(Lanes a) {
+  return {_mm512_castps_si512(a.v)};
+}
+inline Lanes from_bits(IntLanes a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
+// The 64 bits of a * b, unsigned, as two halves. The instruction takes every other lane.
+inline IntLanes multiply_wide(IntLanes a, uint32_t b, IntLanes* high) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(b));
+  const __m512i even = _mm512_mul_epu32(a.v, factor),
+                odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  high->v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+}
 inline int32_t fold_sum(IntLanes a) {
   return _mm512_reduce_add_epi32(a.v);
 }

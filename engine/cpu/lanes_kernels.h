@@ -6,6 +6,7 @@
 
 #include "engine/cpu/exp.h"
 #include "engine/cpu/kernels.h"
+#include "engine/cpu/log.h"
 
 namespace chimera::cpu {
 namespace {
@@ -424,6 +425,72 @@ void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* 
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(out + i, one(load(x + i)));
   if (i < n) store_first(out + i, one(load_first(x + i, n - i)), n - i);
+}
+
+Lanes log(Lanes x) {
+  const IntLanes sqrt_half = broadcast(kLogSqrtHalfBits), i = bits_of(x) - sqrt_half;
+  const Lanes n = to_float(shift_right_signed<23>(i));
+  const Lanes f = from_bits((i & broadcast(0x7fffff)) + sqrt_half) - broadcast(1.0f);
+  const Lanes s = f / (f + broadcast(2.0f)), z = s * s;
+  Lanes p = broadcast(kLogArtanh[4]);
+  for (int k = 3; k >= 0; --k) p = fma(p, z, broadcast(kLogArtanh[k]));
+  return fma(n, broadcast(kLogLn2), s * p);
+}
+
+Lanes gumbel_of(IntLanes word) {
+  const Lanes one = broadcast(1.0f);
+  const Lanes w = to_float(shift_right<1>(word) | broadcast(int32_t{1})) * broadcast(kGumbelUnit);
+  const Lanes t = max(one - w, broadcast(kGumbelLeast));
+  return negate(log(negate(log(t) + ((one - t) - w))));
+}
+
+// Philox 4x32-10 (philox.h) of 16 counters (position, block).
+void philox(uint64_t seed, uint64_t position, IntLanes block, IntLanes* word) {
+  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  IntLanes c0 = broadcast(static_cast<int32_t>(static_cast<uint32_t>(position))),
+           c1 = broadcast(static_cast<int32_t>(static_cast<uint32_t>(position >> 32))), c2 = block,
+           c3 = broadcast(int32_t{0});
+  for (int round = 0; round < 10; ++round) {
+    IntLanes high0, high2;
+    const IntLanes low0 = multiply_wide(c0, 0xD2511F53u, &high0),
+                   low2 = multiply_wide(c2, 0xCD9E8D57u, &high2);
+    c0 = high2 ^ c1 ^ broadcast(static_cast<int32_t>(k0));
+    c2 = high0 ^ c3 ^ broadcast(static_cast<int32_t>(k1));
+    c1 = low2;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+}
+
+void gumbel(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out) {
+  const auto at = static_cast<uint64_t>(position);
+  constexpr int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const auto put = [&](int64_t i, IntLanes word) {
+    if (i + 16 <= n)
+      store(out + i, gumbel_of(word));
+    else if (i < n)
+      store_first(out + i, gumbel_of(word), n - i);
+  };
+  IntLanes word[4];
+  if (ids == nullptr) {  // a block of random numbers serves four runs of 16 ids
+    for (int64_t i = 0; i < n; i += 64) {
+      philox(seed, at, load(kCount) + broadcast(static_cast<int32_t>(i / 4)), word);
+      for (int w = 0; w < 4; ++w) put(i + 16 * w, word[w]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += 16) {
+    int32_t padded[16] = {};
+    const bool whole = i + 16 <= n;
+    for (int64_t j = i; !whole && j < n; ++j) padded[j - i] = ids[j];
+    const IntLanes id = load(whole ? ids + i : padded);
+    philox(seed, at, shift_left<4>(shift_right<6>(id)) | (id & broadcast(int32_t{15})), word);
+    const IntLanes which = shift_right<4>(id) & broadcast(int32_t{3});
+    for (int w = 0; w < 3; ++w) word[3] = where_equal(which, broadcast(w), word[w], word[3]);
+    put(i, word[3]);
+  }
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 
 #include "engine/cpu/exp.h"
 #include "engine/cpu/kernels.h"
+#include "engine/cpu/log.h"
+#include "engine/philox.h"
 
 namespace chimera::cpu {
 namespace {
@@ -171,11 +173,40 @@ void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* 
   }
 }
 
+float log(float x) {
+  const int32_t i = std::bit_cast<int32_t>(x) - kLogSqrtHalfBits;
+  const auto n = static_cast<float>(i >> 23);
+  const float f = std::bit_cast<float>((i & 0x7fffff) + kLogSqrtHalfBits) - 1.0f;
+  const float s = f / (f + 2.0f), z = s * s;
+  float p = kLogArtanh[4];
+  for (int k = 3; k >= 0; --k) p = std::fma(p, z, kLogArtanh[k]);
+  return std::fma(n, kLogLn2, s * p);
+}
+
+void gumbel(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto id = static_cast<uint32_t>(ids != nullptr ? ids[i] : static_cast<int32_t>(i));
+    const uint32_t word = token_bits(seed, static_cast<uint64_t>(position), id);
+    const float w = static_cast<float>(word >> 1 | 1) * kGumbelUnit;
+    const float t = std::max(1.0f - w, kGumbelLeast);
+    out[i] = -log(-(log(t) + ((1.0f - t) - w)));
+  }
+}
+
 }  // namespace
 
-const Kernels kScalarKernels = {
-    Isa::kScalar,        "scalar",   nullptr,   rms_norm, swiglu,    silu,
-    quantize_q8,         round_bf16, round_f16, rotate,   attention, combine,
-    {argmax, exp_scaled}};
+const Kernels kScalarKernels = {Isa::kScalar,
+                                "scalar",
+                                nullptr,
+                                rms_norm,
+                                swiglu,
+                                silu,
+                                quantize_q8,
+                                round_bf16,
+                                round_f16,
+                                rotate,
+                                attention,
+                                combine,
+                                {argmax, exp_scaled, gumbel}};
 
 }  // namespace chimera::cpu

@@ -7,9 +7,9 @@ namespace chimera::cpu {
 
 const Kernels kAvx512Kernels = {Isa::kAvx512, "avx512",    kProductsAvx512,     rms_norm,  swiglu,
                                 silu,         quantize_q8, round_bf16,          round_f16, rotate,
-                                attention,    combine,     {argmax, exp_scaled}};
+                                attention,    combine,     {argmax, exp_scaled, gumbel}};
 const Kernels kAmxKernels = {Isa::kAmx, "amx",       kProductsAmx,        rms_norm,  swiglu,
                              silu,      quantize_q8, round_bf16,          round_f16, rotate,
-                             attention, combine,     {argmax, exp_scaled}};
+                             attention, combine,     {argmax, exp_scaled, gumbel}};
 
 }  // namespace chimera::cpu

@@ -52,3 +52,7 @@ const Kernels& select_kernels() {
 }
 
 }  // namespace chimera::cpu
+
+const chimera::SamplingOps& chimera::sampling_ops() {
+  return cpu::select_kernels().sampling;
+}

@@ -99,7 +99,7 @@ struct DepthAccuracy {
   std::array<int64_t, kRanks> at_rank{};  // true token there
 
   // Mean of -log p(true token) over `known`, p softened by each of these temperatures.
-  static constexpr double kTemperatures[] = {.4, .5, .6, .7, .8, .9, 1, 1.15, 1.3, 1.5};
+  static constexpr double kTemperatures[] = {.2, .3, .4, .5, .6, .7, .8, .9, 1, 1.15, 1.3};
   std::array<double, std::size(kTemperatures)> loss{};
   double best_temperature() const;
   double coverage() const {
