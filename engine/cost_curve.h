@@ -23,23 +23,31 @@ class CostCurve {
     interpolate();
   }
 
-  // A pass over `rows` rows has taken this long. What made it dearer than expected (a longer
-  // context, another program) does the same to the rest, so the curve moves as a whole and slowly:
-  // its shape stays as it was measured, on which the choice of trees depends.
+  // A pass over `rows` rows of a text has taken this long. Two factors are fitted to such passes:
+  // of the first row and of the further ones,
+  //   seconds(m) = first * s(1) + further * (s(m) - s(1)),   s: as measured,
+  // since memory and arithmetic change apart from each other: with the context, with what else runs
+  // here. Trees alone cannot tell the two apart, so a plain pass is needed now and then. The fit is
+  // slow (normalised least mean squares), and its gradient is that of relative error: one pass that
+  // was interrupted changes little.
   void learn(int rows, double seconds) {
     if (!known_ || rows > kMaxRows) return;
-    const double change = std::clamp(seconds / this->seconds(rows), 0.5, 2.0) - 1;
-    for (double& m : measured_) m *= 1 + change / 32;
-    interpolate();
+    const double expected = this->seconds(rows);
+    const double error = std::clamp(seconds / expected, 0.5, 2.0) - 1;
+    const double x = at(1) / at(rows), y = 1 - x;  // shares of the first row and of the others
+    const double step = (rows == 1 ? 0.25 : 0.0625) * error * expected / at(rows) / (x * x + y * y);
+    first_ = std::clamp(first_ + step * x, 0.1, 10.0);
+    further_ = std::clamp(further_ + step * y, 0.1, 10.0);
   }
 
   // Of a pass over `rows` rows, 1 or more.
-  double seconds(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
+  double seconds(int rows) const { return first_ * at(1) + further_ * (at(rows) - at(1)); }
 
-  // The same where it was measured or learned, 0 elsewhere.
+  // The same where it was measured, 0 elsewhere.
   double measured(int rows) const { return measured_[static_cast<size_t>(rows)]; }
 
  private:
+  double at(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
   void interpolate() {
     int last = 0;
     for (int m = 1; m <= kMaxRows; ++m) {
@@ -57,6 +65,7 @@ class CostCurve {
   }
 
   bool known_ = false;
+  double first_ = 1, further_ = 1;
   std::array<double, kMaxRows + 1> measured_{}, seconds_{};
 };
 

@@ -158,10 +158,9 @@ void Session::fill_step(Drafter* drafter) {
     }
     if (drafter != nullptr && waiting == 1) {
       const int max_depth = options_.context - static_cast<int>(text.tokens.size());
-      drafter->draft(
-          {model_.backend(), s, text.number, text.tokens, row, options_.max_nodes, max_depth,
-           cost_.known() ? &cost_ : nullptr, step_->sequences[s].sampling},
-          step_);
+      drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
+                      max_depth, cost_.known() ? &cost_ : nullptr, step_->sequences[s].sampling},
+                     step_);
       text.drafted = step_->n_rows - row - 1;
     }
   }
@@ -175,13 +174,23 @@ void Session::pass() {
 }
 
 bool Session::step(Drafter* drafter) {
-  fill_step(drafter);
+  // Trees are sized by what they cost beside a plain step, and so one is taken now and then.
+  const bool plain = drafter != nullptr && cost_.known() && until_plain_ <= 0;
+  fill_step(plain ? nullptr : drafter);
   if (step_->n_rows == 0) return false;
   const auto start = std::chrono::steady_clock::now();
   pass();
-  if (step_->n_logits == step_->n_rows)  // no prompt among them
-    cost_.learn(step_->n_rows,
-                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  if (step_->n_logits == step_->n_rows) {  // no prompt among them
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    cost_.learn(step_->n_rows, seconds);
+    --until_plain_;
+    if (step_->n_rows == 1) {  // or the drafter had nothing to propose
+      until_plain_ = kPlainEvery;
+      plain_seconds_ += seconds;
+      ++n_plain_;
+    }
+  }
   for (int s = 0; s < options_.n_sequences; ++s) {
     read_back(s);
     const Step::Sequence& seq = step_->sequences[s];

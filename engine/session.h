@@ -74,6 +74,9 @@ class Session {
   double time_pass(int rows);
   void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
+  // Seconds of a pass over one row, the mean of those since the session was made; where the costs
+  // are known, at least one step in kPlainEvery is one. 0: there was none.
+  double plain_seconds() const { return n_plain_ > 0 ? plain_seconds_ / n_plain_ : 0; }
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
   // states() and taps().
@@ -98,6 +101,8 @@ class Session {
     bool active = false;
     int emitted = 0, drafted = 0;
   };
+  static constexpr int kPlainEvery = 48, kFirstPlain = 8;  // steps
+
   // Tokens of the text that are not in the KV cache; 0: nothing to do.
   int pending(int sequence) const;
   void fill_step(Drafter* drafter);  // the rows of the next pass, candidates included
@@ -107,6 +112,8 @@ class Session {
   SessionOptions options_;
   int max_rows_ = 0;
   CostCurve cost_;
+  int until_plain_ = kFirstPlain, n_plain_ = 0;
+  double plain_seconds_ = 0;  // sum
   std::vector<Text> texts_;
   int64_t texts_started_ = 0;
   std::shared_ptr<void> memory_;

@@ -162,6 +162,49 @@ TEST_F(SessionTest, TreesFollowTheCosts) {
   EXPECT_EQ(steep.ids, flat.ids);
 }
 
+// A machine whose memory is half as fast as when it was measured, then one whose arithmetic is a
+// third as fast: trees of a few sizes with a plain step now and then tell the two apart.
+TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
+  for (const auto& [first, further] : {std::pair{2.0, 1.0}, std::pair{1.0, 3.0}}) {
+    CostCurve curve;
+    curve.set(1, 1.0);
+    curve.set(8, 1.2);
+    curve.set(32, 4.0);
+    const auto truly = [&](int rows) {
+      return first + further * (curve.measured(rows) > 0 ? curve.measured(rows) - 1 : 0.6);
+    };
+    for (int i = 0; i < 2000; ++i) {
+      const int rows = i % 48 == 0 ? 1 : i % 2 == 0 ? 8 : 32;
+      curve.learn(rows, truly(rows) * (i % 7 == 0 ? 1.02 : 1.0));
+    }
+    for (const int rows : {1, 8, 32})
+      EXPECT_NEAR(curve.seconds(rows) / truly(rows), 1, 0.03) << first << " " << rows;
+    EXPECT_EQ(curve.measured(8), 1.2) << "what is kept in a file is what was measured";
+  }
+  CostCurve curve;  // one pass that took for ever
+  curve.set(1, 1.0);
+  curve.set(8, 2.0);
+  curve.learn(8, 1e6);
+  EXPECT_LT(curve.seconds(1), 1.2);
+  EXPECT_LT(curve.seconds(8), 2.4);
+}
+
+// Where costs are known a plain step comes now and then, and changes nothing but the number of
+// steps.
+TEST_F(SessionTest, PlainStepsNowAndThen) {
+  const std::vector<int32_t> prompt(40, 100);
+  Session session(model(), {.context = 320, .max_nodes = 4});
+  CostCurve cost;
+  for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1e-3 * (1 + 1e-6 * rows));
+  session.set_cost(cost);
+  const auto drafter = make_ngram_drafter({.min_match = 1}, 1, 320);
+  EXPECT_EQ(session.plain_seconds(), 0);
+  const Generation g = generate(session, drafter.get(), prompt, {250, {}, {}});
+  EXPECT_GT(session.plain_seconds(), 0);
+  Session plain(model(), {.context = 320});
+  EXPECT_EQ(generate(plain, nullptr, prompt, {250, {}, {}}).ids, g.ids);
+}
+
 TEST_F(SessionTest, StatesAndTaps) {
   const int last = model().config().n_layers - 1;
   Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});

@@ -144,11 +144,11 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// cost: where it is known, what a pass of one row takes, which is plain decoding.
-std::string figures(const Generation& g, const CostCurve& cost) {
+// plain_seconds: of a plain step, as measured between the others; 0: unknown.
+std::string figures(const Generation& g, double plain_seconds) {
   std::string speedup;
-  if (cost.known() && g.tokens_per_second() > 0)
-    speedup = " (" + fixed_text(g.tokens_per_second() * cost.seconds(1), 2) + " times plain)";
+  if (plain_seconds > 0 && g.tokens_per_second() > 0)
+    speedup = " (" + fixed_text(g.tokens_per_second() * plain_seconds, 2) + " times plain)";
   return "prompt: " + count_text(g.prompt_tokens, "token") + ", " +
          fixed_text(g.prompt_tokens_per_second(), 1) +
          " tokens/s | generated: " + count_text(static_cast<int64_t>(g.ids.size()), "token") +
@@ -247,7 +247,7 @@ int run(const std::vector<std::string>& args) {
       note("The context of " + std::to_string(context) +
            " tokens is full; --ctx N makes room for more.");
     }
-    note(figures(g, session.cost()));
+    note(figures(g, plain ? 0 : session.plain_seconds()));
   }
   return g.stop == Stop::kCancelled ? 128 + SIGINT : 0;
 }
