@@ -254,7 +254,7 @@ void Session::read_back(int sequence) {
     text.tokens.push_back(step_->token[r]);
     ++text.emitted;
   }
-  text.tokens.push_back(s.next);
+  text.tokens.push_back(instead_ ? instead_(sequence, s.next) : s.next);
   ++text.emitted;
 }
 

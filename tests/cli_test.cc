@@ -657,6 +657,47 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
   EXPECT_FALSE(std::filesystem::exists(folder_ / "x"));
 }
 
+// Every stage in turn, the draft's own turns included; and once more, where nothing is left to do.
+TEST_F(CliTest, TrainEveryStage) {
+  SKIP_IF_ABSENT(kStories);
+  std::string lines;
+  for (const char* who : {"Lily", "Tim", "Tom", "Mia"})
+    for (const char* what : {"saw a big dog", "went to the park", "had a red ball"})
+      lines += std::string("One day, ") + who + " " + what + "\n";
+  const std::string draft = folder_ / "d.safetensors";
+  const Args args = {"train", "-m",        kStories, "--prompts",   write("prompts.txt", lines),
+                     "-o",    draft,       "-n",     "40",          "--positions",
+                     "600",   "--threads", "1",      "--on-policy", "--sequences",
+                     "5"};
+  const Output o = chimera(args);
+  ASSERT_EQ(o.code, 0) << o.err;
+  const auto answers = [&](const std::string& shard) {
+    std::map<int, json> found;
+    std::istringstream all(read(shard));
+    std::string line;
+    std::getline(all, line);
+    EXPECT_EQ(json::parse(line).contains("on_policy"),
+              shard.find("on-policy") != std::string::npos);
+    while (std::getline(all, line)) found[json::parse(line)["prompt"]] = json::parse(line);
+    return found;
+  };
+  const auto own = answers("d.safetensors.answers.jsonl"),
+             turns = answers("d.safetensors.on-policy.jsonl");
+  EXPECT_EQ(own.size(), 11u);  // one prompt is held out
+  ASSERT_EQ(turns.size(), 2u);
+  for (const auto& [prompt, record] : turns) {
+    EXPECT_EQ(record["prompt_len"], own.at(prompt)["prompt_len"]);
+    EXPECT_NE(record["ids"], own.at(prompt)["ids"]) << "a draft without training is mostly wrong";
+  }
+  EXPECT_NE(read("d.safetensors").find("\\\"sampled\\\""), std::string::npos) << "calibrated";
+  const std::string before = read("d.safetensors.on-policy.jsonl");
+  EXPECT_EQ(chimera(args).code, 0);
+  EXPECT_EQ(read("d.safetensors.on-policy.jsonl"), before);
+  expect_error({"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", draft}, 1,
+               "one.txt: expected two prompts at least");
+  expect_error({"train", "-m", kStories, "-o", draft}, 2, "--prompts FILE");
+}
+
 TEST_F(CliTest, TrainEval) {
   const std::string draft = "models/smollm2-135m-instruct.chimera.safetensors";
   SKIP_IF_ABSENT(kSmolLm2);

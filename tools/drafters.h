@@ -15,12 +15,12 @@
 namespace chimera {
 
 struct DrafterFlags {
-  std::optional<std::string> draft;  // path of a draft model
-  StaticTree tree{};                 // empty: none
-  std::optional<int> nodes;          // not given: what this machine makes the most of
-  bool tune = false;                 // measure that again, whatever was measured before
+  std::optional<std::string> draft{};  // path of a draft model
+  StaticTree tree{};                   // empty: none
+  std::optional<int> nodes{};          // not given: what this machine makes the most of
+  bool tune = false;                   // measure that again, whatever was measured before
   int depth = 8;
-  std::optional<int> width;  // not given: a large tree is wide, too
+  std::optional<int> width{};  // not given: a large tree is wide, too
 
   int most_width() const { return width.value_or(std::max(4, nodes.value_or(0) / 5)); }
   int most_nodes() const { return std::max(nodes.value_or(kMostNodes), tree.size()); }

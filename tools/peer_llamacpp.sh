@@ -64,10 +64,10 @@ round() {
 i=0
 while [ "$i" -lt "$rounds" ]; do
   i=$((i + 1))
-  printf '\rround %d of %d' "$i" "$rounds" >&2
+  [ ! -t 2 ] || printf '\rround %d of %d' "$i" "$rounds" >&2
   round >>"$results"
 done
-printf '\r\033[K' >&2
+[ ! -t 2 ] || printf '\r\033[K' >&2
 
 echo "$(lscpu | sed -n 's/^Model name: *//p'), $threads threads, $(basename "$model"); tokens/s, median (lowest..highest) of $rounds rounds"
 sort -k1,1 -k2,2g "$results" | awk '

@@ -8,7 +8,8 @@
 //   {"prompt":17,"prompt_len":41,"temperature":0.7,"ids":[1,9690,...]}
 // ids are the prompt's tokens and the answer's. An answer depends on the model, the seed, the
 // settings and the prompt's number alone - not on the batch, the shard or the machine. (GPUs have
-// an arithmetic of their own: their shards say "device":"cuda".)
+// an arithmetic of their own: their shards say "device":"cuda". And a draft that takes part, see
+// --on-policy, chooses from a vocabulary that all answers of a batch share.)
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,11 +20,15 @@
 #include <tuple>
 #include <unordered_set>
 
+#include "engine/candidate_tree.h"
+#include "engine/chimera/chimera_drafter.h"
+#include "engine/philox.h"
 #include "engine/session.h"
 #include "engine/train/target_features.h"
 #include "loader/feature_file.h"
 #include "tokenizer/unicode.h"
 #include "tools/commands.h"
+#include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -38,8 +43,9 @@ using nlohmann::ordered_json;
 volatile std::sig_atomic_t interrupted = 0;
 
 struct Options {
-  std::optional<std::string> model, prompts, output, shard;
+  std::optional<std::string> model, prompts, output, shard, draft;
   int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0, own_prompts = 0;
+  float on_policy = 0.2f;  // with a draft
   bool features = false, strict = false;
   uint64_t seed = 1;
   std::string device = "cpu";
@@ -65,6 +71,56 @@ Sampling sampling_of_own_prompt(uint64_t seed, size_t prompt) {
   s.seed = ~s.seed;
   return s;
 }
+
+// The draft in the texts: of every answer it chooses some tokens, right or wrong, and the target
+// goes on from there. So the target's answers are learnt where the draft's own mistakes lead, which
+// the target's texts alone never visit. (Ross, Gordon, Bagnell, AISTATS 2011: learn on the states
+// that the learner itself brings about.)
+class DraftsTurns final : public Drafter {
+ public:
+  DraftsTurns(const Llama& target, const DraftTensors& draft, int n_sequences, int context)
+      : draft_(make_chimera_drafter(target, draft, {.nodes = 1, .depth = 1, .ngrams = false},
+                                    n_sequences, context)),
+        guess_(static_cast<size_t>(n_sequences), kNone) {}
+  std::string name() const override { return draft_->name(); }
+  void draft(const DraftContext& at, Step*) override {  // proposes nothing, but remembers its guess
+    DraftContext context = at;
+    context.max_nodes = 1;
+    const CandidateTree& tree = draft_->candidates(context);
+    guess_[static_cast<size_t>(at.sequence)] =
+        tree.chosen().empty() ? kNone : tree[tree.chosen()[0]].token;
+  }
+  void observe(const KeptRows& kept) override { draft_->observe(kept); }
+  // Its guess at the token that the last step sampled.
+  int32_t guess_or(int sequence, int32_t sampled) const {
+    const int32_t guess = guess_[static_cast<size_t>(sequence)];
+    return guess == kNone ? sampled : guess;
+  }
+
+ private:
+  static constexpr int32_t kNone = -1;
+  std::unique_ptr<ChimeraDrafter> draft_;
+  std::vector<int32_t> guess_;  // by sequence
+};
+
+// Records features, where they are wanted, and lets the draft have its turns, where there is one.
+class Watcher final : public Drafter {
+ public:
+  Watcher(training::FeatureRecorder* recorder, DraftsTurns* turns)
+      : recorder_(recorder), turns_(turns) {}
+  std::string name() const override { return "none"; }
+  void draft(const DraftContext& c, Step* step) override {
+    if (turns_) turns_->draft(c, step);
+  }
+  void observe(const KeptRows& kept) override {
+    if (recorder_) recorder_->observe(kept);
+    if (turns_) turns_->observe(kept);
+  }
+
+ private:
+  training::FeatureRecorder* recorder_;
+  DraftsTurns* turns_;
+};
 
 // What a sequence of the session is busy with.
 struct Job {
@@ -108,7 +164,7 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
 class ShardWriter {
  public:
   ShardWriter(const Options& o, std::pair<size_t, size_t> shard, const Model& model,
-              const Llama& llama, std::vector<Prompt> prompts)
+              const Llama& llama, const DraftTensors* draft, std::vector<Prompt> prompts)
       : o_(o),
         model_(model),
         chat_(model.chat_format != ChatFormat::kNone),
@@ -128,6 +184,17 @@ class ShardWriter {
     if (done_.empty() && std::filesystem::file_size(*o.output) == 0) out_ << header << "\n";
     if (o.features)
       features_.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
+    if (draft) {
+      turns_.emplace(llama, *draft, o.sequences, session_.options().context);
+      session_.replace_sampled([this](int s, int32_t sampled) {
+        const auto position = static_cast<uint64_t>(session_.tokens(s).size());
+        const bool drafts = !job(s).asks && sampled != model_.tokenizer.eos() &&
+                            philox_uniform(sampling_of(o_.seed, job(s).prompt).seed ^ kTurns,
+                                           position) < static_cast<double>(o_.on_policy);
+        return drafts ? turns_->guess_or(s, sampled) : sampled;
+      });
+    }
+    watcher_.emplace(features_ ? &recorder_ : nullptr, turns_ ? &*turns_ : nullptr);
   }
 
   // One pass over all sequences; false: there is nothing left to do.
@@ -137,7 +204,7 @@ class ShardWriter {
       while (job(s).prompt == Job::kNone && next_ < count_) begin(s, next_++);
       busy = busy || job(s).prompt != Job::kNone;
     }
-    if (!busy || !session_.step(features_ ? &recorder_ : nullptr)) return false;
+    if (!busy || !session_.step(&*watcher_)) return false;
     for (int s = 0; s < o_.sequences; ++s) {
       if (job(s).prompt == Job::kNone || session_.emitted(s) == 0) continue;
       ++tokens_;
@@ -179,6 +246,7 @@ class ShardWriter {
                        {"shard", o_.shard.value_or("0/1")},
                        {"chat", chat_}};
     if (o_.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
+    if (o_.draft) about["on_policy"] = o_.on_policy;
     if (o_.device != "cpu") about["device"] = o_.device;
     return about.dump();
   }
@@ -253,6 +321,9 @@ class ShardWriter {
   std::optional<FeatureFile> features_;
   Session session_;
   training::FeatureRecorder recorder_;
+  static constexpr uint64_t kTurns = 0x7475726e73;  // a stream of random numbers of its own
+  std::optional<DraftsTurns> turns_;
+  std::optional<Watcher> watcher_;
   std::vector<Job> jobs_;  // by sequence
   size_t answers_ = 0, left_out_ = 0;
   int64_t tokens_ = 0;
@@ -277,6 +348,13 @@ int train_data(const std::vector<std::string>& args) {
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
            "fit need not run it again (1.4 KB a\ntoken for a hidden size of 576)",
            on(&o.features)},
+          {0, "draft", "DRAFT", "a draft that takes turns in the answers, see --on-policy",
+           text(&o.draft)},
+          {0, "on-policy", "P",
+           "share of an answer's tokens that the draft chooses, right or\nwrong; the target goes "
+           "on from "
+           "there, and the draft learns\nwhere its own mistakes lead",
+           number(&o.on_policy, 0, 1)},
           {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
@@ -304,8 +382,9 @@ int train_data(const std::vector<std::string>& args) {
   if (o.prompts)
     prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
   const auto backend = make_backend(o.device, {.threads = o.threads});
+  const auto draft = load_draft_for(model, {.draft = o.draft});
   const Llama llama = prepare_weights(*backend, &model);
-  ShardWriter shard(o, which, model, llama, std::move(prompts));
+  ShardWriter shard(o, which, model, llama, draft ? &*draft : nullptr, std::move(prompts));
 
   const auto start = std::chrono::steady_clock::now();
   auto last_note = start;

@@ -10,6 +10,7 @@ namespace {
 
 constexpr char kHelp[] =
     "usage: chimera train STAGE [FLAGS]\n"
+    "       chimera train -m MODEL --prompts FILE -o DRAFT [FLAGS]   every stage in turn\n"
     "\n"
     "Makes a draft model for a target, from nothing but the target and a file of prompts.\n"
     "\n"
@@ -18,7 +19,8 @@ constexpr char kHelp[] =
     "  fit    the draft learns from the answers\n"
     "  eval   how good the draft is\n"
     "\n"
-    "  chimera train STAGE --help   the flags of a stage\n";
+    "  chimera train STAGE --help      the flags of a stage\n"
+    "  chimera train -m MODEL --help   those of all in turn\n";
 
 }  // namespace
 
@@ -30,6 +32,7 @@ int train(const std::vector<std::string>& args) {
   if (stage == "fit") return train_fit(rest);
   if (stage == "eval") return train_eval(rest);
   if (stage == "--help" || stage == "-h") return print(kHelp), 0;
+  if (stage.starts_with('-')) return train_all(args);
   throw UsageError("train", "data, merge, fit or eval", "'" + stage + "'",
                    "see chimera train --help");
 }

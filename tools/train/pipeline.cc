@@ -1,0 +1,126 @@
+// chimera train without a stage: all of them, one after another, each going on where an earlier run
+// was stopped. What a stage leaves lies beside the draft:
+//   DRAFT.held-out.jsonl    prompts that nothing is learnt from
+//   DRAFT.answers.jsonl     the target's answers to the others
+//   DRAFT.on-policy.jsonl   ... and to some of them once more, with the draft's turns in between
+//   *.checkpoint            of the two fits
+#include <algorithm>
+#include <filesystem>
+
+#include "loader/output_file.h"
+#include "tools/commands.h"
+#include "tools/flags.h"
+#include "tools/output.h"
+#include "tools/prompts.h"
+#include "tools/train/train.h"
+
+namespace chimera {
+namespace {
+
+struct Options {
+  std::optional<std::string> model, prompts, output;
+  std::optional<int> threads;
+  int positions = 0, n = 256, sequences = 96;
+  float minutes = 0;
+  bool on_policy = false;
+};
+
+// The last tenth of the prompts, 40 at most: to measure the draft with.
+size_t hold_out(const std::vector<Prompt>& prompts, const std::string& path) {
+  const size_t n = std::clamp<size_t>(prompts.size() / 10, 1, 40);
+  OutputFile file(path);
+  for (const Prompt& prompt : std::span(prompts).last(n)) {
+    nlohmann::ordered_json messages = nlohmann::ordered_json::array();
+    for (const Message& m : prompt) messages.push_back({{"role", m.role}, {"content", m.content}});
+    file.write(nlohmann::ordered_json{{"messages", messages}}.dump() + "\n");
+  }
+  file.commit();
+  return n;
+}
+
+}  // namespace
+
+int train_all(const std::vector<std::string>& args) {
+  Options o;
+  const Command command{
+      "train",
+      "-m MODEL --prompts FILE -o DRAFT [FLAGS]",
+      "Makes a draft model for a target, from nothing but the target and a file of prompts: data,\n"
+      "fit, eval. Stopped with Ctrl-C, the same command goes on where it was.\n",
+      {
+          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o.model)},
+          {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", text(&o.prompts)},
+          {'o', "output", "DRAFT", "the draft; answers and checkpoints lie beside it",
+           text(&o.output)},
+          {0, "positions", "N", "positions to learn from; 0: each once",
+           integer(&o.positions, 0, 2'000'000'000)},
+          {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
+          {0, "on-policy", "", "then a third as long on answers in which the draft took turns",
+           on(&o.on_policy)},
+          {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
+          {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, 128)},
+          {0, "threads", "N", "CPU threads (default: one for each physical core)",
+           integer(&o.threads, 1, 1024)},
+      }};
+  if (!parse(command, args)) return 0;
+  if (!o.model || !o.prompts || !o.output)
+    throw UsageError("train", "-m MODEL, --prompts FILE and -o DRAFT", "one missing",
+                     "see chimera train --help");
+  const std::vector<Prompt> prompts = load_prompts(*o.prompts, BrokenLines::kLeaveOut);
+  if (prompts.size() < 2)
+    throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
+                std::to_string(prompts.size()));
+  const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
+                    answers = draft + ".answers.jsonl", turns = draft + ".on-policy.jsonl";
+  const size_t learnt = prompts.size() - hold_out(prompts, held_out);
+
+  const auto stage = [&](int (*run)(const std::vector<std::string>&), const std::string& title,
+                         std::vector<std::string> flags) {
+    note("== " + title);
+    flags.insert(flags.begin(), {"-m", *o.model});
+    if (o.threads) flags.insert(flags.end(), {"--threads", std::to_string(*o.threads)});
+    return run(flags);
+  };
+  const auto data = [&](const std::string& title, const std::string& shard, size_t limit,
+                        std::vector<std::string> more) {
+    more.insert(more.end(),
+                {"--prompts", *o.prompts, "--limit", std::to_string(limit), "--features", "-n",
+                 std::to_string(o.n), "--sequences", std::to_string(o.sequences), "-o", shard});
+    return stage(train_data, title, more);
+  };
+  // share: of the length that was asked for.
+  const auto fit = [&](const std::string& title, const std::string& shards,
+                       const std::string& checkpoint, int share, std::vector<std::string> more) {
+    more.insert(more.end(), {"--data", shards, "-o", draft, "--checkpoint", checkpoint});
+    if (o.minutes > 0)
+      more.insert(more.end(), {"--minutes", std::to_string(o.minutes / static_cast<float>(share))});
+    else if (o.positions > 0)
+      more.insert(more.end(), {"--positions", std::to_string(std::max(1, o.positions / share))});
+    if (std::filesystem::exists(checkpoint)) more.insert(more.end(), {"--resume", checkpoint});
+    return stage(train_fit, title, more);
+  };
+
+  const std::string first = draft + ".checkpoint", second = draft + ".on-policy.checkpoint";
+  const bool first_is_done = std::filesystem::exists(second) || std::filesystem::exists(turns);
+  int code = 0;
+  if (!first_is_done) {
+    code = data("the target answers " + count_text(static_cast<int64_t>(learnt), "prompt"), answers,
+                learnt, {});
+    if (code == 0) code = fit("the draft learns", answers, first, 1, {});
+  }
+  if (code == 0 && o.on_policy) {
+    const size_t some = std::max<size_t>(1, learnt / 4);
+    code = data("the draft takes turns in " + count_text(static_cast<int64_t>(some), "answer"),
+                turns, some, {"--draft", draft});
+    if (code == 0)
+      code = fit("the draft learns from both", answers + "," + turns, second, 3,
+                 {"--init", draft, "--lr", "0.0005"});
+  }
+  if (code == 0)
+    code = stage(train_eval, "how good it is, and how its probabilities are to be read",
+                 {"--draft", draft, "--prompts", held_out, "-n", std::to_string(std::min(o.n, 96)),
+                  "--calibrate", draft});
+  return code;
+}
+
+}  // namespace chimera
