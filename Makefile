@@ -63,8 +63,8 @@ all: $(BUILD)/chimera
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 comma_list = $(subst $(eval) ,$(comma),$(strip $(1)))
-BENCH_PROMPTS := $(addprefix --limit 8 --prompts ,$(call comma_list,$(wildcard \
-                 $(addprefix ../shared/data/prompts/,mt_bench.jsonl gsm8k_80.jsonl))))
+BENCH_PROMPTS := --limit 8 --prompts $(call comma_list,tools/bench/repeats.jsonl $(wildcard \
+                 $(addprefix ../shared/data/prompts/,mt_bench.jsonl gsm8k_80.jsonl)))
 DRAFT := $(addprefix --draft ,$(wildcard models/smollm2-135m-instruct.chimera.safetensors))
 ifeq (0,$(MAKELEVEL))
 MAKEFLAGS += -j$(shell nproc)

@@ -24,6 +24,25 @@ PassCount decode(Session& session, Drafter* drafter,
   return count;
 }
 
+// The target's noise is in the draft's logits, that of the right seed and position: sampled text is
+// then guessed far more often than by taking the likeliest token (a quarter to a third of the
+// time).
+TEST(DraftMeasurement, SampledTextIsGuessedThroughItsNoise) {
+  SKIP_WITHOUT(kSmolLm2);
+  SKIP_WITHOUT(kDraft);
+  SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
+  const Loaded target = load(kSmolLm2, isas().back(), 1);
+  Session session(*target.model, {.context = 256});
+  const Measurement m = measure_draft(session, load_draft(kDraft), {.depth = 3, .width = 3}, false,
+                                      test_prompts(3, target.file.vocabulary),
+                                      {64, {2}, {.temperature = 1, .seed = 5}}, [](double) {});
+  for (const DepthAccuracy& depth : m.depths) {
+    const double right = static_cast<double>(depth.at_rank[0]) / static_cast<double>(depth.n);
+    std::printf("right: %.3f of %d\n", right, static_cast<int>(depth.n));
+    EXPECT_GT(right, 0.3);
+  }
+}
+
 TEST(DraftMeasurement, IsWhatDecodingGives) {
   SKIP_WITHOUT(kSmolLm2);
   SKIP_WITHOUT(kDraft);
