@@ -25,10 +25,11 @@
 // (wait_for_previous()), and matrices that share x share a launch.
 //
 // Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live
-// on an H100's multiprocessor (227 KiB; 128 threads of some 90 registers; the build refuses a kernel
-// that spills) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB, where 3.35 TB/s x 0.8 us
-// latency asks for 2.7 MB. With 64 tokens: 24 KiB a stage, 96 KiB a block, two blocks, 144 KiB. On
-// sm_89 (99 KiB): one block, 51 KiB.
+// on an H100's multiprocessor (227 KiB) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB,
+// where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 24 KiB a stage, 96 KiB a block,
+// two blocks, 144 KiB. On sm_89 (99 KiB): one block, 51 KiB. Registers allow more blocks than that:
+// on sm_90a a thread has 96 to 119 with 8 tokens, 124 to 132 with 32, 156 to 164 with 64, of 128
+// threads, so four, three and three blocks; the build refuses a kernel that spills.
 //
 // x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2.
 //
