@@ -189,6 +189,17 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
   EXPECT_LT(curve.seconds(8), 2.4);
 }
 
+// Always has something to propose.
+class Eager final : public Drafter {
+ public:
+  std::string name() const override { return "eager"; }
+  void draft(const DraftContext& c, Step* step) override {
+    if (c.max_depth > 0) step->add_row(7, c.root, true);
+    ++calls;
+  }
+  int calls = 0;
+};
+
 // Where costs are known a plain step comes now and then, and changes nothing but the number of
 // steps.
 TEST_F(SessionTest, PlainStepsNowAndThen) {
@@ -197,10 +208,12 @@ TEST_F(SessionTest, PlainStepsNowAndThen) {
   CostCurve cost;
   for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1e-3 * (1 + 1e-6 * rows));
   session.set_cost(cost);
-  const auto drafter = make_ngram_drafter({.min_match = 1}, 1, 320);
+  Eager drafter;
   EXPECT_EQ(session.plain_seconds(), 0);
-  const Generation g = generate(session, drafter.get(), prompt, {250, {}, {}});
+  const Generation g = generate(session, &drafter, prompt, {250, {}, {}});
   EXPECT_GT(session.plain_seconds(), 0);
+  EXPECT_GE(g.steps - drafter.calls, 2);
+  EXPECT_LE(g.steps - drafter.calls, 6);
   Session plain(model(), {.context = 320});
   EXPECT_EQ(generate(plain, nullptr, prompt, {250, {}, {}}).ids, g.ids);
 }
