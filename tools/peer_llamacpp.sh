@@ -42,10 +42,11 @@ prompts=$(mktemp)
 results=$(mktemp)
 trap 'rm -rf "$prompts" "$results" "${tmp:-}"' EXIT
 trap 'exit 130' INT TERM
+# Openings, since both go on with raw text here; llama.cpp is told to ignore an end.
 cat >"$prompts" <<'END'
-Tell me a short story about a lighthouse keeper who finds a letter.
-Explain how a bicycle stays upright, in simple words.
-Write a Python function that checks whether a number is prime, and explain it line by line.
+Once upon a time there was a lighthouse keeper who found a letter. It said that
+The following text explains, step by step, how bread is made at home. First,
+The history of the bicycle, from the first wooden machines to the present day, begins
 END
 
 # One line "NAME VALUE" for each figure of a round.
