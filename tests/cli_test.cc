@@ -15,8 +15,11 @@
 #include <sstream>
 
 #include "engine/backend.h"
+#include "engine/generate.h"
 #include "loader/gguf.h"
+#include "loader/load.h"
 #include "tokenizer/chat.h"
+#include "tokenizer/unicode.h"
 
 using chimera::cuda_available;
 
@@ -628,6 +631,9 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
   EXPECT_EQ(data("one", "1"), answers);
   ASSERT_GT(answers.size(), 2u);
   const chimera::Tokenizer tokenizer(chimera::load_gguf_vocabulary(kSmolLm2));
+  const chimera::ModelFile file = chimera::load_model(kSmolLm2);
+  const auto backend = chimera::make_backend("cpu", {.threads = 1});
+  const chimera::Llama target(*backend, file.tensors);
   const std::vector<int32_t> opening =
       chimera::encode_chat(tokenizer, chimera::ChatFormat::kChatMl, {}, "user");
   std::set<std::string> prompts;
@@ -647,6 +653,17 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
         chimera::encode_chat(tokenizer, chimera::ChatFormat::kChatMl, {&message, 1}, "assistant"),
         std::vector<int32_t>(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(prompt_len)));
     prompts.insert(message.content);
+    // And it is what the target writes after the opening, to its end.
+    chimera::Session session(target, {.context = 128});
+    const chimera::Generation written = chimera::generate(
+        session, nullptr, opening,
+        {120,
+         {tokenizer.eos()},
+         {.temperature = 0.85f, .seed = ~(uint64_t{1000003} + static_cast<uint64_t>(number))}});
+    EXPECT_EQ(written.stop, chimera::Stop::kEos);
+    std::vector<int32_t> text = written.ids;
+    if (!text.empty() && text.back() == tokenizer.eos()) text.pop_back();
+    EXPECT_EQ(chimera::trimmed(tokenizer.decode(text)), message.content);
   }
   EXPECT_GT(prompts.size(), 1u) << "they differ";
   expect_error({"train", "data", "-m", kStories, "--own-prompts", "2", "-o", folder_ / "x"}, 1,

@@ -130,12 +130,11 @@ class GrowingDrafter final : public ChimeraDrafter {
     for (int depth = 1; depth <= std::min(options_.depth, c.max_depth); ++depth) {
       if (static_cast<size_t>(depth) > next.size()) return;
       const int32_t token = next[static_cast<size_t>(depth - 1)];
-      draw_noise(c, depth - 1);
       visit(depth, {with_noise(c, logits), vocabulary_.size()}, index_of(token));
       if (static_cast<size_t>(depth) == next.size() || depth == options_.depth) return;
       model_.step().first_new = model_.step().n_rows;
       add_row(c, depth - 1, token);
-      logits = expand_rows(depth, seq);
+      logits = expand_rows(c, depth, seq);
     }
   }
 
@@ -238,7 +237,6 @@ class GrowingDrafter final : public ChimeraDrafter {
 
   // Adds candidates below a node `depth` below the root that was expanded, from its row of the
   // logits: the n likeliest, or those of the ranks that wanted(rank) says. added(rank, candidate).
-  // The noise of this depth has been drawn.
   template <typename Wanted, typename Added>
   void propose(int parent, int depth, const DraftContext& c, const float* plain_logits, int n,
                const Wanted& wanted, const Added& added) {
@@ -305,6 +303,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     step.n_rows = 1;
     step.token[0] = c.tokens.back();
     step.begin_sequence(c.sequence);
+    draw_noise(c, 0);
     return model_.logits(0, seq.h.data());
   }
 
@@ -323,11 +322,13 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
   // Runs the rows added since step.first_new, which stand `depth` below the root; their logits.
-  const float* expand_rows(int depth, const Sequence& seq) {
+  // Draws the noise of what comes below them.
+  const float* expand_rows(const DraftContext& c, int depth, const Sequence& seq) {
     const int first = model_.step().first_new;
     const Clock::time_point start = Clock::now();
     model_.features(first, model_.step().n_rows - first, trigrams_);
     model_.forward();
+    draw_noise(c, depth);
     const float* logits = model_.logits(depth, seq.h.data());
     average(seconds_since(start), &depth_seconds_);
     return logits;
@@ -336,7 +337,6 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Grows the tree depth by depth with the draft model.
   void grow(const DraftContext& c, const Sequence& seq, int budget, Clock::time_point start) {
     Step& step = model_.step();
-    draw_noise(c, 0);
     propose(CandidateTree::kRoot, 0, c, expand_root(c, seq));
     const int depths = std::min({options_.depth, c.max_depth, kMostDepths});
     for (int depth = 1; depth < depths; ++depth) {
@@ -366,8 +366,7 @@ class GrowingDrafter final : public ChimeraDrafter {
         tree_[i].row =
             add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, tree_[i].token);
       }
-      const float* logits = expand_rows(depth, seq);
-      draw_noise(c, depth);
+      const float* logits = expand_rows(c, depth, seq);
       for (size_t i = 0; i < width; ++i)
         propose(order_[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
@@ -418,7 +417,6 @@ class GrowingDrafter final : public ChimeraDrafter {
             static_at_[static_cast<size_t>(shape.find(parent, rank))] = candidate;
           });
     };
-    draw_noise(c, 0);
     fill(-1, expand_root(c, seq));
     const int depths = std::min(shape.depth(), c.max_depth);
     for (int depth = 1; depth < depths; ++depth) {
@@ -437,8 +435,7 @@ class GrowingDrafter final : public ChimeraDrafter {
         const int parent = node.parent;
         node.row = add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, node.token);
       }
-      const float* logits = expand_rows(depth, seq);
-      draw_noise(c, depth);
+      const float* logits = expand_rows(c, depth, seq);
       for (size_t i = 0; i < order_.size(); ++i)
         fill(order_[i], logits + static_cast<int64_t>(i) * model_.logits_stride());
     }

@@ -8,8 +8,9 @@
 // they form a tree.) An n-gram match enters its continuation with the probability that such a match
 // has (ngram_index.h), of which less counts once the draft has had its say about the same token.
 //
-// Where the target samples, its noise is known beforehand (sampler.h), and the draft's logits get the
-// same noise: what comes out on top is what the target would emit if it thought as the draft does.
+// Where the target samples, its noise is known beforehand (sampler.h), and the draft's logits get
+// the same noise: what comes out on top is what the target would emit if it thought as the draft
+// does.
 //
 // Where the cost of a pass is known, a further depth is drafted only if it pays: if the tokens that
 // it may add, to those expected so far, are more than its time to the time spent so far.
