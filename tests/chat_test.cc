@@ -55,7 +55,8 @@ Vocabulary tiny_chatml() {
 std::string spell(const Tokenizer& tokenizer, const Ids& ids) {
   std::string text;
   for (const int32_t id : ids) {
-    text += tokenizer.is_control(id) ? tokenizer.token_text(id) : tokenizer.token_bytes(id);
+    text += tokenizer.is_control(id) ? std::string(tokenizer.token_text(id))
+                                     : tokenizer.token_bytes(id);
   }
   return text;
 }
@@ -128,7 +129,7 @@ TEST(Chat, TextBetweenControlTokensIsEncodedAsOne) {
   v.tokens.push_back("\u010A\u010A");
   v.types.push_back(TokenType::kNormal);
   v.merges.push_back("\u010A \u010A");
-  const Tokenizer tokenizer(std::move(v));
+  const Tokenizer tokenizer(v);
   const Message messages[] = {{"system", "\n\na"}};
   const Ids ids = encode_chat(tokenizer, ChatFormat::kChatMl, messages, "");
   EXPECT_EQ(ids, (Ids{256, 's', 'y', 's', 't', 'e', 'm', 259, '\n', 'a', 257, '\n'}));

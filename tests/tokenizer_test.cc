@@ -426,7 +426,7 @@ TEST(Tokenizer, Properties) {
 
   Vocabulary v = tiny_sentencepiece({"\u2581a"});
   v.add_bos = true;
-  const Tokenizer spm(std::move(v));
+  const Tokenizer spm(v);
   EXPECT_TRUE(spm.add_bos());
   EXPECT_TRUE(spm.adds_space_prefix());
   EXPECT_EQ(spm.encode("a", false), Ids{259});  // and no BOS
@@ -451,7 +451,7 @@ TEST(Tokenizer, SurvivesAMove) {
   Vocabulary v = tiny_byte_bpe();
   v.tokens.push_back(long_text);
   v.types.push_back(TokenType::kNormal);
-  auto first = std::make_unique<Tokenizer>(std::move(v));
+  auto first = std::make_unique<Tokenizer>(v);
   const Tokenizer second = std::move(*first);
   first.reset();
   EXPECT_EQ(second.find(long_text), 258);
@@ -461,7 +461,7 @@ TEST(Tokenizer, SurvivesAMove) {
 TEST(Tokenizer, AbsentTypesAreNormal) {
   Vocabulary v = tiny_byte_bpe();
   v.types.clear();
-  const Tokenizer tokenizer(std::move(v));
+  const Tokenizer tokenizer(v);
   EXPECT_FALSE(tokenizer.is_control(257));
   EXPECT_EQ(tokenizer.encode("ab", true), Ids{256});
 }
@@ -472,14 +472,14 @@ TEST(Tokenizer, FirstOfEqualTextsEncodes) {
   bpe.tokens.push_back("<|end|>");
   bpe.types.push_back(TokenType::kNormal);
   bpe.types.push_back(TokenType::kControl);
-  const Tokenizer byte_bpe(std::move(bpe));
+  const Tokenizer byte_bpe(bpe);
   EXPECT_EQ(byte_bpe.encode("ab<|end|>", true), (Ids{256, 257}));
   EXPECT_EQ(byte_bpe.decode(Ids{258, 256}), "abab");
 
   Vocabulary spm = tiny_sentencepiece({"x", "ab", "ab"});
   spm.add_space_prefix = false;
   spm.scores[261] = 5;  // even if a later one scores higher
-  const Tokenizer sentencepiece(std::move(spm));
+  const Tokenizer sentencepiece(spm);
   EXPECT_EQ(sentencepiece.encode("ab", false), Ids{260});
   EXPECT_EQ(sentencepiece.find("ab"), 260);
 }
@@ -489,13 +489,13 @@ TEST(Tokenizer, FirstOfEqualMergesCounts) {
   v.tokens.push_back("bc");
   v.types.push_back(TokenType::kNormal);
   v.merges = {"a b", "b c", "a b"};
-  EXPECT_EQ(Tokenizer(std::move(v)).encode("abc", false), (Ids{256, 'c'}));
+  EXPECT_EQ(Tokenizer(v).encode("abc", false), (Ids{256, 'c'}));
 }
 
 TEST(Tokenizer, BytesThatTheVocabularyLacksAreDropped) {
   Vocabulary v = tiny_byte_bpe();
   v.tokens[4] = "lacking";
-  const Tokenizer tokenizer(std::move(v));
+  const Tokenizer tokenizer(v);
   EXPECT_EQ(tokenizer.encode("a\x04"
                              "b",
                              false),
@@ -510,7 +510,7 @@ TEST(Tokenizer, SentencePieceWithoutByteTokensGivesUnknown) {
   v.types = {TokenType::kUnknown, TokenType::kNormal, TokenType::kNormal};
   v.scores = {0, 0, 0};
   v.unk = 0;
-  const Tokenizer tokenizer(std::move(v));
+  const Tokenizer tokenizer(v);
   EXPECT_EQ(tokenizer.encode("a\u00E9"
                              "a",
                              false),
@@ -535,14 +535,14 @@ TEST(Tokenizer, SentencePieceNeverGivesUnusedPieces) {
   Vocabulary v = tiny_sentencepiece({"a", "aa"});
   v.types[260] = TokenType::kUnused;
   v.add_space_prefix = false;
-  EXPECT_EQ(Tokenizer(std::move(v)).encode("aa", false), (Ids{259, 259}));
+  EXPECT_EQ(Tokenizer(v).encode("aa", false), (Ids{259, 259}));
 }
 
 TEST(Tokenizer, SentencePiecePiecesMayReachAcrossSpaces) {
   // "a b" can only be found if words are not encoded one by one.
   Vocabulary v = tiny_sentencepiece({"a\u2581", "a\u2581b", "a", "b", "\u2581"});
   v.add_space_prefix = false;
-  EXPECT_EQ(Tokenizer(std::move(v)).encode("a b", false), Ids{260});
+  EXPECT_EQ(Tokenizer(v).encode("a b", false), Ids{260});
 }
 
 TEST(Tokenizer, SentencePieceSpaces) {
@@ -558,7 +558,7 @@ TEST(Tokenizer, SentencePieceSpaces) {
 
   Vocabulary v = tiny_sentencepiece({"\u2581", "a"});
   v.add_space_prefix = false;
-  const Tokenizer without(std::move(v));
+  const Tokenizer without(v);
   EXPECT_EQ(without.encode(" a", false), (Ids{259, 260}));
   EXPECT_EQ(without.decode(Ids{259, 260}), " a");
 }
@@ -571,7 +571,7 @@ TEST(Tokenizer, UserDefinedTokensAreCutOutFirst) {
     bpe.tokens.push_back(text);
     bpe.types.push_back(TokenType::kUserDefined);
   }
-  const Tokenizer byte_bpe(std::move(bpe));
+  const Tokenizer byte_bpe(bpe);
   for (const bool parse_special : {false, true}) {
     EXPECT_EQ(byte_bpe.encode("a     ab\u00E9", parse_special), (Ids{'a', 259, ' ', 'a', 260}));
   }
@@ -580,7 +580,7 @@ TEST(Tokenizer, UserDefinedTokensAreCutOutFirst) {
   Vocabulary spm = tiny_sentencepiece({"a", "\u2581\u2581", "\u2581"});
   spm.types[260] = TokenType::kUserDefined;
   spm.add_space_prefix = false;
-  const Tokenizer sentencepiece(std::move(spm));
+  const Tokenizer sentencepiece(spm);
   EXPECT_EQ(sentencepiece.encode("a   a", false), (Ids{259, 260, 261, 259}));
 }
 
@@ -590,7 +590,7 @@ TEST(Tokenizer, EmptySpecialTokensMatchNothing) {
     v.tokens.push_back("");
     v.types.push_back(type);
   }
-  EXPECT_EQ(Tokenizer(std::move(v)).encode("ab<|end|>", true), (Ids{256, 257}));
+  EXPECT_EQ(Tokenizer(v).encode("ab<|end|>", true), (Ids{256, 257}));
 }
 
 TEST(Tokenizer, LongestSpecialTokenWins) {
@@ -599,7 +599,7 @@ TEST(Tokenizer, LongestSpecialTokenWins) {
     v.tokens.push_back(text);
     v.types.push_back(TokenType::kControl);
   }
-  const Tokenizer tokenizer(std::move(v));
+  const Tokenizer tokenizer(v);
   EXPECT_EQ(tokenizer.encode("<|end|>>>", true), Ids{259});
   EXPECT_EQ(tokenizer.encode("<|end|>>", true), (Ids{257, '>'}));
   EXPECT_EQ(tokenizer.encode("<|en", true), (Ids{258, 'e', 'n'}));
@@ -610,13 +610,13 @@ TEST(Tokenizer, NoTextBecomesAControlTokenByMerges) {
   Vocabulary bpe = tiny_byte_bpe();
   bpe.types[256] = TokenType::kControl;
   bpe.types['q'] = TokenType::kControl;
-  const Tokenizer byte_bpe(std::move(bpe));
+  const Tokenizer byte_bpe(bpe);
   EXPECT_EQ(byte_bpe.encode("abq", false), (Ids{'a', 'b'}));
   EXPECT_EQ(byte_bpe.encode("abq", true), (Ids{256, 'q'}));
 
   Vocabulary v = tiny_sentencepiece({"<", "s", ">", "<s", "<u", "nk>", "<0x0", "A>"});
   v.add_space_prefix = false;
-  const Tokenizer sentencepiece(std::move(v));
+  const Tokenizer sentencepiece(v);
   EXPECT_EQ(sentencepiece.encode("<s>", false), (Ids{262, 261}));
   EXPECT_EQ(sentencepiece.encode("<s>", true), Ids{1});
   EXPECT_EQ(sentencepiece.encode("<unk>", true), Ids{0});
@@ -635,7 +635,7 @@ TEST(Tokenizer, NoTextBecomesAControlTokenInRealVocabularies) {
     for (int32_t id = 0; id < tokenizer.size(); ++id) {
       if (!tokenizer.is_control(id)) continue;
       ++controls;
-      const std::string& text = tokenizer.token_text(id);
+      const std::string text(tokenizer.token_text(id));
       EXPECT_EQ(tokenizer.encode(text, true), Ids{id}) << text;
       for (const std::string& user : {text, "x" + text + text + "y", " " + text + "\n"}) {
         const Ids ids = tokenizer.encode(user, false);
@@ -645,6 +645,22 @@ TEST(Tokenizer, NoTextBecomesAControlTokenInRealVocabularies) {
     }
     EXPECT_GT(controls, 0) << path;
   }
+}
+
+TEST(Tokenizer, ATableFindsTheFirstOfEqualTexts) {
+  std::mt19937 random(5);
+  std::vector<std::string> texts = {"", "a", "", std::string("\0b", 2), "a"};
+  for (int i = 0; i < 3000; ++i) texts.push_back(random_bytes(random, random() % 3));
+  const TokenTable table(texts);
+  ASSERT_EQ(table.size(), static_cast<int32_t>(texts.size()));
+  for (int32_t id = 0; id < table.size(); ++id) {
+    const std::string& text = texts[static_cast<size_t>(id)];
+    EXPECT_EQ(table[id], text);
+    EXPECT_EQ(table.find(text), std::find(texts.begin(), texts.end(), text) - texts.begin());
+  }
+  EXPECT_EQ(table.find("longer than any"), -1);
+  EXPECT_EQ(TokenTable().find("a"), -1);
+  EXPECT_EQ(TokenTable(std::vector<std::string>(9, "x")).find("x"), 0);
 }
 
 // ---- Round trips --------------------------------------------------------------------------------
@@ -797,7 +813,7 @@ void expect_refused(const Vocabulary& good, const std::vector<BadVocabulary>& ca
     Vocabulary v = good;
     bad.spoil(v);
     try {
-      Tokenizer tokenizer(std::move(v));
+      Tokenizer tokenizer(v);
       ADD_FAILURE() << bad.name << ": accepted";
     } catch (const Error& error) {
       const std::string message = error.what();
@@ -884,7 +900,7 @@ TEST(Tokenizer, RefusesBadSentencePiece) {
 TEST(Tokenizer, ScoresOfAByteBpeVocabularyDoNotMatter) {
   Vocabulary v = tiny_byte_bpe();
   v.scores = {NAN, 1};
-  EXPECT_NO_THROW(Tokenizer(std::move(v)));
+  EXPECT_NO_THROW(Tokenizer{v});
 }
 
 // ---- Long sweeps --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 #include "tokenizer/byte_bpe.h"
 
+#include <algorithm>
 #include <optional>
 
 #include "engine/error.h"
@@ -42,8 +43,8 @@ uint64_t pair_key(int32_t left, int32_t right) {
 
 }  // namespace
 
-ByteBpe::ByteBpe(const Vocabulary& vocabulary,
-                 const std::unordered_map<std::string_view, int32_t>& ids)
+ByteBpe::ByteBpe(const Vocabulary& vocabulary, const TokenTable& texts,
+                 const std::vector<TokenType>& types)
     : pre_(vocabulary.pre) {
   if (pre_ == PreTokenizer::kNone) {
     throw Error("tokenizer", "a pre-tokenizer for byte-level BPE", "none");
@@ -53,11 +54,7 @@ ByteBpe::ByteBpe(const Vocabulary& vocabulary,
                 "without them every byte would be a token: convert the model again");
   }
 
-  const auto id_of = [&](std::string_view text) {
-    const auto found = ids.find(text);
-    return found == ids.end() ? -1 : found->second;
-  };
-  const auto is_control = [&](int32_t id) { return vocabulary.types[id] == TokenType::kControl; };
+  const auto is_control = [&](int32_t id) { return types[id] == TokenType::kControl; };
 
   byte_ids_.fill(-1);
   for (uint32_t code_point = 0; code_point < kFirstShifted + kShiftedCount; ++code_point) {
@@ -65,7 +62,7 @@ ByteBpe::ByteBpe(const Vocabulary& vocabulary,
     if (!byte) continue;
     std::string text;
     append_utf8(text, code_point);
-    const int32_t id = id_of(text);
+    const int32_t id = texts.find(text);
     if (id >= 0 && !is_control(id)) byte_ids_[*byte] = id;
   }
 
@@ -79,14 +76,25 @@ ByteBpe::ByteBpe(const Vocabulary& vocabulary,
       throw Error(where(), "two tokens with one space between", in_quotes(line));
     }
     const std::string_view left_text = line.substr(0, space), right_text = line.substr(space + 1);
-    const int32_t left = id_of(left_text), right = id_of(right_text);
-    const int32_t merged = id_of(std::string(left_text) + std::string(right_text));
+    const int32_t left = texts.find(left_text), right = texts.find(right_text);
+    const int32_t merged = texts.find(std::string(left_text) + std::string(right_text));
     if (left < 0 || right < 0 || merged < 0) {
       throw Error(where(), "two tokens whose union is a token", in_quotes(line));
     }
     if (is_control(merged)) continue;
-    merges_.try_emplace(pair_key(left, right), Merge{static_cast<uint32_t>(i), merged});
+    merges_.push_back({pair_key(left, right), {static_cast<uint32_t>(i), merged}});
   }
+  const auto by_pair = [](const PairMerge& a, const PairMerge& b) { return a.pair < b.pair; };
+  std::stable_sort(merges_.begin(), merges_.end(), by_pair);  // of equal pairs the first counts
+}
+
+Merge ByteBpe::find_merge(int32_t left, int32_t right) const {
+  if (left < 0 || right < 0) return kNoMerge;
+  const uint64_t pair = pair_key(left, right);
+  const auto found =
+      std::lower_bound(merges_.begin(), merges_.end(), pair,
+                       [](const PairMerge& m, uint64_t wanted) { return m.pair < wanted; });
+  return found == merges_.end() || found->pair != pair ? kNoMerge : found->merge;
 }
 
 void ByteBpe::encode(std::string_view text, std::vector<int32_t>& out) const {
@@ -96,10 +104,8 @@ void ByteBpe::encode(std::string_view text, std::vector<int32_t>& out) const {
     for (size_t i = 0; i < word.size(); ++i) {
       queue.add(byte_ids_[static_cast<unsigned char>(word[i])], static_cast<uint32_t>(i), 1);
     }
-    queue.run([&](const Symbol& left, const Symbol& right) -> Merge {
-      if (left.id < 0 || right.id < 0) return kNoMerge;
-      const auto found = merges_.find(pair_key(left.id, right.id));
-      return found == merges_.end() ? kNoMerge : found->second;
+    queue.run([&](const Symbol& left, const Symbol& right) {
+      return find_merge(left.id, right.id);
     });
     queue.for_each([&](const Symbol& symbol) {
       if (symbol.id >= 0) out.push_back(symbol.id);

@@ -9,20 +9,20 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "tokenizer/merge_queue.h"
+#include "tokenizer/token_table.h"
 #include "tokenizer/vocabulary.h"
 
 namespace chimera {
 
 class ByteBpe {
  public:
-  // `ids` has the id of every token text; `vocabulary.types` is as long as its tokens. Throws Error
-  // where the merges are absent or name what is no token. A merge that makes a control token is
-  // left out: ordinary text must not reach it.
-  ByteBpe(const Vocabulary& vocabulary, const std::unordered_map<std::string_view, int32_t>& ids);
+  // texts, types: of every token. Throws Error where the merges are absent or name what is no
+  // token. A merge that makes a control token is left out: ordinary text must not reach it.
+  ByteBpe(const Vocabulary& vocabulary, const TokenTable& texts,
+          const std::vector<TokenType>& types);
 
   // Appends the tokens of `text`. A byte that the vocabulary lacks (SmolLM2's lacks 21, such as
   // 0x04 and those that no UTF-8 contains) is dropped, as the published tokenizers do.
@@ -33,8 +33,14 @@ class ByteBpe {
 
  private:
   PreTokenizer pre_;
-  std::array<int32_t, 256> byte_ids_;           // -1: not in the vocabulary
-  std::unordered_map<uint64_t, Merge> merges_;  // by left id << 32 | right id
+  struct PairMerge {
+    uint64_t pair;  // left id << 32 | right id
+    Merge merge;
+  };
+  Merge find_merge(int32_t left, int32_t right) const;
+
+  std::array<int32_t, 256> byte_ids_;  // -1: not in the vocabulary
+  std::vector<PairMerge> merges_;      // by pair
 };
 
 }  // namespace chimera

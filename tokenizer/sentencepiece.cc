@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numeric>
 
 #include "engine/error.h"
@@ -44,7 +43,7 @@ uint8_t parse_byte_token(std::string_view text) {
 
 }  // namespace
 
-SentencePiece::SentencePiece(const Vocabulary& vocabulary)
+SentencePiece::SentencePiece(const Vocabulary& vocabulary, const std::vector<TokenType>& types)
     : add_space_prefix_(vocabulary.add_space_prefix), unknown_(vocabulary.unk) {
   const std::vector<float>& scores = vocabulary.scores;
   const size_t size = vocabulary.tokens.size();
@@ -61,7 +60,7 @@ SentencePiece::SentencePiece(const Vocabulary& vocabulary)
 
   byte_ids_.fill(-1);
   for (size_t i = 0; i < size; ++i) {
-    if (vocabulary.types[i] != TokenType::kByte) continue;
+    if (types[i] != TokenType::kByte) continue;
     int32_t& id = byte_ids_[parse_byte_token(vocabulary.tokens[i])];
     if (id < 0) id = static_cast<int32_t>(i);
     has_byte_tokens_ = true;
@@ -80,26 +79,33 @@ SentencePiece::SentencePiece(const Vocabulary& vocabulary)
   std::iota(by_score.begin(), by_score.end(), 0);
   std::stable_sort(by_score.begin(), by_score.end(),
                    [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
+  std::vector<std::string> texts;
   uint32_t rank = 0;
   for (size_t i = 0; i < size; ++i) {
     const int32_t id = by_score[i];
     if (i > 0 && scores[id] != scores[by_score[i - 1]]) ++rank;
-    const TokenType type = vocabulary.types[id];
+    const TokenType type = types[id];
     if (type != TokenType::kNormal && type != TokenType::kUserDefined) continue;
     std::string text = token_bytes(vocabulary.tokens[id], type);
     longest_piece_ = std::max(longest_piece_, text.size());
     if (text.find(' ', text.find_first_not_of(' ')) != std::string::npos) {
       spaces_start_pieces_ = false;
     }
-    const auto [piece, inserted] = pieces_.try_emplace(std::move(text), Piece{id, rank});
-    if (!inserted && id < piece->second.id) piece->second = {id, rank};
+    texts.push_back(std::move(text));
+    pieces_.push_back({id, rank});
+  }
+  piece_texts_ = TokenTable(texts);
+  // Of equal texts the first token counts, with its own rank.
+  for (int32_t i = 0; i < piece_texts_.size(); ++i) {
+    Piece& found = pieces_[piece_texts_.find(texts[i])];
+    if (pieces_[i].id < found.id) found = pieces_[i];
   }
 }
 
 const SentencePiece::Piece* SentencePiece::find(std::string_view text) const {
   if (text.size() > longest_piece_) return nullptr;
-  const auto found = pieces_.find(text);
-  return found == pieces_.end() ? nullptr : &found->second;
+  const int32_t found = piece_texts_.find(text);
+  return found < 0 ? nullptr : &pieces_[found];
 }
 
 void SentencePiece::encode(std::string_view text, std::vector<int32_t>& out) const {

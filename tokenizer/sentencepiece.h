@@ -11,20 +11,20 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "tokenizer/merge_queue.h"
+#include "tokenizer/token_table.h"
 #include "tokenizer/vocabulary.h"
 
 namespace chimera {
 
 class SentencePiece {
  public:
-  // `vocabulary.types` is as long as its tokens. Only normal and user-defined tokens are pieces.
+  // types: of every token. Only normal and user-defined tokens are pieces.
   // Throws Error for scores that are absent or not finite, for malformed or missing byte tokens,
   // and where there are neither byte tokens nor an unknown token.
-  explicit SentencePiece(const Vocabulary& vocabulary);
+  SentencePiece(const Vocabulary& vocabulary, const std::vector<TokenType>& types);
 
   // Appends the tokens of `text`, which is preceded by a space where the vocabulary asks for it.
   void encode(std::string_view text, std::vector<int32_t>& out) const;
@@ -37,9 +37,6 @@ class SentencePiece {
     int32_t id;
     uint32_t rank;  // 0 for the highest score; equal scores have equal ranks
   };
-  struct Hash : std::hash<std::string_view> {
-    using is_transparent = void;
-  };
 
   const Piece* find(std::string_view text) const;
   void encode_word(std::string_view word, MergeQueue& queue, std::vector<int32_t>& out) const;
@@ -48,7 +45,8 @@ class SentencePiece {
   bool has_byte_tokens_ = false;
   int32_t unknown_;
   std::array<int32_t, 256> byte_ids_;
-  std::unordered_map<std::string, Piece, Hash, std::equal_to<>> pieces_;
+  TokenTable piece_texts_;
+  std::vector<Piece> pieces_;  // in the order of piece_texts_
   size_t longest_piece_ = 0;         // bytes
   bool spaces_start_pieces_ = true;  // no piece has a space behind anything but a space
 };

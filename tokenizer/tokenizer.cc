@@ -56,42 +56,32 @@ void check(const Vocabulary& vocabulary) {
 
 }  // namespace
 
-Tokenizer::Tokenizer(Vocabulary vocabulary) : vocabulary_(std::move(vocabulary)) {
-  check(vocabulary_);
-  const bool byte_bpe = vocabulary_.model == TokenizerModel::kByteBpe;
-  if (vocabulary_.types.empty()) vocabulary_.types.assign(size(), TokenType::kNormal);
-
-  ids_.reserve(size());
-  bytes_.resize(size());
-  for (int32_t id = 0; id < size(); ++id) {
-    const std::string& text = vocabulary_.tokens[id];
-    const TokenType type = vocabulary_.types[id];
-    ids_.try_emplace(text, id);
-
-    if (type == TokenType::kControl || type == TokenType::kUnknown) {
-      all_special_.add(text, id);
-      continue;
-    }
-    if (!byte_bpe) {
-      bytes_[id] = SentencePiece::token_bytes(text, type);
-    } else if (type == TokenType::kUserDefined) {
-      bytes_[id] = text;  // found in the text as it is, so it is written as it is
-    } else {
-      bytes_[id] = ByteBpe::token_bytes(text);
-    }
-    if (type == TokenType::kUserDefined) {
-      user_defined_.add(bytes_[id], id);
-      all_special_.add(bytes_[id], id);
-    }
-  }
-
-  if (byte_bpe) {
-    model_.emplace<ByteBpe>(vocabulary_, ids_);
+Tokenizer::Tokenizer(const Vocabulary& vocabulary)
+    : types_(vocabulary.types),
+      bos_(vocabulary.bos),
+      eos_(vocabulary.eos),
+      add_bos_(vocabulary.add_bos),
+      adds_space_prefix_(vocabulary.model == TokenizerModel::kSentencePiece &&
+                         vocabulary.add_space_prefix) {
+  check(vocabulary);
+  texts_ = TokenTable(vocabulary.tokens);
+  if (types_.empty()) types_.assign(vocabulary.tokens.size(), TokenType::kNormal);
+  if (vocabulary.model == TokenizerModel::kByteBpe) {
+    model_.emplace<ByteBpe>(vocabulary, texts_, types_);
   } else {
-    model_.emplace<SentencePiece>(vocabulary_);
+    model_.emplace<SentencePiece>(vocabulary, types_);
   }
-  vocabulary_.merges = {};  // megabytes, and the models above keep what they need
-  vocabulary_.scores = {};
+
+  for (int32_t id = 0; id < size(); ++id) {
+    const TokenType type = types_[id];
+    if (type == TokenType::kControl || type == TokenType::kUnknown) {
+      all_special_.add(texts_[id], id);
+    } else if (type == TokenType::kUserDefined) {
+      const std::string bytes = token_bytes(id);
+      user_defined_.add(bytes, id);
+      all_special_.add(bytes, id);
+    }
+  }
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool parse_special) const {
@@ -132,33 +122,28 @@ std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   return text;
 }
 
-const std::string& Tokenizer::token_bytes(int32_t id) const {
-  check_id(id);
-  return bytes_[id];
+std::string Tokenizer::token_bytes(int32_t id) const {
+  const std::string_view text = token_text(id);
+  const TokenType type = types_[id];
+  if (type == TokenType::kControl || type == TokenType::kUnknown) return "";
+  if (std::holds_alternative<SentencePiece>(model_)) return SentencePiece::token_bytes(text, type);
+  // What is found in a text as it is, is written as it is.
+  return type == TokenType::kUserDefined ? std::string(text) : ByteBpe::token_bytes(text);
 }
 
-const std::string& Tokenizer::token_text(int32_t id) const {
+std::string_view Tokenizer::token_text(int32_t id) const {
   check_id(id);
-  return vocabulary_.tokens[id];
+  return texts_[id];
 }
 
 bool Tokenizer::is_control(int32_t id) const {
   check_id(id);
-  return vocabulary_.types[id] == TokenType::kControl;
-}
-
-int32_t Tokenizer::find(std::string_view token_text) const {
-  const auto found = ids_.find(token_text);
-  return found == ids_.end() ? -1 : found->second;
-}
-
-bool Tokenizer::adds_space_prefix() const {
-  return vocabulary_.model == TokenizerModel::kSentencePiece && vocabulary_.add_space_prefix;
+  return types_[id] == TokenType::kControl;
 }
 
 void Tokenizer::check_id(int32_t id) const {
   if (id >= 0 && id < size()) return;
-  throw Error("tokenizer: token", id_range(vocabulary_.tokens.size()), std::to_string(id));
+  throw Error("tokenizer: token", id_range(static_cast<size_t>(size())), std::to_string(id));
 }
 
 }  // namespace chimera

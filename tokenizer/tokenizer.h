@@ -9,13 +9,13 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <variant>
 #include <vector>
 
 #include "tokenizer/byte_bpe.h"
 #include "tokenizer/sentencepiece.h"
 #include "tokenizer/special_tokens.h"
+#include "tokenizer/token_table.h"
 #include "tokenizer/vocabulary.h"
 
 namespace chimera {
@@ -25,7 +25,7 @@ class Tokenizer {
  public:
   // Checks all of `vocabulary`, which comes from a file and may hold anything; throws Error.
   // Of tokens with the same text the first is the one that encode() and find() give.
-  explicit Tokenizer(Vocabulary vocabulary);
+  explicit Tokenizer(const Vocabulary& vocabulary);
 
   Tokenizer(Tokenizer&&) = default;
   Tokenizer& operator=(Tokenizer&&) = default;
@@ -50,32 +50,33 @@ class Tokenizer {
   std::string decode(std::span<const int32_t> ids) const;
 
   // What one token adds to a text. Throws Error for an id outside the vocabulary.
-  const std::string& token_bytes(int32_t id) const;
+  std::string token_bytes(int32_t id) const;
 
   // A token as the vocabulary writes it, control tokens too. Throws like token_bytes().
-  const std::string& token_text(int32_t id) const;
+  std::string_view token_text(int32_t id) const;
 
   // Throws like token_bytes().
   bool is_control(int32_t id) const;
 
   // The token with exactly this text in the vocabulary, or -1.
-  int32_t find(std::string_view token_text) const;
+  int32_t find(std::string_view token_text) const { return texts_.find(token_text); }
 
-  int32_t size() const { return static_cast<int32_t>(vocabulary_.tokens.size()); }
-  int32_t bos() const { return vocabulary_.bos; }  // -1: none
-  int32_t eos() const { return vocabulary_.eos; }  // -1: none
-  bool add_bos() const { return vocabulary_.add_bos; }
+  int32_t size() const { return texts_.size(); }
+  int32_t bos() const { return bos_; }  // -1: none
+  int32_t eos() const { return eos_; }  // -1: none
+  bool add_bos() const { return add_bos_; }
 
   // Whether encode() puts a space in front of a text, which decode() takes away again.
-  bool adds_space_prefix() const;
+  bool adds_space_prefix() const { return adds_space_prefix_; }
 
  private:
   void check_id(int32_t id) const;
   void encode_ordinary(std::string_view text, std::vector<int32_t>& out) const;
 
-  Vocabulary vocabulary_;
-  std::vector<std::string> bytes_;                     // by id
-  std::unordered_map<std::string_view, int32_t> ids_;  // views of vocabulary_.tokens
+  TokenTable texts_;
+  std::vector<TokenType> types_;  // by id
+  int32_t bos_, eos_;
+  bool add_bos_, adds_space_prefix_;
   SpecialTokens user_defined_, all_special_;
   std::variant<std::monostate, ByteBpe, SentencePiece> model_;
 };

@@ -18,7 +18,8 @@ Model::Model(const std::string& path)
       tokenizer_model(file.vocabulary.model),
       chat_format(detect_chat_format(file.vocabulary)),
       fingerprint(chimera::fingerprint(file.tensors, file.vocabulary)),
-      tokenizer(std::move(file.vocabulary)) {
+      tokenizer(file.vocabulary) {
+  file.vocabulary = {};
   for (const std::string& warning : file.warnings) note("warning: " + warning);
 }
 
