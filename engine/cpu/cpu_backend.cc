@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -390,11 +389,15 @@ class CpuBackend final : public Backend {
     };
     const auto length = [&](int row) { return step->position[row] + 1; };
 
-    const auto attend = [&](const Tile& tile, int tile_in_wave, int chunk) {
+    const auto keys_of = [&](const Tile& tile, int chunk) {
+      return keys(kv, layer, tile.sequence, chunk * kChunk, tile.kv_head);
+    };
+    const auto attend = [&](const Tile& tile, int tile_in_wave, int chunk, const void* next_k) {
       const Step::Sequence& seq = step->sequences[tile.sequence];
       AttentionChunk c;
       c.type = kv.shape.type;
-      c.k = keys(kv, layer, tile.sequence, 0, tile.kv_head);
+      c.next_k = next_k;
+      c.k = keys_of(tile, 0);
       c.v = values(kv, layer, tile.sequence, 0, tile.kv_head);
       c.k_stride = static_cast<int64_t>(heads_of(kv.shape) * key_elements(kv.shape));
       c.v_stride = static_cast<int64_t>(heads_of(kv.shape) * value_elements(kv.shape));
@@ -433,21 +436,24 @@ class CpuBackend final : public Backend {
       }
     };
 
-    next_.store(0, std::memory_order_relaxed);
+    const auto tiles_in = [&](int wave) { return std::min(wave_tiles_, total - wave); };
+    work_.reset(int64_t{tiles_in(0)} * chunks);
     pool_.run([&](int thread) {
       for (int wave = 0; wave < total; wave += wave_tiles_) {
-        const int tiles = std::min(wave_tiles_, total - wave);
-        // next_ counts the (tile, chunk) pairs of all waves, so it never has to be reset inside.
-        const int begin = wave * chunks, end = (wave + tiles) * chunks;
-        for (;;) {
-          int i = next_.load(std::memory_order_relaxed);
-          if (i >= end) break;
-          if (!next_.compare_exchange_weak(i, i + 1, std::memory_order_relaxed)) continue;
-          attend(tile_at(wave + (i - begin) / chunks), (i - begin) / chunks, (i - begin) % chunks);
-        }
+        const int units = tiles_in(wave) * chunks;
+        const auto tile_of = [&](int unit) { return tile_at(wave + unit / chunks); };
+        for (auto [begin, end] = work_.take(thread); begin < end;
+             std::tie(begin, end) = work_.take(thread))
+          for (int unit = static_cast<int>(begin); unit < end; ++unit) {
+            const int next = std::min(unit + 1, units - 1);  // the thread's own, nearly always
+            attend(tile_of(unit), unit / chunks, unit % chunks,
+                   keys_of(tile_of(next), next % chunks));
+          }
         pool_.barrier(thread);
-        for (int i = thread; i < tiles; i += pool_.size()) finish(tile_at(wave + i), i);
-        if (wave + wave_tiles_ < total) pool_.barrier(thread);
+        const bool last = wave + wave_tiles_ >= total;
+        if (thread == 0 && !last) work_.reset(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
+        for (int i = thread; i < tiles_in(wave); i += pool_.size()) finish(tile_at(wave + i), i);
+        if (!last) pool_.barrier(thread);
       }
     });
   }
@@ -713,7 +719,6 @@ class CpuBackend final : public Backend {
   SamplerScratch sampler_{};
   size_t scratch_panel_bytes_ = 0;       // of the largest panel that is made anew for every pass
   std::byte* scratch_panels_ = nullptr;  // (threads, scratch_panel_bytes)
-  alignas(64) std::atomic<int> next_{0};
 };
 
 }  // namespace

@@ -123,6 +123,8 @@ struct AttentionChunk {
     int length;      // it sees positions [0, length); length > begin
     float* partial;  // written: max, sum, o[padded_dim]
   } query[kMaxQueries];
+  // The keys that the next call is likely to read, kChunk slots, to be fetched in time; or nullptr.
+  const void* next_k = nullptr;
 };
 inline int partial_size(int padded_dim) {
   return 2 + padded_dim;

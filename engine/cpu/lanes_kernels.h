@@ -189,13 +189,13 @@ template <int Q, int B, typename T>
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) s[q][b] = broadcast(0.0f);
   }
+#pragma GCC unroll 2
   for (int d = 0; d < head_dim; ++d) {
     Lanes key[B];
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       key[b] = load_kv(block + (b * head_dim + d) * kKeyBlock);
-      prefetch(block + ((b + B) * head_dim + d) * kKeyBlock);
-      prefetch(values + (b * head_dim + d) * kKeyBlock);
+      if (d % 2 == 0) prefetch(values + (b * head_dim + d) * kKeyBlock);
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
@@ -248,10 +248,12 @@ void score_slots(const AttentionChunk& c, int first, int last, float (*scores)[k
 }
 
 // o += e(p) v(p) over positions [begin, end) that stand in slots of the same number, for Q queries
-// and J * 16 dimensions: each value is loaded and widened once for all queries.
+// and J * 16 dimensions: each value is loaded and widened once for all queries. Memory never rests:
+// while scores are taken the values of the chunk are on their way (score_tile), and meanwhile here
+// the keys of the chunk that comes next. (A fetch of what is being read already only takes room.)
 template <int Q, int J, typename T>
 void weigh_values(const T* values, int stride, int begin, int end, const float (*e)[kChunk + 32],
-                  int chunk_begin, float* const* o, int at) {
+                  int chunk_begin, float* const* o, int at, const T* next) {
   Lanes sum[Q][J];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) {
@@ -262,7 +264,10 @@ void weigh_values(const T* values, int stride, int begin, int end, const float (
   for (int p = begin; p < end; ++p, row += stride) {
     Lanes v[J];
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) v[j] = load_kv(row + 16 * j);
+    for (int j = 0; j < J; ++j) {
+      v[j] = load_kv(row + 16 * j);
+      if (j % 2 == 0) prefetch(next + (p - begin) * stride + 16 * j);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const Lanes weight = broadcast(e[q][p - chunk_begin]);
@@ -281,10 +286,12 @@ template <int J, typename T>
 void weigh_values_all(const AttentionChunk& c, int begin, int end, const float (*e)[kChunk + 32],
                       float* const* o, int at) {
   const T* values = values_at<T>(c, begin);
+  const T* next = c.next_k != nullptr ? static_cast<const T*>(c.next_k) : values;
   for (int q = 0; q < c.n_queries; q += kQueryTile) {
     const int n = c.n_queries - q;
     with_constant<kQueryTile>(n < kQueryTile ? n : kQueryTile, [&](auto count) {
-      weigh_values<count.value, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at);
+      weigh_values<count.value, J>(values, c.padded_dim, begin, end, e + q, c.begin, o + q, at,
+                                   next);
     });
   }
 }
