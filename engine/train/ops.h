@@ -1,6 +1,6 @@
 // The operations that training is made of, forward and backward. T is float, or double for checking
 // gradients on the CPU. Two bodies: CpuOps (cpu_ops.h), which says what each of them means, and the
-// CUDA backend's (cuda/training_ops.cuh). All else of the trainer is written once, over these.
+// CUDA backend's (cuda/train_ops.cuh). All else of the trainer is written once, over these.
 //
 // Pointers are the ops' memory (Buffer), unless they say host. Matrices are row-major; `w` has
 // shape (out, in) as everywhere. Gradients of weights are added to what is there, other results
