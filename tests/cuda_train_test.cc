@@ -53,7 +53,6 @@ class Both {
  public:
   explicit Both(bool use_cublas = false, Precision precision = Precision::kF32)
       : gpu_(precision, use_cublas) {}
-  CudaTrainingOps& gpu() { return gpu_; }
 
   // The results: what the first `outputs` arrays hold afterwards, on the CPU, then on the GPU.
   // op(ops, arrays)
@@ -443,6 +442,20 @@ Result train(Ops* ops, const Tiny& tiny) {
   r.averaged = ops->get(state.averaged);
   return r;
 }
+
+#if !defined(__CUDACC__)
+// Under the emulator the host could read the device's memory, where it would die on a GPU: here it
+// dies as well.
+TEST(CudaTrain, TheHostLeavesTheDevicesMemoryAlone) {
+  const emulator::GuardedMemory guarded(size_t{64} << 20);
+  CudaTrainingOps ops(Precision::kF32);
+  Memory<float> one;
+  ops.put(std::vector<float>{1}, &one);
+  EXPECT_EQ(ops.get(one), std::vector<float>{1});
+  EXPECT_DEATH(*one.data() = 2, "");
+  train(&ops, Tiny());
+}
+#endif
 
 TEST(CudaTrain, GradientAndStepsAreTheCpus) {
   const Tiny tiny;
