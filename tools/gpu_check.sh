@@ -62,10 +62,12 @@ if [ -f model.gguf.0 ]; then
   say "$model"
   # Training, if there is time left: texts by the model itself, then how many positions a second the
   # draft learns from.
-  [ $(($(date +%s) - start)) -gt 380 ] || part texts 50 ./chimera train data --device cuda -m "$work/model.gguf" --own-prompts 128 --features \
-    --sequences 128 -o "$work/texts.jsonl" &&
-    part fit 45 ./chimera train fit --device cuda -m "$work/model.gguf" --data "$work/texts.jsonl" --batch 4096 \
-      --minutes 0.4 -o "$work/draft"
+  if [ $(($(date +%s) - start)) -lt 380 ]; then
+    part texts 50 ./chimera train data --device cuda -m "$work/model.gguf" --own-prompts 128 --features \
+      --sequences 128 -o "$work/texts.jsonl" &&
+      part fit 45 ./chimera train fit --device cuda -m "$work/model.gguf" --data "$work/texts.jsonl" --batch 4096 \
+        --minutes 0.4 -o "$work/draft"
+  fi
   say "training: $(grep 'positions/s' "$work/fit.err" 2>/dev/null | tail -n 1)"
 fi
 
