@@ -135,7 +135,7 @@ $(BUILD)/ladder: $(call objects,$(LADDER)) $(BUILD)/libchimera.a
 	@$(CXX) -o $@ $^ $(LDFLAGS)
 
 # The tests of the kernels again, on the GPU.
-GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc
+GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc tests/cuda_train_test.cc
 $(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
                     $(call objects,tests/cuda_backend_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
                     $(BUILD)/libchimera.a

@@ -1,62 +1,23 @@
 // bench_cuda [--json FILE]: every kernel at the shapes of SmolLM2-135M, LLaMA-2-7B and 13B, beside
 // the speed at which this GPU reads its memory, and cuBLAS where it is installed.
-#include <cublas_v2.h>
-#include <dlfcn.h>
-
 #include <cstdio>
 #include <cstring>
 #include <set>
 
 #include "cuda/bench_kernels.cuh"
+#include "cuda/cublas.cuh"
 #include "engine/error.h"
 
 namespace chimera::cuda {
 namespace {
 
-// Taken from the library at run time, so that this program runs without it.
-struct Cublas {
-  cublasHandle_t handle = nullptr;
-  // Spelled out: the header adds overloads of its name.
-  cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
-                         const void*, const void*, cudaDataType, int, const void*, cudaDataType,
-                         int, const void*, void*, cudaDataType, int, cublasComputeType_t,
-                         cublasGemmAlgo_t) = nullptr;
-  decltype(&cublasSetStream_v2) set_stream = nullptr;
-  void* workspace = nullptr;
-
-  Cublas() {
-    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"}) {
-      void* library = dlopen(name, RTLD_NOW);
-      if (library == nullptr) continue;
-      const auto find = [library](auto* f, const char* symbol) {
-        *f = reinterpret_cast<std::remove_pointer_t<decltype(f)>>(dlsym(library, symbol));
-        return *f != nullptr;
-      };
-      decltype(&cublasCreate_v2) create;
-      decltype(&cublasSetWorkspace_v2) set_workspace;
-      constexpr size_t kWorkspace = 64 << 20;  // given, since a graph may not allocate one
-      if (!find(&create, "cublasCreate_v2") || !find(&set_workspace, "cublasSetWorkspace_v2") ||
-          !find(&set_stream, "cublasSetStream_v2") || !find(&gemm, "cublasGemmEx") ||
-          create(&handle) != CUBLAS_STATUS_SUCCESS)
-        continue;
-      workspace = allocate_device(kWorkspace);
-      if (set_workspace(handle, workspace, kWorkspace) == CUBLAS_STATUS_SUCCESS) return;
-    }
-    handle = nullptr;
-  }
-};
-
 // Column-major: y (rows, tokens) = W^T of (cols, rows) times x (cols, tokens).
 bool cublas_product(Stream stream, const void* w, const void* x, float* y, int64_t rows,
                     int64_t cols, int tokens) {
-  static Cublas cublas;
-  if (cublas.handle == nullptr) return false;
-  const float one = 1, zero = 0;
-  const auto n = static_cast<int>(rows), k = static_cast<int>(cols);
-  return cublas.set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS &&
-         cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, n, tokens, k, &one, w, CUDA_R_16BF, k,
-                     x, CUDA_R_16BF, k, &zero, y, CUDA_R_32F, n, CUBLAS_COMPUTE_32F,
-                     CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+  static const Cublas cublas;
+  return cublas.available() &&
+         cublas.gemm(stream, /*a_t=*/true, /*b_t=*/false, rows, tokens, cols, w, cols, x, cols,
+                     CUDA_R_16BF, 0, y, rows, CUBLAS_COMPUTE_32F);
 }
 
 // A line a timing, for people; and in `json`, if it is open, for programs.

@@ -4,6 +4,7 @@
 
 #include "cuda/bandwidth.cuh"
 #include "cuda/cuda_backend.cuh"
+#include "cuda/train_ops.cuh"
 
 namespace chimera {
 namespace {
@@ -49,6 +50,11 @@ std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
                                                  std::to_string(device.multiProcessorCount) +
                                                  " multiprocessors",
                                              options.eager);
+}
+
+std::unique_ptr<training::Ops<float>> training::make_cuda_training_ops(Precision precision) {
+  require_device();
+  return std::make_unique<cuda::CudaTrainingOps>(precision);
 }
 
 double cuda_read_bandwidth(size_t bytes) {

@@ -332,6 +332,41 @@ void Emulator::entry() { emulator().fiber_main(); }
 
 }  // namespace
 
+namespace {
+struct Guarded {
+  std::byte* memory = nullptr;
+  size_t bytes = 0, used = 0;
+  int opened = 0;
+  void protect(int protection) const {
+    if (memory != nullptr) mprotect(memory, bytes, protection);
+  }
+} guarded;
+}  // namespace
+
+GuardedMemory::GuardedMemory(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw Error("emulator", "room for the device's memory", "none");
+  guarded = {static_cast<std::byte*>(p), bytes, 0, 0};
+}
+GuardedMemory::~GuardedMemory() {
+  munmap(guarded.memory, guarded.bytes);
+  guarded = {};
+}
+bool GuardedMemory::owns(const void* p) {
+  return p >= guarded.memory && p < guarded.memory + guarded.bytes;
+}
+void* GuardedMemory::allocate(size_t bytes) {
+  if (bytes > guarded.bytes - guarded.used) return nullptr;
+  guarded.used += bytes;
+  return guarded.memory + guarded.used - bytes;
+}
+GuardedMemory::Opened::Opened() {
+  if (guarded.opened++ == 0) guarded.protect(PROT_READ | PROT_WRITE);
+}
+GuardedMemory::Opened::~Opened() {
+  if (--guarded.opened == 0) guarded.protect(PROT_NONE);
+}
+
 void set_order(Order order) { emulator().order = order; }
 void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
          FunctionRef<void()> body) {

@@ -48,6 +48,23 @@ void set_order(Order order);
 void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
          FunctionRef<void()> body);
 
+// While one lives, allocate_device() gives out memory that the host cannot touch, as on a GPU, but
+// through copy(): whoever does is stopped by the operating system. (Memory is not given out twice.)
+class GuardedMemory {
+ public:
+  explicit GuardedMemory(size_t bytes);
+  ~GuardedMemory();
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+
+  static bool owns(const void* p);
+  static void* allocate(size_t bytes);  // nullptr: there is none, or no room
+  struct Opened {                       // for the kernel, or the copy, that is running
+    Opened();
+    ~Opened();
+  };
+};
+
 // ---- For device.cuh: called by the running fiber -----------------------------------------------
 
 using Place = std::source_location;

@@ -145,6 +145,7 @@ template <typename Params>
 void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,
             size_t shared_bytes, const Params& params) {
   const auto work = [=] {
+    const emulator::GuardedMemory::Opened opened;
     const auto body = [&] { kernel(params); };
     emulator::run(name,
                   {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
@@ -157,18 +158,26 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
     stream->run(work);
 }
 
-inline void* allocate_device(size_t bytes) {
+inline void* allocate_pinned(size_t bytes) {
   void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));
   if (p == nullptr) throw Error("memory", std::to_string(bytes) + " bytes", "none left");
   std::memset(p, 0, bytes);
   return p;
 }
-inline void free_device(void* p) { std::free(p); }
-inline void* allocate_managed(size_t bytes) { return allocate_device(bytes); }
-inline void* allocate_pinned(size_t bytes) { return allocate_device(bytes); }
+inline void* allocate_managed(size_t bytes) { return allocate_pinned(bytes); }
+inline void* allocate_device(size_t bytes) {
+  void* guarded = emulator::GuardedMemory::allocate(round_up<size_t>(bytes, 256));
+  return guarded != nullptr ? guarded : allocate_pinned(bytes);
+}
+inline void free_device(void* p) {
+  if (!emulator::GuardedMemory::owns(p)) std::free(p);
+}
 inline void free_pinned(void* p) { std::free(p); }
 inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
-  stream->run([=] { std::memcpy(to, from, bytes); });
+  stream->run([=] {
+    const emulator::GuardedMemory::Opened opened;
+    std::memcpy(to, from, bytes);
+  });
 }
 inline void synchronize(Stream /*stream*/) {}
 inline Stream make_stream() { return new StreamState; }

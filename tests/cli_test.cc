@@ -519,6 +519,8 @@ TEST_F(CliTest, WithoutAGpu) {
   if (cuda_available()) GTEST_SKIP() << "skipped: there is a GPU";
   expect_error({"run", "--device", "cuda", "-m", "x", "-p", "y"}, 1, "device cuda: expected ");
   expect_error({"bench", "--device", "cuda", "--shape", "tiny"}, 1, "device cuda: expected ");
+  expect_error({"train", "fit", "--device", "cuda", "-m", "x", "--data", "x", "-o", "x"}, 1,
+               "device cuda: expected ");
   EXPECT_EQ(object({"bench", "--shape", "tiny", "--rounds", "1", "--json"})["device"]
                 .get<std::string>()
                 .find("cpu"),

@@ -15,6 +15,8 @@
 
 #include "engine/error.h"
 #include "engine/train/batch_gradient.h"
+#include "engine/train/cpu_ops.h"
+#include "engine/train/gemm.h"
 #include "engine/train/optimizer.h"
 #include "engine/train/target_features.h"
 #include "loader/draft_file.h"
@@ -90,8 +92,9 @@ struct Tiny {
 
 void check_gradient(const DraftConfig& config, int dynamic_best) {
   Tiny tiny(config);
-  DraftGradient<double> model(config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
-                              tiny.vocabulary, dynamic_best, 1);
+  CpuOps<double> ops(1);
+  DraftGradient<double> model(&ops, config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
+                              tiny.vocabulary, dynamic_best);
   std::vector<double> gradient(tiny.parameters.size());
   const Score score = model.run(tiny.parameters.data(), tiny.batch, 4, 0.8, gradient.data());
   EXPECT_EQ(score.starts, 5 + 1 + 5);
@@ -135,9 +138,10 @@ TEST(Train, GradientOfThePaperForm) {  // no skip, no correction, RoPE on every 
 TEST(Train, TheDynamicVocabularyIsThatOfTheBatch) {
   Tiny tiny(tiny_config());
   const int32_t rare = tiny.vocab - 1;  // the target's second best everywhere
+  CpuOps<double> ops(1);
   const auto loss = [&](int best, const TrainingText& text) {
-    DraftGradient<double> model(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
-                                tiny.vocabulary, best, 1);
+    DraftGradient<double> model(&ops, tiny.config, tiny.embedding.data(), tiny.head.data(),
+                                tiny.vocab, tiny.vocabulary, best);
     const TrainingText* one[] = {&text};
     return model.run(tiny.parameters.data(), one, 1, 1, nullptr).weighted_loss(1);
   };
@@ -150,8 +154,8 @@ TEST(Train, TheDynamicVocabularyIsThatOfTheBatch) {
   const double outside = loss(0, with);
   EXPECT_GT(loss(1, with), outside);
 
-  DraftGradient<double> model(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
-                              tiny.vocabulary, 1, 1);
+  DraftGradient<double> model(&ops, tiny.config, tiny.embedding.data(), tiny.head.data(),
+                              tiny.vocab, tiny.vocabulary, 1);
   const TrainingText *first[] = {&with}, *second[] = {&text};
   model.run(tiny.parameters.data(), first, 1, 1, nullptr);
   EXPECT_EQ(model.run(tiny.parameters.data(), second, 1, 1, nullptr).weighted_loss(1),
@@ -209,10 +213,12 @@ TEST(Train, GradientInF32IsThatInF64) {
   };
   const std::vector<float> embedding = narrow(tiny.embedding), head = narrow(tiny.head),
                            parameters = narrow(tiny.parameters);
-  DraftGradient<double> wide(tiny.config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
-                             tiny.vocabulary, 2, 1);
-  DraftGradient<float> model(tiny.config, embedding.data(), head.data(), tiny.vocab,
-                             tiny.vocabulary, 2, 2);
+  CpuOps<double> wide_ops(1);
+  CpuOps<float> ops(2);
+  DraftGradient<double> wide(&wide_ops, tiny.config, tiny.embedding.data(), tiny.head.data(),
+                             tiny.vocab, tiny.vocabulary, 2);
+  DraftGradient<float> model(&ops, tiny.config, embedding.data(), head.data(), tiny.vocab,
+                             tiny.vocabulary, 2);
   std::vector<double> expected(parameters.size());
   std::vector<float> gradient(parameters.size());
   wide.run(tiny.parameters.data(), tiny.batch, 4, 0.8, expected.data());
@@ -230,8 +236,9 @@ TEST(Train, MicroBatchesAreOneBatch) {
   const std::vector<float> embedding = narrow(tiny.embedding), head = narrow(tiny.head),
                            parameters = narrow(tiny.parameters);
   const auto run = [&](int threads, std::vector<MicroBatch> parts) {
-    BatchGradient model(tiny.config, embedding.data(), head.data(), tiny.vocab, tiny.vocabulary, 0,
-                        2, threads);
+    TrainingDevice device = cpu_training_device(2, threads);
+    BatchGradient model(&device, tiny.config, embedding.data(), head.data(), tiny.vocab,
+                        tiny.vocabulary, 0);
     std::vector<float> gradient(parameters.size(), 7.0f);
     const Score score = model.run(parameters.data(), parts, 4, 0.8, gradient.data());
     EXPECT_EQ(score.starts, 11);
@@ -266,17 +273,18 @@ TEST(Train, OverfitsOneText) {
     t.probability[0] = 1;
   }
   const ParameterLayout layout(config);
-  OptimizerState state =
-      start_optimizer(pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
-  DraftGradient<float> model(config, embedding.data(), embedding.data(), vocab, {}, 1, 1);
+  CpuOps<float> ops(1);
+  OptimizerState state = start_optimizer(
+      &ops, pack_parameters(initial_draft(config, std::vector<float>(32, 1.0f), 1)));
+  DraftGradient<float> model(&ops, config, embedding.data(), embedding.data(), vocab, {}, 1);
   std::vector<float> gradient(layout.total);
   const TrainingText* batch[] = {&text};
   const OptimizerOptions options{.rate = 3e-3};
-  Optimizer optimizer(options, layout, &model.ops());
+  Optimizer optimizer(options, layout, &ops);
   Score score;
   for (int step = 0; step < 400; ++step) {
     score = model.run(state.values.data(), batch, 4, 0.8, gradient.data());
-    optimizer.step(learning_rate(options, step / 400.0), &gradient, &state);
+    optimizer.step(learning_rate(options, step / 400.0), gradient.data(), &state);
   }
   for (size_t k = 0; k < 4; ++k) EXPECT_EQ(score.step[k].correct, score.step[k].rows) << k;
   EXPECT_LT(score.weighted_loss(0.8), 0.1);
@@ -284,14 +292,14 @@ TEST(Train, OverfitsOneText) {
 
 TEST(Train, AStepThatIsNotFiniteChangesNothing) {
   const ParameterLayout layout(tiny_config());
-  OptimizerState state = start_optimizer(std::vector<float>(layout.total, 1.0f));
+  CpuOps<float> ops(1);
+  OptimizerState state = start_optimizer(&ops, std::vector<float>(layout.total, 1.0f));
   std::vector<float> gradient(layout.total, 0.1f);
   gradient[7] = NAN;
-  Ops<float> ops(1);
   const OptimizerOptions options;
-  EXPECT_FALSE(std::isfinite(Optimizer(options, layout, &ops).step(1e-3, &gradient, &state)));
+  EXPECT_FALSE(std::isfinite(Optimizer(options, layout, &ops).step(1e-3, gradient.data(), &state)));
   EXPECT_EQ(state.step, 0);
-  EXPECT_EQ(state.values, std::vector<float>(layout.total, 1.0f));
+  EXPECT_EQ(ops.get(state.values), std::vector<float>(layout.total, 1.0f));
 }
 
 // A matrix with known singular vectors, a cosine basis, and singular values from 1 down to 1/100:
@@ -315,7 +323,7 @@ TEST(Train, OrthogonalizedMatricesHaveSingularValuesNearOne) {
         x[static_cast<size_t>(r * cols + c)] = static_cast<float>(sum);
       }
     }
-    Ops<float> ops(2);
+    CpuOps<float> ops(2);
     const ParameterLayout layout(tiny_config());
     Optimizer({}, layout, &ops).orthogonalize(rows, cols, x.data());
     for (int64_t i = 0; i < rank; ++i) {
@@ -474,8 +482,9 @@ TEST(Train, ForwardIsThatOfThePrototype) {
   std::fill_n(none.token, SoftTarget::kMost, -1);
   text.targets.assign(static_cast<size_t>(text.n_starts()), none);
 
-  DraftGradient<float> gradient(draft.config, embedding.data(), embedding.data(), table.rows,
-                                draft.vocabulary, 0, 1);
+  CpuOps<float> ops(1);
+  DraftGradient<float> gradient(&ops, draft.config, embedding.data(), embedding.data(), table.rows,
+                                draft.vocabulary, 0);
   const std::vector<float> parameters = pack_parameters(draft);
   const TrainingText* batch[] = {&text};
   gradient.run(parameters.data(), batch, 4, 0.8, nullptr);
@@ -487,15 +496,15 @@ TEST(Train, ForwardIsThatOfThePrototype) {
       if (n + 1 + k >= text.n_positions()) continue;
       const int64_t row = k * text.n_starts() + n - text.first_start;
       for (int64_t i = 0; i < 8; ++i) {
-        EXPECT_NEAR(gradient.features()[static_cast<size_t>((n + 1 + k) * 576 + i)],
+        EXPECT_NEAR(gradient.features().data()[(n + 1 + k) * 576 + i],
                     step["feature"][static_cast<size_t>(i)].get<float>(), 1e-3);
-        EXPECT_NEAR(gradient.f()[static_cast<size_t>(row * 576 + i)],
+        EXPECT_NEAR(gradient.f().data()[row * 576 + i],
                     step["f"][static_cast<size_t>(i)].get<float>(), 1e-3)
             << n << " " << k;
         const auto id = step["top_ids"][static_cast<size_t>(i)].get<int64_t>();
         double logit = 0;
         for (int64_t j = 0; j < 576; ++j)
-          logit += double{gradient.head_input()[static_cast<size_t>(row * 576 + j)]} *
+          logit += double{gradient.head_input().data()[row * 576 + j]} *
                    double{embedding[static_cast<size_t>(id * 576 + j)]};
         EXPECT_NEAR(logit, step["top_logits"][static_cast<size_t>(i)].get<double>(), 1e-3)
             << n << " " << k;

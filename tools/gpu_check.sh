@@ -9,6 +9,7 @@ cd "$(dirname "$0")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
+start=$(date +%s)
 table=$PWD/gpu_check.txt
 : >$table
 say() { echo "$*" | tee -a $table; }
@@ -59,6 +60,15 @@ if [ -f model.gguf.0 ]; then
   part model 35 ./chimera bench --device cuda -m "$work/model.gguf" ${draft:+--draft "$draft"} --rounds 1 -n 64 --json
   model=$(value "$work/model")
   say "$model"
+  # Training, if there is time left: texts by the model itself, then how many positions a second the
+  # draft learns from.
+  if [ $(($(date +%s) - start)) -lt 380 ]; then
+    part texts 50 ./chimera train data --device cuda -m "$work/model.gguf" --own-prompts 128 --features \
+      --sequences 128 -o "$work/texts.jsonl" &&
+      part fit 45 ./chimera train fit --device cuda -m "$work/model.gguf" --data "$work/texts.jsonl" --batch 4096 \
+        --minutes 0.4 -o "$work/draft"
+  fi
+  say "training: $(grep 'positions/s' "$work/fit.err" 2>/dev/null | tail -n 1)"
 fi
 
 cat >"$work/all.json" <<END

@@ -2,21 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace chimera::training {
 namespace {
 
 constexpr double kEps = 1e-5;  // of rms()
 constexpr double kEmbeddingEps = 1.2e-7;
-
-template <typename T>
-void need(std::vector<T>& v, int64_t n) {
-  v.resize(static_cast<size_t>(n));
-}
-template <typename T>
-void zeros(std::vector<T>& v, int64_t n) {
-  v.assign(static_cast<size_t>(n), T{0});
-}
 
 }  // namespace
 
@@ -36,12 +28,12 @@ Score& Score::operator+=(const Score& o) {
 }
 
 template <typename T>
-DraftGradient<T>::DraftGradient(const DraftConfig& config, const T* embedding, const T* head,
-                                int64_t vocab, std::span<const int32_t> vocabulary,
-                                int dynamic_best, int threads, Precision precision)
+DraftGradient<T>::DraftGradient(Ops<T>* ops, const DraftConfig& config, const T* embedding,
+                                const T* head, int64_t vocab, std::span<const int32_t> vocabulary,
+                                int dynamic_best)
     : config_(config),
       layout_(config),
-      ops_(threads, precision),
+      ops_(*ops),
       embedding_(embedding),
       head_(head),
       dynamic_best_(dynamic_best),
@@ -70,16 +62,12 @@ void DraftGradient<T>::choose_vocabulary(std::span<const TrainingText* const> te
     }
   }
   const int64_t d = config_.hidden_size;
-  const auto known = static_cast<int64_t>(head_rows_.empty() ? 0 : n_static_);
-  need(head_rows_, static_cast<int64_t>(vocabulary_.size()) * d);
-  for (auto i = known; i < static_cast<int64_t>(vocabulary_.size()); ++i)
-    std::copy_n(head_ + vocabulary_[static_cast<size_t>(i)] * d, d, head_rows_.begin() + i * d);
-}
-
-template <typename T>
-int64_t DraftGradient<T>::at(int64_t start, int ahead) const {
-  const auto s = static_cast<size_t>(start);
-  return std::min(start_[s] + ahead, last_[s]);
+  const auto n = static_cast<int64_t>(vocabulary_.size());
+  const bool afresh = ops_.need(&head_rows_, n * d);
+  const auto known = afresh ? 0 : static_cast<int64_t>(n_static_);
+  ops_.put(vocabulary_, &vocabulary_at_);
+  ops_.gather_rows(n - known, d, head_, vocabulary_at_.data() + known,
+                   head_rows_.data() + known * d);
 }
 
 // The batch's index lists, states and embeddings.
@@ -89,47 +77,54 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
   steps_ = n_steps;
   p_ = n_ = 0;
   texts_.clear();
-  rope_at_.clear();
-  start_.clear();
-  last_.clear();
   for (const TrainingText* t : texts) {
-    const int64_t positions = t->n_positions();
-    texts_.push_back({p_, positions, t->first_start, t->n_starts(), n_});
-    for (int64_t i = 0; i < positions; ++i) rope_at_.push_back(static_cast<int32_t>(i));
-    for (int64_t s = 0; s < t->n_starts(); ++s) {
-      start_.push_back(p_ + t->first_start + s);
-      last_.push_back(p_ + positions - 1);
-    }
-    p_ += positions;
+    texts_.push_back({p_, t->n_positions(), t->first_start, t->n_starts(), n_});
+    p_ += t->n_positions();
     n_ += t->n_starts();
   }
-  need(h_, p_ * d);
-  need(e_, p_ * d);
-  need(trigram_, p_ * 3 * d);
+  std::vector<int32_t> token, trigram, rope, next, start, ahead, own;
   for (size_t i = 0; i < texts.size(); ++i) {
-    const TrainingText& t = *texts[i];
-    const int64_t first = texts_[i].first_position;
-    std::copy(t.states.begin(), t.states.end(), h_.begin() + first * d);
-    ops_.shares(t.n_positions(), [&](int64_t begin, int64_t end, int) {
-      for (int64_t p = begin; p < end; ++p) {
-        const T* row = embedding_ + int64_t{t.tokens[static_cast<size_t>(p)]} * d;
-        T squares = 0;
-        for (int64_t j = 0; j < d; ++j) squares += row[j] * row[j];
-        const T inverse =
-            T{1} / std::sqrt(squares / static_cast<T>(d) + static_cast<T>(kEmbeddingEps));
-        for (int64_t j = 0; j < d; ++j)
-          e_[static_cast<size_t>((first + p) * d + j)] = row[j] * inverse;
-      }
-    });
-    ops_.shares(t.n_positions(), [&](int64_t begin, int64_t end, int) {
-      for (int64_t p = begin; p < end; ++p) {
-        for (int64_t j = 0; j < 3; ++j) {
-          const int64_t from = first + std::max<int64_t>(p - 2 + j, 0);
-          std::copy_n(e_.begin() + from * d, d, trigram_.begin() + ((first + p) * 3 + j) * d);
-        }
-      }
-    });
+    const auto first = static_cast<int32_t>(texts_[i].first_position);
+    for (int32_t p = 0; p < texts_[i].n_positions; ++p) {
+      token.push_back(texts[i]->tokens[static_cast<size_t>(p)]);
+      for (int32_t j = 0; j < 3; ++j) trigram.push_back(first + std::max(p - 2 + j, 0));
+      rope.push_back(p);
+      // (A text's last slot is never seen.)
+      next.push_back(static_cast<int32_t>(std::min<int64_t>(first + p + 1, p_ - 1)));
+    }
+    for (int64_t s = 0; s < texts_[i].n_starts; ++s)
+      start.push_back(static_cast<int32_t>(first + texts_[i].first_start + s));
   }
+  for (int a = 1; a <= steps_; ++a) {
+    for (const AttentionText& t : texts_) {
+      for (int64_t s = 0; s < t.n_starts; ++s) {
+        own.push_back(static_cast<int32_t>(std::min(t.first_start + s + a, t.n_positions - 1)));
+        ahead.push_back(static_cast<int32_t>(t.first_position) + own.back());
+      }
+    }
+  }
+  ops_.put(token, &token_);
+  ops_.put(trigram, &trigram_at_);
+  ops_.put(rope, &rope_at_);
+  ops_.put(next, &next_);
+  ops_.put(start, &start_);
+  ops_.put(ahead, &ahead_);
+  ops_.put(own, &own_at_);
+
+  ops_.need(&h_, p_ * d);
+  for (size_t i = 0; i < texts.size(); ++i) {
+    T* to = h_.data() + texts_[i].first_position * d;
+    if constexpr (std::is_same_v<T, float>) {
+      ops_.upload(to, texts[i]->states.data(), texts[i]->states.size() * sizeof(T));
+    } else {
+      const std::vector<T> states(texts[i]->states.begin(), texts[i]->states.end());
+      ops_.upload(to, states.data(), states.size() * sizeof(T));
+    }
+  }
+  ops_.need(&e_, p_ * d);
+  ops_.need(&trigram_, p_ * 3 * d);
+  ops_.embed(p_, d, static_cast<T>(kEmbeddingEps), embedding_, token_.data(), e_.data());
+  ops_.gather_rows(p_ * 3, d, e_.data(), trigram_at_.data(), trigram_.data());
 }
 
 template <typename T>
@@ -140,21 +135,13 @@ void DraftGradient<T>::own_slot(const T* w, int j) {
   T *key_cat = own_key_cat_.data() + block * 2 * d, *key_in = own_key_in_.data() + block * 2 * d;
   T *value_cat = own_value_cat_.data() + block * 2 * d,
     *value_in = own_value_in_.data() + block * 2 * d;
-  need(own_at_, n_);
-  ops_.shares(n_, [&](int64_t begin, int64_t end, int) {
-    for (int64_t s = begin; s < end; ++s) {
-      own_at_[static_cast<size_t>(s)] = rope_at_[static_cast<size_t>(at(s, j))];
-      std::copy_n(f_rms + s * d, d, key_cat + s * 2 * d);
-      std::copy_n(f_rms + s * d, d, value_cat + s * 2 * d);
-      std::copy_n(g_rms_.begin() + at(s, j) * d, d, key_cat + (s * 2 + 1) * d);
-      std::copy_n(g_rms_.begin() + at(s, j + 1) * d, d, value_cat + (s * 2 + 1) * d);
-    }
-  });
+  ops_.concat(n_, d, f_rms, nullptr, g_rms_.data(), ahead(j), key_cat);
+  ops_.concat(n_, d, f_rms, nullptr, g_rms_.data(), ahead(j + 1), value_cat);
   T *k = own_k_.data() + block * kv, *v = own_v_.data() + block * kv;
   ops_.scale(n_, 2 * d, key_cat, w + layout_.key_norm.offset, key_in);
   ops_.product(n_, kv, 2 * d, key_in, w + layout_.wk.offset, k);
-  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data(), config_.rope_base, 1,
-              T{1}, k);
+  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
+              config_.rope_base, 1, T{1}, k);
   ops_.scale(n_, 2 * d, value_cat, w + layout_.value_norm.offset, value_in);
   ops_.product(n_, kv, 2 * d, value_in, w + layout_.wv.offset, v);
   attention_.own_k[j] = k;
@@ -165,33 +152,21 @@ template <typename T>
 void DraftGradient<T>::own_slot_grad(const T* w, int j, T* dw) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), block = (j - 1) * n_;
   T *dk = own_dk_.data() + block * kv, *dv = own_dv_.data() + block * kv;
-  for (int64_t s = 0; s < n_; ++s)
-    own_at_[static_cast<size_t>(s)] = rope_at_[static_cast<size_t>(at(s, j))];
-  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data(), config_.rope_base,
-              -1, T{1}, dk);
-  need(narrow_, n_ * d);
-  zeros(narrow_, n_ * d);  // gradient of rms(f)
+  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
+              config_.rope_base, -1, T{1}, dk);
+  zeros(&narrow_, n_ * d);  // gradient of rms(f)
   for (const bool key : {true, false}) {
     const Parameter& weights = key ? layout_.wk : layout_.wv;
     const Parameter& norm = key ? layout_.key_norm : layout_.value_norm;
     const T* in = (key ? own_key_in_ : own_value_in_).data() + block * 2 * d;
     const T* cat = (key ? own_key_cat_ : own_value_cat_).data() + block * 2 * d;
     const T* dy = key ? dk : dv;
-    need(wide_, n_ * 2 * d);
+    ops_.need(&wide_, n_ * 2 * d);
     ops_.grad_weight(n_, kv, 2 * d, dy, in, dw + weights.offset);
     ops_.grad_input(n_, kv, 2 * d, dy, w + weights.offset, wide_.data());
     ops_.scale_grad(n_, 2 * d, cat, w + norm.offset, wide_.data(), wide_.data(), dw + norm.offset);
-    // Starts share positions of g: by columns, so that threads do not meet.
-    ops_.shares(d, [&](int64_t begin, int64_t end, int) {
-      for (int64_t s = 0; s < n_; ++s) {
-        const T* from = wide_.data() + s * 2 * d;
-        T* to_g = dg_rms_.data() + at(s, key ? j : j + 1) * d;
-        for (int64_t i = begin; i < end; ++i) {
-          narrow_[static_cast<size_t>(s * d + i)] += from[i];
-          to_g[i] += from[d + i];
-        }
-      }
-    });
+    ops_.add_rows(n_, d, wide_.data(), 2 * d, nullptr, narrow_.data());
+    ops_.add_rows(n_, d, wide_.data() + d, 2 * d, ahead(key ? j : j + 1), dg_rms_.data());
   }
   ops_.rms_grad(n_, d, f_rms_.data() + block * d, f_inverse_.data() + block, narrow_.data(),
                 df_.data() + block * d, true);
@@ -204,43 +179,36 @@ void DraftGradient<T>::forward(const T* w) {
   const T eps = static_cast<T>(kEps);
 
   // Trigram encoder.
-  need(encoder_, p_ * d);
-  need(encoder_act_, p_ * d);
-  need(g_, p_ * d);
+  ops_.need(&encoder_, p_ * d);
+  ops_.need(&encoder_act_, p_ * d);
+  ops_.need(&g_, p_ * d);
   ops_.product(p_, d, 3 * d, trigram_.data(), w + layout_.w1.offset, encoder_.data());
   ops_.silu(p_ * d, encoder_.data(), encoder_act_.data());
   ops_.product(p_, d, d, encoder_act_.data(), w + layout_.w2.offset, g_.data());
   if (config_.skip) ops_.product(p_, d, d, e_.data(), w + layout_.w3.offset, g_.data(), true);
 
   // What depends on the position alone: queries, and the slots of known states.
-  need(g_rms_, p_ * d);
-  need(g_inverse_, p_);
-  need(h_rms_, p_ * d);
-  need(wide_, p_);
+  ops_.need(&g_rms_, p_ * d);
+  ops_.need(&g_inverse_, p_);
+  ops_.need(&h_rms_, p_ * d);
+  ops_.need(&wide_, p_);
   ops_.rms(p_, d, eps, g_.data(), g_rms_.data(), g_inverse_.data());
   ops_.rms(p_, d, eps, h_.data(), h_rms_.data(), wide_.data());
-  need(q_in_, p_ * d);
-  need(q_, p_ * q);
+  ops_.need(&q_in_, p_ * d);
+  ops_.need(&q_, p_ * q);
   ops_.scale(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, q_in_.data());
   ops_.product(p_, q, d, q_in_.data(), w + layout_.wq.offset, q_.data());
   const int group = config_.n_heads / config_.n_kv_heads;
   ops_.rotate(p_, q, config_.rope_kv_heads * group, config_.head_dim, rope_at_.data(),
               config_.rope_base, 1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)), q_.data());
-  need(key_cat_, p_ * 2 * d);
-  need(key_in_, p_ * 2 * d);
-  need(value_cat_, p_ * 2 * d);
-  need(value_in_, p_ * 2 * d);
-  ops_.shares(p_, [&](int64_t begin, int64_t end, int) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t next = std::min(p + 1, p_ - 1);  // a text's last slot is never seen
-      std::copy_n(h_rms_.begin() + p * d, d, key_cat_.begin() + p * 2 * d);
-      std::copy_n(h_rms_.begin() + p * d, d, value_cat_.begin() + p * 2 * d);
-      std::copy_n(g_rms_.begin() + p * d, d, key_cat_.begin() + (p * 2 + 1) * d);
-      std::copy_n(g_rms_.begin() + next * d, d, value_cat_.begin() + (p * 2 + 1) * d);
-    }
-  });
-  need(k_, p_ * kv);
-  need(v_, p_ * kv);
+  ops_.need(&key_cat_, p_ * 2 * d);
+  ops_.need(&key_in_, p_ * 2 * d);
+  ops_.need(&value_cat_, p_ * 2 * d);
+  ops_.need(&value_in_, p_ * 2 * d);
+  ops_.concat(p_, d, h_rms_.data(), nullptr, g_rms_.data(), nullptr, key_cat_.data());
+  ops_.concat(p_, d, h_rms_.data(), nullptr, g_rms_.data(), next_.data(), value_cat_.data());
+  ops_.need(&k_, p_ * kv);
+  ops_.need(&v_, p_ * kv);
   ops_.scale(p_, 2 * d, key_cat_.data(), w + layout_.key_norm.offset, key_in_.data());
   ops_.product(p_, kv, 2 * d, key_in_.data(), w + layout_.wk.offset, k_.data());
   ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
@@ -256,21 +224,21 @@ void DraftGradient<T>::forward(const T* w) {
 
   const int64_t rows = steps_ * n_;
   for (auto* v : {&own_key_cat_, &own_key_in_, &own_value_cat_, &own_value_in_, &head_cat_})
-    need(*v, rows * 2 * d);
-  for (auto* v : {&own_k_, &own_v_}) need(*v, rows * kv);
-  for (auto* v : {&f_rms_, &x2_, &x2_rms_, &y_, &x3_, &x3_rms_, &f_, &u_}) need(*v, rows * d);
-  for (auto* v : {&f_inverse_, &x2_inverse_, &x3_inverse_}) need(*v, rows);
-  need(attended_, rows * q);
-  need(gate_up_, rows * 2 * ffn);
-  need(act_, rows * ffn);
-  for (auto* v : {&head_low_, &head_act_}) need(*v, rows * rank);
+    ops_.need(v, rows * 2 * d);
+  for (auto* v : {&own_k_, &own_v_}) ops_.need(v, rows * kv);
+  for (auto* v : {&f_rms_, &x2_, &x2_rms_, &y_, &x3_, &x3_rms_, &f_, &u_}) ops_.need(v, rows * d);
+  for (auto* v : {&f_inverse_, &x2_inverse_, &x3_inverse_}) ops_.need(v, rows);
+  ops_.need(&attended_, rows * q);
+  ops_.need(&gate_up_, rows * 2 * ffn);
+  ops_.need(&act_, rows * ffn);
+  for (auto* v : {&head_low_, &head_act_}) ops_.need(v, rows * rank);
   for (int k = 0; k < steps_; ++k) {
     const int64_t block = k * n_;
     if (k > 0) own_slot(w, k);
     T *attended = attended_.data() + block * q, *x2 = x2_.data() + block * d,
       *x3 = x3_.data() + block * d, *f = f_.data() + block * d;
     ops_.attention_step(attention_, k, attended);
-    for (int64_t s = 0; s < n_; ++s) std::copy_n(g_.begin() + at(s, 1 + k) * d, d, x2 + s * d);
+    ops_.gather_rows(n_, d, g_.data(), ahead(1 + k), x2);
     ops_.product(n_, d, q, attended, w + layout_.wo.offset, x2, true);
     T *x2_rms = x2_rms_.data() + block * d, *y = y_.data() + block * d;
     ops_.rms(n_, d, eps, x2, x2_rms, x2_inverse_.data() + block);
@@ -278,7 +246,7 @@ void DraftGradient<T>::forward(const T* w) {
     T *gate_up = gate_up_.data() + block * 2 * ffn, *act = act_.data() + block * ffn;
     ops_.product(n_, 2 * ffn, d, y, w + layout_.gate_up.offset, gate_up);
     ops_.swiglu(n_, ffn, gate_up, act);
-    std::copy_n(x2, n_ * d, x3);
+    ops_.gather_rows(n_, d, x2, nullptr, x3);
     ops_.product(n_, d, ffn, act, w + layout_.down.offset, x3, true);
     T* x3_rms = x3_rms_.data() + block * d;
     ops_.rms(n_, d, eps, x3, x3_rms, x3_inverse_.data() + block);
@@ -286,16 +254,9 @@ void DraftGradient<T>::forward(const T* w) {
 
     // Residual head.
     const auto head = static_cast<size_t>(std::min(k, config_.n_steps - 1));
-    const T scale = w[layout_.head_scale.offset + head];
     T *cat = head_cat_.data() + block * 2 * d, *u = u_.data() + block * d;
-    ops_.shares(n_, [&](int64_t begin, int64_t end, int) {
-      for (int64_t s = begin; s < end; ++s) {
-        const T* h = h_.data() + start_[static_cast<size_t>(s)] * d;
-        std::copy_n(h, d, cat + s * 2 * d);
-        std::copy_n(f + s * d, d, cat + (s * 2 + 1) * d);
-        for (int64_t i = 0; i < d; ++i) u[s * d + i] = scale * h[i] + f[s * d + i];
-      }
-    });
+    ops_.concat(n_, d, h_.data(), start_.data(), f, nullptr, cat);
+    ops_.residual(n_, d, cat, w + layout_.head_scale.offset + head, u);
     if (rank == 0) continue;
     T *low = head_low_.data() + block * rank, *low_act = head_act_.data() + block * rank;
     ops_.product(n_, rank, 2 * d, cat, w + layout_.head_down[head].offset, low);
@@ -309,19 +270,19 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), q = config_.q_size(),
                 ffn = config_.ffn_size, rank = config_.head_rank;
   const int64_t rows = steps_ * n_;
-  std::fill(dw, dw + layout_.total, T{0});
-  zeros(df_, rows * d);
-  for (auto* v : {&dx3_, &dx2_}) need(*v, rows * d);
-  need(dact_, rows * ffn);
-  need(dgate_up_, rows * 2 * ffn);
-  need(dattended_, rows * q);
-  need(dhead_low_, n_ * std::max<int64_t>(rank, 1));
-  need(dcat_, n_ * 2 * d);
-  zeros(dg_, p_ * d);
-  zeros(dg_rms_, p_ * d);
-  zeros(dq_, p_ * q);
-  for (auto* v : {&dk_, &dv_}) zeros(*v, p_ * kv);
-  for (auto* v : {&own_dk_, &own_dv_}) zeros(*v, rows * kv);
+  ops_.zero(static_cast<int64_t>(layout_.total), dw);
+  zeros(&df_, rows * d);
+  for (auto* v : {&dx3_, &dx2_}) ops_.need(v, rows * d);
+  ops_.need(&dact_, rows * ffn);
+  ops_.need(&dgate_up_, rows * 2 * ffn);
+  ops_.need(&dattended_, rows * q);
+  ops_.need(&dhead_low_, n_ * std::max<int64_t>(rank, 1));
+  ops_.need(&dcat_, n_ * 2 * d);
+  zeros(&dg_, p_ * d);
+  zeros(&dg_rms_, p_ * d);
+  zeros(&dq_, p_ * q);
+  for (auto* v : {&dk_, &dv_}) zeros(v, p_ * kv);
+  for (auto* v : {&own_dk_, &own_dv_}) zeros(v, rows * kv);
   attention_.dq = dq_.data();
   attention_.dk = dk_.data();
   attention_.dv = dv_.data();
@@ -337,29 +298,19 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
     T* df = df_.data() + block * d;
 
     // Residual head; then the slot that f was made into.
-    double dscale = 0;
-    for (int64_t s = 0; s < n_; ++s) {
-      const T* h = h_.data() + start_[static_cast<size_t>(s)] * d;
-      for (int64_t i = 0; i < d; ++i) {
-        dscale += static_cast<double>(du[s * d + i]) * static_cast<double>(h[i]);
-        df[s * d + i] += du[s * d + i];
-      }
-    }
-    dw[layout_.head_scale.offset + head] += static_cast<T>(dscale);
+    const T* cat = head_cat_.data() + block * 2 * d;
+    ops_.residual_grad(n_, d, cat, du, dw + layout_.head_scale.offset + head, df);
     if (rank > 0) {
       ops_.grad_weight(n_, d, rank, du, head_act_.data() + block * rank,
                        dw + layout_.head_up[head].offset);
       ops_.grad_input(n_, d, rank, du, w + layout_.head_up[head].offset, dhead_low_.data());
       ops_.silu_grad(n_ * rank, head_low_.data() + block * rank, dhead_low_.data(),
                      dhead_low_.data());
-      ops_.grad_weight(n_, rank, 2 * d, dhead_low_.data(), head_cat_.data() + block * 2 * d,
+      ops_.grad_weight(n_, rank, 2 * d, dhead_low_.data(), cat,
                        dw + layout_.head_down[head].offset);
       ops_.grad_input(n_, rank, 2 * d, dhead_low_.data(), w + layout_.head_down[head].offset,
                       dcat_.data());
-      for (int64_t s = 0; s < n_; ++s) {
-        for (int64_t i = 0; i < d; ++i)
-          df[s * d + i] += dcat_[static_cast<size_t>((s * 2 + 1) * d + i)];
-      }
+      ops_.add_rows(n_, d, dcat_.data() + d, 2 * d, nullptr, df);
     }
     if (k + 1 < steps_) own_slot_grad(w, k + 1, dw);
 
@@ -371,20 +322,17 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
     T *dact = dact_.data() + block * ffn, *dgate_up = dgate_up_.data() + block * 2 * ffn;
     ops_.grad_input(n_, d, ffn, dx3, w + layout_.down.offset, dact);
     ops_.swiglu_grad(n_, ffn, gate_up_.data() + block * 2 * ffn, dact, dgate_up);
-    need(narrow_, n_ * d);
+    ops_.need(&narrow_, n_ * d);
     ops_.grad_input(n_, 2 * ffn, d, dgate_up, w + layout_.gate_up.offset, narrow_.data());
     ops_.scale_grad(n_, d, x2_rms_.data() + block * d, w + layout_.ffn_norm.offset, narrow_.data(),
                     narrow_.data(), dw + layout_.ffn_norm.offset);
-    std::copy_n(dx3, n_ * d, dx2);
+    ops_.gather_rows(n_, d, dx3, nullptr, dx2);
     ops_.rms_grad(n_, d, x2_rms_.data() + block * d, x2_inverse_.data() + block, narrow_.data(),
                   dx2, true);
     T* dattended = dattended_.data() + block * q;
     ops_.grad_input(n_, d, q, dx2, w + layout_.wo.offset, dattended);
     ops_.attention_step_grad(attention_, k, attended_.data() + block * q, dattended);
-    for (int64_t s = 0; s < n_; ++s) {
-      T* to = dg_.data() + at(s, 1 + k) * d;
-      for (int64_t i = 0; i < d; ++i) to[i] += dx2[s * d + i];
-    }
+    ops_.add_rows(n_, d, dx2, d, ahead(1 + k), dg_.data());
   }
   ops_.grad_weight(rows, d, ffn, dx3_.data(), act_.data(), dw + layout_.down.offset);
   ops_.grad_weight(rows, 2 * ffn, d, dgate_up_.data(), y_.data(), dw + layout_.gate_up.offset);
@@ -397,27 +345,23 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
               config_.rope_base, -1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)),
               dq_.data());
   ops_.grad_weight(p_, q, d, dq_.data(), q_in_.data(), dw + layout_.wq.offset);
-  need(narrow_, p_ * d);
+  ops_.need(&narrow_, p_ * d);
   ops_.grad_input(p_, q, d, dq_.data(), w + layout_.wq.offset, narrow_.data());
   ops_.scale_grad(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(),
                   narrow_.data(), dw + layout_.attn_norm.offset);
-  for (int64_t i = 0; i < p_ * d; ++i)
-    dg_rms_[static_cast<size_t>(i)] += narrow_[static_cast<size_t>(i)];
+  ops_.add_rows(p_, d, narrow_.data(), d, nullptr, dg_rms_.data());
   ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
               -1, T{1}, dk_.data());
   for (const bool key : {true, false}) {
     const Parameter& weights = key ? layout_.wk : layout_.wv;
     const Parameter& norm = key ? layout_.key_norm : layout_.value_norm;
     const T* dy = (key ? dk_ : dv_).data();
-    need(wide_, p_ * 2 * d);
+    ops_.need(&wide_, p_ * 2 * d);
     ops_.grad_weight(p_, kv, 2 * d, dy, (key ? key_in_ : value_in_).data(), dw + weights.offset);
     ops_.grad_input(p_, kv, 2 * d, dy, w + weights.offset, wide_.data());
     ops_.scale_grad(p_, 2 * d, (key ? key_cat_ : value_cat_).data(), w + norm.offset, wide_.data(),
                     wide_.data(), dw + norm.offset);
-    for (int64_t p = 0; p < p_; ++p) {
-      T* to = dg_rms_.data() + std::min(p + (key ? 0 : 1), p_ - 1) * d;
-      for (int64_t i = 0; i < d; ++i) to[i] += wide_[static_cast<size_t>((p * 2 + 1) * d + i)];
-    }
+    ops_.add_rows(p_, d, wide_.data() + d, 2 * d, key ? nullptr : next_.data(), dg_rms_.data());
   }
   ops_.rms_grad(p_, d, g_rms_.data(), g_inverse_.data(), dg_rms_.data(), dg_.data(), true);
 
@@ -429,38 +373,58 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   ops_.grad_weight(p_, d, 3 * d, narrow_.data(), trigram_.data(), dw + layout_.w1.offset);
 }
 
+// The loss of the rows u, and its gradient du.
+template <typename T>
+void DraftGradient<T>::loss(std::span<const TrainingText* const> texts, double step_weight,
+                            bool want_gradient) {
+  const int64_t rows = steps_ * n_;
+  std::vector<SoftTarget> targets;
+  for (const TrainingText* t : texts)
+    targets.insert(targets.end(), t->targets.begin(), t->targets.end());
+  for (SoftTarget& t : targets) {
+    for (int32_t& token : t.token) token = token < 0 ? -1 : index_of_[static_cast<size_t>(token)];
+  }
+  std::vector<int32_t> target_of;
+  std::vector<T> weights;
+  double weight = 1.0 / static_cast<double>(std::max<int64_t>(n_, 1));
+  for (int k = 0; k < steps_; ++k, weight *= step_weight) {
+    for (const AttentionText& t : texts_) {
+      for (int64_t s = 0; s < t.n_starts; ++s) {
+        const bool known = s + k < t.n_starts;
+        target_of.push_back(known ? static_cast<int32_t>(t.first_row + s + k) : -1);
+        weights.push_back(known ? static_cast<T>(weight) : T{0});
+      }
+    }
+  }
+  ops_.put(targets, &targets_);
+  ops_.put(target_of, &target_of_);
+  ops_.put(weights, &row_weight_);
+  ops_.need(&du_, rows * config_.hidden_size);
+  ops_.need(&loss_, rows);
+  ops_.need(&correct_, rows);
+  ops_.cross_entropy(rows, config_.hidden_size, static_cast<int64_t>(vocabulary_.size()), u_.data(),
+                     head_rows_.data(), targets_.data(), target_of_.data(), row_weight_.data(),
+                     want_gradient, du_.data(), loss_.data(), correct_.data());
+}
+
 template <typename T>
 Score DraftGradient<T>::run(const T* parameters, std::span<const TrainingText* const> texts,
                             int n_steps, double step_weight, T* gradient) {
   gather(texts, n_steps);
   choose_vocabulary(texts);
   forward(parameters);
-
-  const int64_t rows = steps_ * n_;
-  std::vector<const SoftTarget*> targets(static_cast<size_t>(rows));
-  std::vector<T> weights(static_cast<size_t>(rows));
-  std::vector<StepScore> scores(static_cast<size_t>(rows));
-  double weight = 1.0 / static_cast<double>(std::max<int64_t>(n_, 1));
-  size_t row = 0;
-  for (int k = 0; k < steps_; ++k, weight *= step_weight) {
-    for (const TrainingText* t : texts) {
-      for (int64_t s = 0; s < t->n_starts(); ++s, ++row) {
-        const bool known = s + k < t->n_starts();
-        targets[row] = known ? &t->targets[static_cast<size_t>(s + k)] : nullptr;
-        weights[row] = known ? static_cast<T>(weight) : T{0};
-      }
-    }
-  }
-  need(du_, rows * config_.hidden_size);
-  ops_.cross_entropy(rows, config_.hidden_size, static_cast<int64_t>(vocabulary_.size()), u_.data(),
-                     head_rows_.data(), index_of_.data(), targets.data(), weights.data(),
-                     gradient != nullptr, du_.data(), scores.data());
+  loss(texts, step_weight, gradient != nullptr);
   if (gradient != nullptr) backward(parameters, gradient);
 
+  // (Only now, when all is on its way: this waits.)
+  const std::vector<T> loss = ops_.get(loss_);
+  const std::vector<int32_t> correct = ops_.get(correct_);
   Score score;
   score.starts = n_;
-  for (size_t r = 0; r < scores.size(); ++r)
-    score.step[r / static_cast<size_t>(std::max<int64_t>(n_, 1))] += scores[r];
+  for (size_t r = 0; r < loss.size(); ++r) {
+    if (correct[r] >= 0)
+      score.step[r / static_cast<size_t>(n_)] += {static_cast<double>(loss[r]), 1, correct[r]};
+  }
   return score;
 }
 

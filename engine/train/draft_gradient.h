@@ -28,6 +28,14 @@ struct TrainingText {
   int64_t n_starts() const { return n_positions() - 1 - first_start; }
 };
 
+struct StepScore {
+  double loss = 0;  // summed cross entropy, unweighted
+  int64_t rows = 0, correct = 0;
+  StepScore& operator+=(const StepScore& o) {
+    loss += o.loss, rows += o.rows, correct += o.correct;
+    return *this;
+  }
+};
 struct Score {
   std::array<StepScore, kMaxSteps> step;
   int64_t starts = 0;
@@ -38,29 +46,36 @@ struct Score {
 template <typename T>
 class DraftGradient {
  public:
-  // embedding (vocab, d): E. head (vocab, d): LM; it may be the same. Not copied.
+  // ops: not owned. embedding (vocab, d): E. head (vocab, d): LM; it may be the same. Both in the
+  // memory of the ops, not copied.
   // The draft chooses from `vocabulary` and, for the texts of a batch, from what would be in its
   // dynamic vocabulary (draft_model.h): their tokens, and the target's dynamic_best likeliest ones
   // at each position. 0: from `vocabulary` alone.
-  DraftGradient(const DraftConfig& config, const T* embedding, const T* head, int64_t vocab,
-                std::span<const int32_t> vocabulary, int dynamic_best, int threads,
-                Precision precision = Precision::kF32);
+  DraftGradient(Ops<T>* ops, const DraftConfig& config, const T* embedding, const T* head,
+                int64_t vocab, std::span<const int32_t> vocabulary, int dynamic_best);
 
   // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over
-  // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout.
+  // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout, in
+  // the memory of the ops.
   Score run(const T* parameters, std::span<const TrainingText* const> texts, int n_steps,
             double step_weight, T* gradient);
 
-  Ops<T>& ops() { return ops_; }
   // For tests: of the last run, g (positions, d) and f (steps, starts, d), and what the head reads.
-  const std::vector<T>& features() const { return g_; }
-  const std::vector<T>& f() const { return f_; }
-  const std::vector<T>& head_input() const { return u_; }
+  const Buffer<T>& features() const { return g_; }
+  const Buffer<T>& f() const { return f_; }
+  const Buffer<T>& head_input() const { return u_; }
 
  private:
+  using Index = Buffer<int32_t>;
+  template <typename U>
+  void zeros(Buffer<U>* buffer, int64_t n) {
+    ops_.need(buffer, n);
+    ops_.zero(n, buffer->data());
+  }
   void gather(std::span<const TrainingText* const> texts, int n_steps);
   void choose_vocabulary(std::span<const TrainingText* const> texts);
   void forward(const T* w);
+  void loss(std::span<const TrainingText* const> texts, double step_weight, bool want_gradient);
   void backward(const T* w, T* dw);
   // Own slot j of every start: from f of step j - 1.
   void own_slot(const T* w, int j);
@@ -68,39 +83,45 @@ class DraftGradient {
 
   DraftConfig config_;
   ParameterLayout layout_;
-  Ops<T> ops_;
+  Ops<T>& ops_;
   const T *embedding_, *head_;
   int dynamic_best_;
   size_t n_static_;
   std::vector<int32_t> vocabulary_;  // static, then dynamic
   std::vector<int32_t> index_of_;    // (vocab): place in vocabulary_, -1
-  std::vector<T> head_rows_;         // (vocabulary_, d)
+  Index vocabulary_at_;              // vocabulary_, for the ops
+  Buffer<T> head_rows_;              // (vocabulary_, d)
 
   // Of the batch: P positions, N starts, K steps.
   int64_t p_ = 0, n_ = 0;
   int steps_ = 0;
   std::vector<AttentionText> texts_;
-  std::vector<int32_t> rope_at_;               // (P) position in the text
-  std::vector<int64_t> start_;                 // (N) position n, in the batch
-  std::vector<int64_t> last_;                  // (N) last position of its text, in the batch
-  std::vector<T> h_;                           // (P, d)
-  std::vector<T> e_, trigram_;                 // (P, d), (P, 3 d)
-  int64_t at(int64_t start, int ahead) const;  // position n + ahead, at most the last one
+  Index token_;                // (P)
+  Index trigram_at_;           // (P, 3) positions of a trigram
+  Index rope_at_;              // (P) position in the text
+  Index next_;                 // (P) the next position, at most the last one
+  Index start_;                // (N) position n
+  Index ahead_;                // (K, N) row a - 1: position n + a, at most the last one of its text
+  Index own_at_;               // (K, N) and that position in the text
+  Buffer<T> h_, e_, trigram_;  // (P, d), (P, d), (P, 3 d)
+  const int32_t* ahead(int a) const { return ahead_.data() + (a - 1) * n_; }
 
   // Kept from forward for backward. (P, ...) first:
-  std::vector<T> encoder_, encoder_act_, g_, g_rms_, g_inverse_, h_rms_;
-  std::vector<T> q_in_, q_, key_cat_, key_in_, k_, value_cat_, value_in_, v_;
+  Buffer<T> encoder_, encoder_act_, g_, g_rms_, g_inverse_, h_rms_;
+  Buffer<T> q_in_, q_, key_cat_, key_in_, k_, value_cat_, value_in_, v_;
   // (K, N, ...):
-  std::vector<T> own_key_cat_, own_key_in_, own_k_, own_value_cat_, own_value_in_, own_v_;
-  std::vector<T> f_rms_, f_inverse_;  // of f_{j-1}, at j
-  std::vector<int32_t> own_at_;       // (N) scratch: RoPE positions
-  std::vector<T> attended_, x2_, x2_rms_, x2_inverse_, y_, gate_up_, act_, x3_, x3_rms_,
-      x3_inverse_, f_;
-  std::vector<T> head_cat_, head_low_, head_act_, u_;
+  Buffer<T> own_key_cat_, own_key_in_, own_k_, own_value_cat_, own_value_in_, own_v_;
+  Buffer<T> f_rms_, f_inverse_;  // of f_{j-1}, at j
+  Buffer<T> attended_, x2_, x2_rms_, x2_inverse_, y_, gate_up_, act_, x3_, x3_rms_, x3_inverse_, f_;
+  Buffer<T> head_cat_, head_low_, head_act_, u_;
   // Gradients.
-  std::vector<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_,
-      dg_rms_, dq_, dk_, dv_, own_dk_, own_dv_, wide_, narrow_;
+  Buffer<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_, dg_rms_,
+      dq_, dk_, dv_, own_dk_, own_dv_, wide_, narrow_;
   typename Ops<T>::Attention attention_ = {};
+  Buffer<SoftTarget> targets_;   // (N) its tokens are rows of head_rows_
+  Index target_of_;              // (K, N)
+  Buffer<T> row_weight_, loss_;  // (K, N)
+  Index correct_;                // (K, N)
 };
 
 }  // namespace chimera::training

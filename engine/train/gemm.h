@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/cpu/thread_pool.h"
+#include "engine/train/ops.h"
 
 namespace chimera::training {
 
@@ -33,8 +34,6 @@ Operand<T> transposed(const T* data, int64_t width) {
   return {data, 1, width};
 }
 
-// What products round their elements to; sums are f32.
-enum class Precision : uint8_t { kF32, kBF16 };
 bool machine_has(Precision precision);  // and the instruction set that the engine runs with
 
 // A tile of C: `rows` x `cols` floats, from a panel of `rows` lines of A and one of `cols` lines of

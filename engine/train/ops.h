@@ -1,34 +1,32 @@
-// The operations that training is made of, forward and backward, on the CPU. T is float, or double
-// for checking gradients. A CUDA body takes the place of this class and of nothing else.
+// The operations that training is made of, forward and backward. T is float, or double for checking
+// gradients on the CPU. Two bodies: CpuOps (cpu_ops.h), which says what each of them means, and the
+// CUDA backend's (cuda/train_ops.cuh). All else of the trainer is written once, over these.
 //
-// Matrices are row-major; `w` has shape (out, in) as everywhere. Gradients of weights are added to
-// what is there, other results replace it unless `accumulate` says otherwise.
+// Pointers are the ops' memory (Buffer), unless they say host. Matrices are row-major; `w` has
+// shape (out, in) as everywhere. Gradients of weights are added to what is there, other results
+// replace it unless `accumulate` says otherwise. An index of rows is (rows) int32; nullptr: row r
+// itself. A run can be repeated bit for bit: sums have one order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
-
-#include "engine/train/gemm.h"
 
 namespace chimera::training {
 
 inline constexpr int kMaxSteps = 8;  // of a rollout
 
-// What the target answered at a position: its most probable tokens, most probable first.
+// What products round their elements to; sums are f32.
+enum class Precision : uint8_t { kF32, kBF16 };
+
+// What the target answered at a position: its most probable tokens, most probable first; no token
+// twice.
 struct SoftTarget {
   static constexpr int kMost = 32;
   int32_t token[kMost];  // -1: fewer than kMost
   float probability[kMost];
-};
-
-struct StepScore {
-  double loss = 0;  // summed cross entropy, unweighted
-  int64_t rows = 0, correct = 0;
-  StepScore& operator+=(const StepScore& o) {
-    loss += o.loss, rows += o.rows, correct += o.correct;
-    return *this;
-  }
 };
 
 // One text's part of the rollout's attention: positions [first_position, ... + n_slots) of the
@@ -40,100 +38,174 @@ struct AttentionText {
   int64_t first_start, n_starts;
   int64_t first_row;
   int64_t n_slots() const { return first_start + n_starts; }  // that any start of it sees
+  // Positions that ask: first_start + 1 ... up to the last. As many as there are starts.
+  int64_t n_queries() const { return n_positions - 1 - first_start; }
 };
 
 struct AttentionShape {
   int n_heads, n_kv_heads, head_dim;
 };
 
-template <typename T>
-class Ops {
+// n values in the memory of some ops; on the CPU that is plain memory.
+template <typename U>
+class Buffer {
  public:
-  explicit Ops(int threads, Precision precision = Precision::kF32);
-  int threads() const { return pool_.size(); }
+  U* data() const { return static_cast<U*>(memory_.get()); }
+  int64_t size() const { return size_; }
 
-  // f(begin, end, thread) over contiguous shares of [0, n).
-  template <typename F>
-  void shares(int64_t n, const F& f) {
-    pool_.run([&](int thread) {
-      const int64_t begin = n * thread / pool_.size(), end = n * (thread + 1) / pool_.size();
-      if (begin < end) f(begin, end, thread);
-    });
+ private:
+  friend class Memory;
+  std::shared_ptr<void> memory_;
+  int64_t size_ = 0, capacity_ = 0;
+};
+
+class Memory {
+ public:
+  virtual ~Memory() = default;
+  // Aligned to 64 bytes at least. Throws Error if there is not so much.
+  virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
+  // The host's array may change afterwards.
+  virtual void upload(void* to, const void* host, size_t bytes) = 0;
+  // Waits for all that was asked for before.
+  virtual void download(void* host, const void* from, size_t bytes) = 0;
+
+  // Makes room for n values. true: it is new memory, what was in it is lost.
+  template <typename U>
+  bool need(Buffer<U>* buffer, int64_t n) {
+    buffer->size_ = n;
+    if (n <= buffer->capacity_ && buffer->memory_ != nullptr) return false;
+    buffer->memory_.reset();        // before there is another
+    buffer->capacity_ = n + n / 4;  // batches differ in size, and new memory costs a device dearly
+    buffer->memory_ = allocate(static_cast<size_t>(buffer->capacity_) * sizeof(U));
+    return true;
   }
+  template <typename U>
+  void put(std::span<const U> host, Buffer<U>* buffer) {
+    need(buffer, static_cast<int64_t>(host.size()));
+    upload(buffer->data(), host.data(), host.size_bytes());
+  }
+  template <typename U>
+  void put(const std::vector<U>& host, Buffer<U>* buffer) {
+    put(std::span<const U>(host), buffer);
+  }
+  template <typename U>
+  std::vector<U> get(const Buffer<U>& buffer) {
+    std::vector<U> host(static_cast<size_t>(buffer.size()));
+    download(host.data(), buffer.data(), host.size() * sizeof(U));
+    return host;
+  }
+};
+
+template <typename T>
+class Ops : public Memory {
+ public:
+  // ---- Products ----
 
   // y (rows, out) = x (rows, in) w^T
-  void product(int64_t rows, int64_t out, int64_t in, const T* x, const T* w, T* y,
-               bool accumulate = false);
+  virtual void product(int64_t rows, int64_t out, int64_t in, const T* x, const T* w, T* y,
+                       bool accumulate = false) = 0;
   // dx (rows, in) = dy (rows, out) w
-  void grad_input(int64_t rows, int64_t out, int64_t in, const T* dy, const T* w, T* dx,
-                  bool accumulate = false);
+  virtual void grad_input(int64_t rows, int64_t out, int64_t in, const T* dy, const T* w,
+                          T* dx) = 0;
   // dw (out, in) += dy^T x
-  void grad_weight(int64_t rows, int64_t out, int64_t in, const T* dy, const T* x, T* dw);
+  virtual void grad_weight(int64_t rows, int64_t out, int64_t in, const T* dy, const T* x,
+                           T* dw) = 0;
+
+  // ---- Moving rows ----
+
+  virtual void zero(int64_t n, T* x) = 0;
+  // y (rows, n): row r is row index[r] of x
+  virtual void gather_rows(int64_t rows, int64_t n, const T* x, const int32_t* index, T* y) = 0;
+  // The same, each row divided by sqrt(mean of squares + eps).
+  virtual void embed(int64_t rows, int64_t n, T eps, const T* table, const int32_t* token,
+                     T* y) = 0;
+  // y (rows, 2 n): row r is row a_index[r] of a, then row b_index[r] of b
+  virtual void concat(int64_t rows, int64_t n, const T* a, const int32_t* a_index, const T* b,
+                      const int32_t* b_index, T* y) = 0;
+  // Row index[r] of y (.., n) += row r of x, whose rows are x_stride apart. The index ascends:
+  // equal ones are neighbours.
+  virtual void add_rows(int64_t rows, int64_t n, const T* x, int64_t x_stride, const int32_t* index,
+                        T* y) = 0;
+
+  // ---- Rows ----
 
   // y = x / sqrt(mean(x^2) + eps); inverse (rows): what x was multiplied with.
-  void rms(int64_t rows, int64_t n, T eps, const T* x, T* y, T* inverse);
+  virtual void rms(int64_t rows, int64_t n, T eps, const T* x, T* y, T* inverse) = 0;
   // dx (+)= the gradient, from y and inverse.
-  void rms_grad(int64_t rows, int64_t n, const T* y, const T* inverse, const T* dy, T* dx,
-                bool accumulate);
+  virtual void rms_grad(int64_t rows, int64_t n, const T* y, const T* inverse, const T* dy, T* dx,
+                        bool accumulate) = 0;
   // y = x * weight, each row
-  void scale(int64_t rows, int64_t n, const T* x, const T* weight, T* y);
+  virtual void scale(int64_t rows, int64_t n, const T* x, const T* weight, T* y) = 0;
   // dx = dy * weight; dweight += sum over rows of dy * x. dx may be dy.
-  void scale_grad(int64_t rows, int64_t n, const T* x, const T* weight, const T* dy, T* dx,
-                  T* dweight);
-  void silu(int64_t n, const T* x, T* y);
-  void silu_grad(int64_t n, const T* x, const T* dy, T* dx);  // dx may be dy
+  virtual void scale_grad(int64_t rows, int64_t n, const T* x, const T* weight, const T* dy, T* dx,
+                          T* dweight) = 0;
+  // u (rows, n) = scale * h + f, where cat (rows, 2 n) holds h, then f. scale: (1)
+  virtual void residual(int64_t rows, int64_t n, const T* cat, const T* scale, T* u) = 0;
+  // dscale += sum of du * h, df += du
+  virtual void residual_grad(int64_t rows, int64_t n, const T* cat, const T* du, T* dscale,
+                             T* df) = 0;
+  virtual void silu(int64_t n, const T* x, T* y) = 0;
+  virtual void silu_grad(int64_t n, const T* x, const T* dy, T* dx) = 0;  // dx may be dy
   // y (rows, n) = silu(gate) * up; gate_up (rows, 2 n)
-  void swiglu(int64_t rows, int64_t n, const T* gate_up, T* y);
-  void swiglu_grad(int64_t rows, int64_t n, const T* gate_up, const T* dy, T* dgate_up);
+  virtual void swiglu(int64_t rows, int64_t n, const T* gate_up, T* y) = 0;
+  virtual void swiglu_grad(int64_t rows, int64_t n, const T* gate_up, const T* dy, T* dgate_up) = 0;
   // Rotates pairs (i, i + dim / 2) of the first `heads` heads of each row (width `stride`) by
   // `direction` times the angles of its position, then multiplies the whole row by `factor`.
-  void rotate(int64_t rows, int64_t stride, int heads, int head_dim, const int32_t* position,
-              double base, int direction, T factor, T* x);
+  virtual void rotate(int64_t rows, int64_t stride, int heads, int head_dim,
+                      const int32_t* position, double base, int direction, T factor, T* x) = 0;
 
-  // The rollout's attention. begin(): scores of every (position, slot) of q (P, heads * dim), which
-  // is scaled already, against k (P, kv_heads * dim), once for all steps. step(): out (N, heads *
-  // dim) of step n_own, whose own slots are own_k[1..n_own], own_v[1..n_own], each (N, kv).
+  // ---- The rollout's attention ----
+
+  // begin(): scores of every (position, slot) of q (P, heads * dim), which is scaled already,
+  // against k (P, kv_heads * dim), once for all steps. step(): out (N, heads * dim) of step n_own,
+  // whose own slots are own_k[1..n_own], own_v[1..n_own], each (N, kv).
   struct Attention {
     AttentionShape shape;
-    std::span<const AttentionText> texts;
+    std::span<const AttentionText> texts;  // host
     const T *q, *k, *v;
     const T *own_k[kMaxSteps], *own_v[kMaxSteps];
     // Written by the gradient (added to): dq, dk, dv like q, k, v.
     T *dq, *dk, *dv;
     T *own_dk[kMaxSteps], *own_dv[kMaxSteps];
   };
-  void attention_begin(const Attention& a);
-  void attention_step(const Attention& a, int k, T* out);
+  virtual void attention_begin(const Attention& a) = 0;
+  virtual void attention_step(const Attention& a, int k, T* out) = 0;
   // Steps in descending order, then the end.
-  void attention_step_grad(const Attention& a, int k, const T* out, const T* dout);
-  void attention_end_grad(const Attention& a);
+  virtual void attention_step_grad(const Attention& a, int k, const T* out, const T* dout) = 0;
+  virtual void attention_end_grad(const Attention& a) = 0;
+
+  // ---- Loss ----
 
   // Cross entropy of softmax(u head^T) with the target's answer, each row times `weight`:
   //   -sum p log softmax, over the target's probabilities inside the vocabulary; those outside are
   //   dropped.
-  // head (vocab, n): the rows of a part of the target's vocabulary, where token t is row
-  // index_of[t], -1: outside. du (rows, n) = the gradient; score: unweighted, of rows whose weight
-  // is not 0. target[r]: of row r; nullptr means that the row does not count.
-  void cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
-                     const int32_t* index_of, const SoftTarget* const* target, const T* weight,
-                     bool want_grad, T* du, StepScore* score_of_row);
+  // head (vocab, n): the rows of a part of the target's vocabulary; the tokens of `target` are
+  // numbers of its rows, -1: outside. target_of[r]: the target of row r; -1: the row does not
+  // count. du (rows, n) = the gradient. loss (rows): unweighted; correct (rows): 1 where head's
+  // largest is the target's first, -1 in rows that do not count, whose loss is 0.
+  virtual void cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
+                             const SoftTarget* target, const int32_t* target_of, const T* weight,
+                             bool want_grad, T* du, T* loss, int32_t* correct) = 0;
 
- private:
-  void gemm_shared(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc,
-                   bool accumulate);
-  struct Unit;  // a (text, KV head) of the attention
-  template <typename F>
-  void attention_units(const Attention& a, const F& f);
+  // ---- The optimiser ----
 
-  cpu::ThreadPool pool_;
-  const TileKernel& tile_;
-  std::vector<GemmScratch> scratch_;     // by thread
-  std::vector<std::vector<T>> columns_;  // by thread: sums over rows
-  std::vector<T> logits_;
-  // Attention, for each (text, head): scores (n_queries, n_slots), their gradient, and for each
-  // step probabilities (n_starts, n_slots + k).
-  std::vector<T> scores_, dscores_, work_;
-  std::vector<T> probabilities_[kMaxSteps];
+  // y = a x + b y; where b is 0, y is not read.
+  virtual void axpby(int64_t n, T a, const T* x, T b, T* y) = 0;
+  // m = momentum m + (1 - momentum) g; update = momentum m + (1 - momentum) g: Nesterov's look
+  // ahead
+  virtual void momentum(int64_t n, T momentum, const T* g, T* m, T* update) = 0;
+  // AdamW without decay: m, v the moments' running means, w -= rate m / (sqrt(v scale) + epsilon)
+  struct Adam {
+    T beta1, beta2, rate, scale, epsilon;
+  };
+  virtual void adam(int64_t n, const Adam& adam, const T* g, T* m, T* v, T* w) = 0;
+  // x /= its norm (1e-15 at least)
+  virtual void normalize(int64_t n, T* x) = 0;
+  // Of x; ends: of its tensors, one behind the other (the CPU has a sum for each). Waits.
+  virtual double sum_of_squares(std::span<const int64_t> ends, const T* x) = 0;
 };
+
+// Ops of the GPU: from cuda/, or its stub. Throws Error where there is none.
+std::unique_ptr<Ops<float>> make_cuda_training_ops(Precision precision);
 
 }  // namespace chimera::training

@@ -28,12 +28,12 @@ struct OptimizerOptions {
 
 // Everything that a checkpoint has to hold.
 struct OptimizerState {
-  std::vector<float> values, first, second, averaged;  // weights, moments, EMA
-  int64_t step = 0;                                    // taken so far
+  Buffer<float> values, first, second, averaged;  // weights, moments, EMA
+  int64_t step = 0;                               // taken so far
 };
 
-// Starts at the given weights.
-OptimizerState start_optimizer(std::vector<float> values);
+// Starts at the given weights. The state is in the memory of the ops.
+OptimizerState start_optimizer(Ops<float>* ops, const std::vector<float>& values);
 
 // progress: of the run, 0 to 1.
 double learning_rate(const OptimizerOptions& options, double progress);
@@ -44,23 +44,22 @@ class Optimizer {
   Optimizer(const OptimizerOptions& options, const ParameterLayout& layout, Ops<float>* ops)
       : options_(options), layout_(layout), ops_(*ops) {}
 
-  // One step. gradient is scaled in place if it is clipped. Returns its norm before clipping; where
-  // that is not finite nothing has been changed. The bits do not depend on the number of threads.
-  double step(double rate, std::vector<float>* gradient, OptimizerState* state);
+  // One step. gradient, in the memory of the ops as the state is, is scaled in place if it
+  // is clipped. Returns its norm before clipping; where that is not finite nothing has been
+  // changed. The bits do not depend on the number of threads.
+  double step(double rate, float* gradient, OptimizerState* state);
 
   // Makes the singular values of x (rows, cols) nearly 1 (0.7 to 1.2), five Newton-Schulz steps of
   // an odd polynomial.
   void orthogonalize(int64_t rows, int64_t cols, float* x);
 
  private:
-  double clip(std::vector<float>* gradient);
-  template <typename F>
-  void each(size_t n, const F& f);
+  double clip(float* gradient);
 
   OptimizerOptions options_;
   const ParameterLayout& layout_;
   Ops<float>& ops_;
-  std::vector<float> update_, gram_, square_, next_;
+  Buffer<float> update_, gram_, square_, next_;
 };
 
 }  // namespace chimera::training

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "engine/cpu/thread_pool.h"
 #include "engine/session.h"
 #include "engine/train/draft_gradient.h"
 

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <csignal>
 #include <cstring>
+#include <future>
 
 #include "engine/train/batch_gradient.h"
+#include "engine/train/gemm.h"
 #include "engine/train/optimizer.h"
 #include "loader/draft_file.h"
 #include "loader/load.h"
@@ -33,7 +35,7 @@ struct Options {
       ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
-  std::string precision = training::machine_has(training::Precision::kBF16) ? "bf16" : "f32";
+  std::string device = "cpu", precision = "auto";
   uint64_t seed = 1;
   std::optional<int> threads;
 };
@@ -56,11 +58,14 @@ Command command(Options* o) {
        {0, "lr", "R", "learning rate after the warm-up", number(&o->rate, 1e-9f, 1)},
        {0, "batch", "N", "positions a step, at least: whole texts are taken",
         integer(&o->batch, 1, 100'000)},
-       {0, "micro-batches", "N", "parts of a step, worked on side by side",
+       {0, "micro-batches", "N", "parts of a step, worked on side by side (a GPU has one)",
         integer(&o->micro_batches, 1, 1024)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
-       {0, "precision", "P", "what products round their elements to; sums are f32",
-        choice(&o->precision, {"f32", "bf16"})},
+       {0, "device", "NAME", "cpu, cuda, or auto: cuda where it can be had",
+        choice(&o->device, {"cpu", "cuda", "auto"})},
+       {0, "precision", "P",
+        "what products round their elements to; sums are f32. auto:\nbf16 where the device has it",
+        choice(&o->precision, {"auto", "f32", "bf16"})},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
        {0, "threads", "N", "CPU threads (default: one for each physical core)",
         integer(&o->threads, 1, 256)},
@@ -80,7 +85,9 @@ Command command(Options* o) {
        {0, "stop-after", "N", "save and stop at this position; 0: at the end",
         integer(&o->stop_after, 0, 2'000'000'000)},
        {0, "resume", "FILE",
-        "go on from a checkpoint: the same bits as without a break\n(but for --minutes)",
+        "go on from a checkpoint: the same bits as without a break\n(but for --minutes, or on "
+        "another "
+        "device)",
         text(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
@@ -129,14 +136,17 @@ std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts,
       .dump();
 }
 
-void save_checkpoint(const std::string& path, const training::OptimizerState& s, const Position& at,
+void save_checkpoint(const std::string& path, training::Ops<float>* ops,
+                     const training::OptimizerState& s, const Position& at,
                      const std::vector<int32_t>& vocabulary, const std::string& settings) {
-  const auto n = static_cast<int64_t>(s.values.size());
+  const int64_t n = s.values.size();
+  const std::vector<float> values = ops->get(s.values), first = ops->get(s.first),
+                           second = ops->get(s.second), averaged = ops->get(s.averaged);
   write_safetensors(path,
-                    {{"values", {n}, SafeType::kF32, s.values.data()},
-                     {"first", {n}, SafeType::kF32, s.first.data()},
-                     {"second", {n}, SafeType::kF32, s.second.data()},
-                     {"averaged", {n}, SafeType::kF32, s.averaged.data()},
+                    {{"values", {n}, SafeType::kF32, values.data()},
+                     {"first", {n}, SafeType::kF32, first.data()},
+                     {"second", {n}, SafeType::kF32, second.data()},
+                     {"averaged", {n}, SafeType::kF32, averaged.data()},
                      {"vocabulary",
                       {static_cast<int64_t>(vocabulary.size())},
                       SafeType::kI32,
@@ -149,8 +159,9 @@ void save_checkpoint(const std::string& path, const training::OptimizerState& s,
                      {"seconds", std::to_string(at.seconds)}});
 }
 
-void load_checkpoint(const std::string& path, const std::string& settings, size_t parameters,
-                     training::OptimizerState* s, Position* at, std::vector<int32_t>* vocabulary) {
+void load_checkpoint(const std::string& path, const std::string& settings,
+                     training::Ops<float>* ops, training::OptimizerState* s, Position* at,
+                     std::vector<int32_t>* vocabulary) {
   const MappedFile file(path);
   SafeTensors st = parse_safetensors(file.bytes(), file.name());
   const auto meta = [&](const char* key) {
@@ -182,11 +193,11 @@ void load_checkpoint(const std::string& path, const std::string& settings, size_
     }
     return it->second;
   };
-  const auto n = static_cast<int64_t>(parameters);
-  s->values = take("values", SafeType::kF32, n).floats();
-  s->first = take("first", SafeType::kF32, n).floats();
-  s->second = take("second", SafeType::kF32, n).floats();
-  s->averaged = take("averaged", SafeType::kF32, n).floats();
+  const int64_t n = s->values.size();
+  ops->put(take("values", SafeType::kF32, n).floats(), &s->values);
+  ops->put(take("first", SafeType::kF32, n).floats(), &s->first);
+  ops->put(take("second", SafeType::kF32, n).floats(), &s->second);
+  ops->put(take("averaged", SafeType::kF32, n).floats(), &s->averaged);
   const SafeTensor& ids =
       take("vocabulary", SafeType::kI32, static_cast<int64_t>(vocabulary->size()));
   std::memcpy(vocabulary->data(), ids.data, ids.bytes);
@@ -232,12 +243,41 @@ std::string duration_text(double seconds) {
                     : fixed_text(static_cast<double>(s) / 3600, 1) + " h";
 }
 
-std::vector<float> rows_as_f32(const TensorView& view, std::span<const int32_t> rows) {
-  const auto cols = static_cast<size_t>(view.cols);
-  std::vector<float> values(rows.size() * cols);
-  for (size_t i = 0; i < rows.size(); ++i)
-    dequantize_row(view.type, view.row(rows[i]), view.cols, values.data() + i * cols);
-  return values;
+training::Buffer<float> rows_as_f32(training::Ops<float>* ops, const TensorView& view) {
+  std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
+  for (int64_t r = 0; r < view.rows; ++r)
+    dequantize_row(view.type, view.row(r), view.cols, values.data() + r * view.cols);
+  training::Buffer<float> rows;
+  ops->put(values, &rows);
+  return rows;
+}
+
+// Whole texts, until there are `starts` of them; each micro-batch ends when it has its share.
+struct Batch {
+  std::vector<training::TrainingText> texts;
+  std::vector<size_t> ends;  // of micro-batches
+  int64_t starts = 0;
+
+  std::vector<training::MicroBatch> parts() const {
+    std::vector<training::MicroBatch> parts;
+    for (size_t i = 0, begin = 0; i < ends.size(); begin = ends[i++]) {
+      if (begin == ends[i]) continue;
+      parts.emplace_back();
+      for (size_t j = begin; j < ends[i]; ++j) parts.back().push_back(&texts[j]);
+    }
+    return parts;
+  }
+};
+Batch read_batch(int starts, int micro_batches, TrainingTexts* source, TextFeatures* features) {
+  Batch batch;
+  for (int64_t i = 1; i <= micro_batches; ++i) {
+    while (batch.starts < (starts * i + micro_batches - 1) / micro_batches) {
+      batch.texts.push_back(features->read(source->next()));
+      batch.starts += batch.texts.back().n_starts();
+    }
+    batch.ends.push_back(batch.texts.size());
+  }
+  return batch;
 }
 
 }  // namespace
@@ -249,15 +289,20 @@ int train_fit(const std::vector<std::string>& args) {
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
   if (o.data.empty()) throw UsageError("train fit", "--data FILES", "none", see_help);
   if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
-  const auto precision =
-      o.precision == "bf16" ? training::Precision::kBF16 : training::Precision::kF32;
-  if (!training::machine_has(precision))
-    throw Error("--precision", "f32, all that this processor has", "bf16");
+  const bool on_gpu = o.device == "cuda" || (o.device == "auto" && cuda_available());
+  const bool has_bf16 = on_gpu || training::machine_has(training::Precision::kBF16);
+  const bool bf16 = o.precision == "auto" ? has_bf16 : o.precision == "bf16";
+  if (bf16 && !has_bf16) throw Error("--precision", "f32, all that this processor has", "bf16");
+  const auto precision = bf16 ? training::Precision::kBF16 : training::Precision::kF32;
   const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
 
   // The target, and what the draft reads of it.
   const int threads = o.threads.value_or(cpu::physical_cores());
-  const auto backend = make_backend("cpu", {.threads = threads});
+  const auto backend = make_backend(on_gpu ? "cuda" : "cpu", {.threads = threads});
+  training::TrainingDevice device =
+      on_gpu ? training::TrainingDevice{training::make_cuda_training_ops(precision), {}}
+             : training::cpu_training_device(o.micro_batches, threads, precision);
+  training::Ops<float>* ops = device.all.get();
   const ModelFile model = load_model(*o.model);
   for (const std::string& warning : model.warnings) note("warning: " + warning);
   const LlamaTensors& t = model.tensors;
@@ -303,20 +348,16 @@ int train_fit(const std::vector<std::string>& args) {
   const std::string settings =
       run_settings(o, draft.config, texts.size(), total, target_fingerprint);
 
-  training::OptimizerState state = training::start_optimizer(training::pack_parameters(draft));
+  training::OptimizerState state = training::start_optimizer(ops, training::pack_parameters(draft));
   Position at;
-  if (o.resume) load_checkpoint(*o.resume, settings, layout.total, &state, &at, &draft.vocabulary);
+  if (o.resume) load_checkpoint(*o.resume, settings, ops, &state, &at, &draft.vocabulary);
 
-  std::vector<int32_t> all(static_cast<size_t>(vocab));
-  for (int32_t i = 0; i < vocab; ++i) all[static_cast<size_t>(i)] = i;
-  const std::vector<float> embedding = rows_as_f32(t.embedding, all);
-  const std::vector<float> untied =
-      t.head.empty() ? std::vector<float>() : rows_as_f32(t.head, all);
+  const training::Buffer<float> embedding = rows_as_f32(ops, t.embedding),
+                                head = t.head.empty() ? embedding : rows_as_f32(ops, t.head);
   const Llama llama(*backend, t, [&](std::span<const std::byte> bytes) { model.file.drop(bytes); });
   TextFeatures features(llama, target_fingerprint, o.data, context, threads);
-  training::BatchGradient gradient_of(
-      draft.config, embedding.data(), untied.empty() ? embedding.data() : untied.data(), vocab,
-      draft.vocabulary, kTargetsBest, o.micro_batches, threads, precision);
+  training::BatchGradient gradient_of(&device, draft.config, embedding.data(), head.data(), vocab,
+                                      draft.vocabulary, kTargetsBest);
 
   note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " +
        std::to_string(available) + " positions, and " +
@@ -347,8 +388,8 @@ int train_fit(const std::vector<std::string>& args) {
         gradient_of.run(state.averaged.data(), each, o.steps, kStepWeight, nullptr);
     validated = score_text(score, o.steps);
     at.seconds = seconds_before + static_cast<int64_t>(seconds_since(begin));
-    save_checkpoint(checkpoint, state, at, draft.vocabulary, settings);
-    training::unpack_parameters(state.averaged, &draft);
+    save_checkpoint(checkpoint, ops, state, at, draft.vocabulary, settings);
+    training::unpack_parameters(ops->get(state.averaged), &draft);
     draft.training = nlohmann::ordered_json{{"positions", at.starts},
                                             {"of", total},
                                             {"texts", at.texts},
@@ -363,41 +404,31 @@ int train_fit(const std::vector<std::string>& args) {
 
   training::OptimizerOptions options;
   options.rate = o.rate;
-  training::Optimizer optimizer(options, layout, &gradient_of.ops());
-  std::vector<float> gradient(layout.total);
+  training::Optimizer optimizer(options, layout, ops);
+  training::Buffer<float> gradient;
+  ops->need(&gradient, static_cast<int64_t>(layout.total));
   training::Score recent;
   Clock::time_point told = begin, saved = begin;
   int64_t starts_told = at.starts;
+  const auto read = [&] {
+    return read_batch(o.batch, on_gpu ? 1 : o.micro_batches, &source, &features);
+  };
+  std::future<Batch> next;
   while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
-    // Whole texts, until a micro-batch has its share of the starts.
-    std::vector<training::TrainingText> batch;
-    std::vector<size_t> ends;
-    int64_t starts = 0;
-    for (int64_t i = 1; i <= o.micro_batches; ++i) {
-      while (starts < (o.batch * i + o.micro_batches - 1) / o.micro_batches) {
-        batch.push_back(features.read(source.next()));
-        starts += batch.back().n_starts();
-      }
-      ends.push_back(batch.size());
-    }
-    std::vector<training::MicroBatch> parts;
-    for (size_t i = 0, begin = 0; i < ends.size(); begin = ends[i++]) {
-      if (begin == ends[i]) continue;
-      parts.emplace_back();
-      for (size_t j = begin; j < ends[i]; ++j) parts.back().push_back(&batch[j]);
-    }
+    const Batch batch = next.valid() ? next.get() : read();
+    if (on_gpu) next = std::async(std::launch::async, read);  // which leaves the CPU idle
     const training::Score score =
-        gradient_of.run(state.values.data(), parts, o.steps, kStepWeight, gradient.data());
+        gradient_of.run(state.values.data(), batch.parts(), o.steps, kStepWeight, gradient.data());
     const double rate = training::learning_rate(options, progress());
-    const double norm = optimizer.step(rate, &gradient, &state);
+    const double norm = optimizer.step(rate, gradient.data(), &state);
     if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
       throw Error(
           "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
           "NaN or infinity",
           "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --lr");
     }
-    at.texts += static_cast<int64_t>(batch.size());
-    at.starts += starts;
+    at.texts += static_cast<int64_t>(batch.texts.size());
+    at.starts += batch.starts;
     recent += score;
     if (const double s = seconds_since(told); s >= 10) {
       const double speed = static_cast<double>(at.starts - starts_told) / s;

@@ -1,8 +1,10 @@
-#include "engine/train/ops.h"
+#include "engine/train/cpu_ops.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <new>
 
 #include "engine/cpu/kernels.h"
 
@@ -38,6 +40,9 @@ T dot(const T* a, const T* b, int64_t n) {
   for (; i < n; ++i) s[0] += a[i] * b[i];
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
+int64_t row_of(const int32_t* index, int64_t r) {
+  return index == nullptr ? r : index[r];
+}
 template <typename T>
 void add_scaled(const T* x, T a, int64_t n, T* y) {
   for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
@@ -46,18 +51,30 @@ void add_scaled(const T* x, T a, int64_t n, T* y) {
 }  // namespace
 
 template <typename T>
-Ops<T>::Ops(int threads, Precision precision)
-    : pool_(threads),
-      tile_(select_tile(precision)),
-      scratch_(static_cast<size_t>(pool_.size())),
-      columns_(static_cast<size_t>(pool_.size())) {}
+CpuOps<T>::CpuOps(int threads, Precision precision)
+    : pool_(threads), tile_(select_tile(precision)), scratch_(static_cast<size_t>(pool_.size())) {}
+
+template <typename T>
+std::shared_ptr<void> CpuOps<T>::allocate(size_t bytes) {
+  constexpr std::align_val_t kAlign{64};
+  return {::operator new(std::max<size_t>(bytes, 1), kAlign),
+          [](void* p) { ::operator delete(p, kAlign); }};
+}
+template <typename T>
+void CpuOps<T>::upload(void* to, const void* host, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, host, bytes);
+}
+template <typename T>
+void CpuOps<T>::download(void* host, const void* from, size_t bytes) {
+  if (bytes > 0) std::memcpy(host, from, bytes);
+}
 
 // ---- Products ----------------------------------------------------------------------------------
 
 // Each thread takes a band of the longer side of C.
 template <typename T>
-void Ops<T>::gemm_shared(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, T* c,
-                         int64_t ldc, bool accumulate) {
+void CpuOps<T>::gemm_shared(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, T* c,
+                            int64_t ldc, bool accumulate) {
   pool_.run([&](int thread) {
     const int64_t unit = n >= m ? tile_.cols : tile_.rows;
     const int64_t units = (std::max(m, n) + unit - 1) / unit;
@@ -75,24 +92,74 @@ void Ops<T>::gemm_shared(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<
 }
 
 template <typename T>
-void Ops<T>::product(int64_t rows, int64_t out, int64_t in, const T* x, const T* w, T* y,
-                     bool accumulate) {
+void CpuOps<T>::product(int64_t rows, int64_t out, int64_t in, const T* x, const T* w, T* y,
+                        bool accumulate) {
   gemm_shared(rows, out, in, by_rows(x, in), transposed(w, in), y, out, accumulate);
 }
 template <typename T>
-void Ops<T>::grad_input(int64_t rows, int64_t out, int64_t in, const T* dy, const T* w, T* dx,
-                        bool accumulate) {
-  gemm_shared(rows, in, out, by_rows(dy, out), by_rows(w, in), dx, in, accumulate);
+void CpuOps<T>::grad_input(int64_t rows, int64_t out, int64_t in, const T* dy, const T* w, T* dx) {
+  gemm_shared(rows, in, out, by_rows(dy, out), by_rows(w, in), dx, in, false);
 }
 template <typename T>
-void Ops<T>::grad_weight(int64_t rows, int64_t out, int64_t in, const T* dy, const T* x, T* dw) {
+void CpuOps<T>::grad_weight(int64_t rows, int64_t out, int64_t in, const T* dy, const T* x, T* dw) {
   gemm_shared(out, in, rows, transposed(dy, out), by_rows(x, in), dw, in, true);
+}
+
+// ---- Moving rows -------------------------------------------------------------------------------
+
+template <typename T>
+void CpuOps<T>::zero(int64_t n, T* x) {
+  shares(n, [&](int64_t begin, int64_t end, int) { std::fill(x + begin, x + end, T{0}); });
+}
+
+template <typename T>
+void CpuOps<T>::gather_rows(int64_t rows, int64_t n, const T* x, const int32_t* index, T* y) {
+  shares(rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) std::copy_n(x + row_of(index, r) * n, n, y + r * n);
+  });
+}
+
+template <typename T>
+void CpuOps<T>::embed(int64_t rows, int64_t n, T eps, const T* table, const int32_t* token, T* y) {
+  shares(rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = table + token[r] * n;
+      T squares = 0;
+      for (int64_t j = 0; j < n; ++j) squares += row[j] * row[j];
+      const T inverse = T{1} / std::sqrt(squares / static_cast<T>(n) + eps);
+      for (int64_t j = 0; j < n; ++j) y[r * n + j] = row[j] * inverse;
+    }
+  });
+}
+
+template <typename T>
+void CpuOps<T>::concat(int64_t rows, int64_t n, const T* a, const int32_t* a_index, const T* b,
+                       const int32_t* b_index, T* y) {
+  shares(rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      std::copy_n(a + row_of(a_index, r) * n, n, y + r * 2 * n);
+      std::copy_n(b + row_of(b_index, r) * n, n, y + (r * 2 + 1) * n);
+    }
+  });
+}
+
+// Rows may be added to the same one: by columns, so that threads do not meet.
+template <typename T>
+void CpuOps<T>::add_rows(int64_t rows, int64_t n, const T* x, int64_t x_stride,
+                         const int32_t* index, T* y) {
+  shares(n, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = x + r * x_stride;
+      T* to = y + row_of(index, r) * n;
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    }
+  });
 }
 
 // ---- Rows --------------------------------------------------------------------------------------
 
 template <typename T>
-void Ops<T>::rms(int64_t rows, int64_t n, T eps, const T* x, T* y, T* inverse) {
+void CpuOps<T>::rms(int64_t rows, int64_t n, T eps, const T* x, T* y, T* inverse) {
   shares(rows, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const T* from = x + r * n;
@@ -104,8 +171,8 @@ void Ops<T>::rms(int64_t rows, int64_t n, T eps, const T* x, T* y, T* inverse) {
 
 // y = x s with s = (mean(x^2) + eps)^-1/2: dx = s (dy - y mean(dy y)).
 template <typename T>
-void Ops<T>::rms_grad(int64_t rows, int64_t n, const T* y, const T* inverse, const T* dy, T* dx,
-                      bool accumulate) {
+void CpuOps<T>::rms_grad(int64_t rows, int64_t n, const T* y, const T* inverse, const T* dy, T* dx,
+                         bool accumulate) {
   shares(rows, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const T *yr = y + r * n, *dyr = dy + r * n;
@@ -120,7 +187,7 @@ void Ops<T>::rms_grad(int64_t rows, int64_t n, const T* y, const T* inverse, con
 }
 
 template <typename T>
-void Ops<T>::scale(int64_t rows, int64_t n, const T* x, const T* weight, T* y) {
+void CpuOps<T>::scale(int64_t rows, int64_t n, const T* x, const T* weight, T* y) {
   shares(rows, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t i = 0; i < n; ++i) y[r * n + i] = x[r * n + i] * weight[i];
@@ -129,8 +196,8 @@ void Ops<T>::scale(int64_t rows, int64_t n, const T* x, const T* weight, T* y) {
 }
 
 template <typename T>
-void Ops<T>::scale_grad(int64_t rows, int64_t n, const T* x, const T* weight, const T* dy, T* dx,
-                        T* dweight) {
+void CpuOps<T>::scale_grad(int64_t rows, int64_t n, const T* x, const T* weight, const T* dy, T* dx,
+                           T* dweight) {
   shares(n, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = begin; i < end; ++i) {
@@ -142,7 +209,31 @@ void Ops<T>::scale_grad(int64_t rows, int64_t n, const T* x, const T* weight, co
 }
 
 template <typename T>
-void Ops<T>::silu(int64_t n, const T* x, T* y) {
+void CpuOps<T>::residual(int64_t rows, int64_t n, const T* cat, const T* scale, T* u) {
+  shares(rows, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T *h = cat + r * 2 * n, *f = h + n;
+      for (int64_t i = 0; i < n; ++i) u[r * n + i] = *scale * h[i] + f[i];
+    }
+  });
+}
+
+template <typename T>
+void CpuOps<T>::residual_grad(int64_t rows, int64_t n, const T* cat, const T* du, T* dscale,
+                              T* df) {
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* h = cat + r * 2 * n;
+    for (int64_t i = 0; i < n; ++i) {
+      sum += static_cast<double>(du[r * n + i]) * static_cast<double>(h[i]);
+      df[r * n + i] += du[r * n + i];
+    }
+  }
+  *dscale += static_cast<T>(sum);
+}
+
+template <typename T>
+void CpuOps<T>::silu(int64_t n, const T* x, T* y) {
   shares((n + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int) {
     T s[kPiece];
     for (int64_t p = begin * kPiece; p < std::min(end * kPiece, n); p += kPiece) {
@@ -154,7 +245,7 @@ void Ops<T>::silu(int64_t n, const T* x, T* y) {
 }
 
 template <typename T>
-void Ops<T>::silu_grad(int64_t n, const T* x, const T* dy, T* dx) {
+void CpuOps<T>::silu_grad(int64_t n, const T* x, const T* dy, T* dx) {
   shares((n + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int) {
     T s[kPiece];
     for (int64_t p = begin * kPiece; p < std::min(end * kPiece, n); p += kPiece) {
@@ -168,7 +259,7 @@ void Ops<T>::silu_grad(int64_t n, const T* x, const T* dy, T* dx) {
 }
 
 template <typename T>
-void Ops<T>::swiglu(int64_t rows, int64_t n, const T* gate_up, T* y) {
+void CpuOps<T>::swiglu(int64_t rows, int64_t n, const T* gate_up, T* y) {
   shares(rows, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const T *gate = gate_up + r * 2 * n, *up = gate + n;
@@ -180,7 +271,7 @@ void Ops<T>::swiglu(int64_t rows, int64_t n, const T* gate_up, T* y) {
 }
 
 template <typename T>
-void Ops<T>::swiglu_grad(int64_t rows, int64_t n, const T* gate_up, const T* dy, T* dgate_up) {
+void CpuOps<T>::swiglu_grad(int64_t rows, int64_t n, const T* gate_up, const T* dy, T* dgate_up) {
   shares(rows, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const T *gate = gate_up + r * 2 * n, *up = gate + n, *d = dy + r * n;
@@ -196,8 +287,8 @@ void Ops<T>::swiglu_grad(int64_t rows, int64_t n, const T* gate_up, const T* dy,
 }
 
 template <typename T>
-void Ops<T>::rotate(int64_t rows, int64_t stride, int heads, int head_dim, const int32_t* position,
-                    double base, int direction, T factor, T* x) {
+void CpuOps<T>::rotate(int64_t rows, int64_t stride, int heads, int head_dim,
+                       const int32_t* position, double base, int direction, T factor, T* x) {
   const int half = head_dim / 2;
   std::vector<double> frequency(static_cast<size_t>(half));
   for (int i = 0; i < half; ++i) {
@@ -231,7 +322,7 @@ void Ops<T>::rotate(int64_t rows, int64_t stride, int heads, int head_dim, const
 // ---- Attention ---------------------------------------------------------------------------------
 
 template <typename T>
-struct Ops<T>::Unit {
+struct CpuOps<T>::Unit {
   const AttentionText* text;
   int kv_head;
   int64_t scores_at;   // of the first query head: (n_queries, n_slots) each
@@ -239,12 +330,8 @@ struct Ops<T>::Unit {
 };
 
 namespace {
-// Positions that ask: first_start + 1 ... up to the last.
-int64_t n_queries(const AttentionText& t) {
-  return t.n_positions - 1 - t.first_start;
-}
 int64_t query_of(const AttentionText& t, int64_t start, int k) {
-  return std::min(start + k, n_queries(t) - 1);
+  return std::min(start + k, t.n_queries() - 1);
 }
 int64_t weights_width(const AttentionText& t) {
   return t.n_slots() + kMaxSteps;
@@ -255,14 +342,14 @@ int64_t weights_width(const AttentionText& t) {
 // places.
 template <typename T>
 template <typename F>
-void Ops<T>::attention_units(const Attention& a, const F& f) {
+void CpuOps<T>::attention_units(const Attention& a, const F& f) {
   std::vector<Unit> units;
   const int group = a.shape.n_heads / a.shape.n_kv_heads;
   int64_t scores_at = 0, weights_at = 0;
   for (const AttentionText& t : a.texts) {
     for (int h = 0; h < a.shape.n_kv_heads; ++h) {
       units.push_back({&t, h, scores_at, weights_at});
-      scores_at += group * n_queries(t) * t.n_slots();
+      scores_at += group * t.n_queries() * t.n_slots();
       weights_at += group * t.n_starts * weights_width(t);
     }
   }
@@ -273,10 +360,10 @@ void Ops<T>::attention_units(const Attention& a, const F& f) {
 }
 
 template <typename T>
-void Ops<T>::attention_begin(const Attention& a) {
+void CpuOps<T>::attention_begin(const Attention& a) {
   int64_t n_scores = 0, n_weights = 0;
   for (const AttentionText& t : a.texts) {
-    n_scores += a.shape.n_heads * n_queries(t) * t.n_slots();
+    n_scores += a.shape.n_heads * t.n_queries() * t.n_slots();
     n_weights += a.shape.n_heads * t.n_starts * weights_width(t);
   }
   scores_.resize(static_cast<size_t>(n_scores));
@@ -291,15 +378,15 @@ void Ops<T>::attention_begin(const Attention& a) {
     for (int g = 0; g < group; ++g) {
       const T* q =
           a.q + (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
-      gemm(tile_, &scratch_[static_cast<size_t>(thread)], n_queries(t), t.n_slots(), dim,
+      gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_queries(), t.n_slots(), dim,
            by_rows(q, q_size), transposed(k, kv),
-           scores_.data() + u.scores_at + g * n_queries(t) * t.n_slots(), t.n_slots(), false);
+           scores_.data() + u.scores_at + g * t.n_queries() * t.n_slots(), t.n_slots(), false);
     }
   });
 }
 
 template <typename T>
-void Ops<T>::attention_step(const Attention& a, int k, T* out) {
+void CpuOps<T>::attention_step(const Attention& a, int k, T* out) {
   const int dim = a.shape.head_dim, group = a.shape.n_heads / a.shape.n_kv_heads;
   const int64_t q_size = int64_t{a.shape.n_heads} * dim, kv = int64_t{a.shape.n_kv_heads} * dim;
   attention_units(a, [&](const Unit& u, int thread) {
@@ -307,7 +394,7 @@ void Ops<T>::attention_step(const Attention& a, int k, T* out) {
     const int64_t slots = t.n_slots(), width = weights_width(t);
     for (int g = 0; g < group; ++g) {
       const int head = u.kv_head * group + g;
-      const T* scores = scores_.data() + u.scores_at + g * n_queries(t) * slots;
+      const T* scores = scores_.data() + u.scores_at + g * t.n_queries() * slots;
       T* weights = probabilities_[k].data() + u.weights_at + g * t.n_starts * width;
       for (int64_t s = 0; s < t.n_starts; ++s) {
         const int64_t query = query_of(t, s, k), seen = t.first_start + s + 1;
@@ -344,7 +431,7 @@ void Ops<T>::attention_step(const Attention& a, int k, T* out) {
 
 // With w = softmax(score), o = sum w v: dw = do . v, dscore = w (dw - do . o).
 template <typename T>
-void Ops<T>::attention_step_grad(const Attention& a, int k, const T* out, const T* dout) {
+void CpuOps<T>::attention_step_grad(const Attention& a, int k, const T* out, const T* dout) {
   const int dim = a.shape.head_dim, group = a.shape.n_heads / a.shape.n_kv_heads;
   const int64_t q_size = int64_t{a.shape.n_heads} * dim, kv = int64_t{a.shape.n_kv_heads} * dim;
   attention_units(a, [&](const Unit& u, int thread) {
@@ -356,7 +443,7 @@ void Ops<T>::attention_step_grad(const Attention& a, int k, const T* out, const 
       const int head = u.kv_head * group + g;
       const T* weights = probabilities_[k].data() + u.weights_at + g * t.n_starts * width;
       T* dweights = work_.data() + u.weights_at + g * t.n_starts * width;
-      T* dscores = dscores_.data() + u.scores_at + g * n_queries(t) * slots;
+      T* dscores = dscores_.data() + u.scores_at + g * t.n_queries() * slots;
       const T* o = out + t.first_row * q_size + head * dim;
       const T* d = dout + t.first_row * q_size + head * dim;
       gemm(tile_, scratch, t.n_starts, slots, dim, by_rows(d, q_size), transposed(a.v + at, kv),
@@ -384,7 +471,7 @@ void Ops<T>::attention_step_grad(const Attention& a, int k, const T* out, const 
 }
 
 template <typename T>
-void Ops<T>::attention_end_grad(const Attention& a) {
+void CpuOps<T>::attention_end_grad(const Attention& a) {
   const int dim = a.shape.head_dim, group = a.shape.n_heads / a.shape.n_kv_heads;
   const int64_t q_size = int64_t{a.shape.n_heads} * dim, kv = int64_t{a.shape.n_kv_heads} * dim;
   attention_units(a, [&](const Unit& u, int thread) {
@@ -392,12 +479,12 @@ void Ops<T>::attention_end_grad(const Attention& a) {
     GemmScratch* scratch = &scratch_[static_cast<size_t>(thread)];
     const int64_t slots = t.n_slots(), at = t.first_position * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
-      const T* dscores = dscores_.data() + u.scores_at + g * n_queries(t) * slots;
+      const T* dscores = dscores_.data() + u.scores_at + g * t.n_queries() * slots;
       const int64_t q_at =
           (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
-      gemm(tile_, scratch, n_queries(t), dim, slots, by_rows<T>(dscores, slots),
+      gemm(tile_, scratch, t.n_queries(), dim, slots, by_rows<T>(dscores, slots),
            by_rows(a.k + at, kv), a.dq + q_at, q_size, true);
-      gemm(tile_, scratch, slots, dim, n_queries(t), transposed<T>(dscores, slots),
+      gemm(tile_, scratch, slots, dim, t.n_queries(), transposed<T>(dscores, slots),
            by_rows(a.q + q_at, q_size), a.dk + at, kv, true);
     }
   });
@@ -406,33 +493,32 @@ void Ops<T>::attention_end_grad(const Attention& a) {
 // ---- Loss --------------------------------------------------------------------------------------
 
 template <typename T>
-void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
-                           const int32_t* index_of, const SoftTarget* const* target,
-                           const T* weight, bool want_grad, T* du, StepScore* score_of_row) {
+void CpuOps<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, const T* head,
+                              const SoftTarget* target, const int32_t* target_of, const T* weight,
+                              bool want_grad, T* du, T* loss, int32_t* correct) {
   logits_.resize(static_cast<size_t>(std::min(rows, kLogitRows) * vocab));
   for (int64_t first = 0; first < rows; first += kLogitRows) {
     const int64_t chunk = std::min(kLogitRows, rows - first);
-    product(chunk, vocab, n, u + first * n, head, logits_.data());
+    product(chunk, vocab, n, u + first * n, head, logits_.data(), false);
     shares(chunk, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t r = first + i;
         T* x = logits_.data() + i * vocab;
-        score_of_row[r] = {};
-        if (target[r] == nullptr) {
+        if (target_of[r] < 0) {
+          loss[r] = 0;
+          correct[r] = -1;
           std::fill(x, x + vocab, T{0});
           continue;
         }
-        const SoftTarget& t = *target[r];
+        const SoftTarget& t = target[target_of[r]];
         const T largest = *std::max_element(x, x + vocab);
-        int32_t index[SoftTarget::kMost];
         T mass = 0, expected = 0;  // sum of p, and of p times its logit
         for (int j = 0; j < SoftTarget::kMost; ++j) {
-          index[j] = t.token[j] < 0 ? -1 : index_of[t.token[j]];
-          if (index[j] < 0) continue;
+          if (t.token[j] < 0) continue;
           mass += static_cast<T>(t.probability[j]);
-          expected += static_cast<T>(t.probability[j]) * x[index[j]];
+          expected += static_cast<T>(t.probability[j]) * x[t.token[j]];
         }
-        const bool correct = index[0] >= 0 && x[index[0]] == largest;
+        correct[r] = t.token[0] >= 0 && x[t.token[0]] == largest;
         exp_row(x, vocab, largest, x);
         T part[8] = {};
         for (int64_t c = 0; c + 8 <= vocab; c += 8) {
@@ -441,13 +527,12 @@ void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, c
         T sum = 0;
         for (int64_t c = vocab / 8 * 8; c < vocab; ++c) sum += x[c];
         for (const T p : part) sum += p;
-        score_of_row[r] = {static_cast<double>(mass * (largest + std::log(sum)) - expected), 1,
-                           correct};
+        loss[r] = mass * (largest + std::log(sum)) - expected;
         if (!want_grad) continue;
         const T factor = weight[r] * mass / sum;
         for (int64_t c = 0; c < vocab; ++c) x[c] *= factor;
         for (int j = 0; j < SoftTarget::kMost; ++j) {
-          if (index[j] >= 0) x[index[j]] -= weight[r] * static_cast<T>(t.probability[j]);
+          if (t.token[j] >= 0) x[t.token[j]] -= weight[r] * static_cast<T>(t.probability[j]);
         }
       }
     });
@@ -455,7 +540,73 @@ void Ops<T>::cross_entropy(int64_t rows, int64_t n, int64_t vocab, const T* u, c
   }
 }
 
-template class Ops<float>;
-template class Ops<double>;
+// ---- The optimiser -----------------------------------------------------------------------------
+
+template <typename T>
+void CpuOps<T>::axpby(int64_t n, T a, const T* x, T b, T* y) {
+  shares(n, [&](int64_t begin, int64_t end, int) {
+    if (b == T{0}) {
+      for (int64_t i = begin; i < end; ++i) y[i] = a * x[i];
+    } else {
+      for (int64_t i = begin; i < end; ++i) y[i] = b * y[i] + a * x[i];
+    }
+  });
+}
+
+template <typename T>
+void CpuOps<T>::momentum(int64_t n, T momentum, const T* g, T* m, T* update) {
+  shares(n, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      m[i] = momentum * m[i] + (1 - momentum) * g[i];
+      update[i] = momentum * m[i] + (1 - momentum) * g[i];
+    }
+  });
+}
+
+template <typename T>
+void CpuOps<T>::adam(int64_t n, const Adam& a, const T* g, T* m, T* v, T* w) {
+  shares(n, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      m[i] = a.beta1 * m[i] + (1 - a.beta1) * g[i];
+      v[i] = a.beta2 * v[i] + (1 - a.beta2) * g[i] * g[i];
+      w[i] -= a.rate * m[i] / (std::sqrt(v[i] * a.scale) + a.epsilon);
+    }
+  });
+}
+
+namespace {
+template <typename T>
+double squares(const T* x, int64_t n) {
+  double sum[4] = {};
+  for (int64_t i = 0; i < n; ++i)
+    sum[i % 4] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum[0] + sum[1] + sum[2] + sum[3];
+}
+}  // namespace
+
+template <typename T>
+void CpuOps<T>::normalize(int64_t n, T* x) {
+  const auto inverse = static_cast<T>(1 / std::sqrt(std::max(squares(x, n), 1e-30)));
+  shares(n, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) x[i] *= inverse;
+  });
+}
+
+template <typename T>
+double CpuOps<T>::sum_of_squares(std::span<const int64_t> ends, const T* x) {
+  std::vector<double> sums(ends.size());
+  shares(static_cast<int64_t>(ends.size()), [&](int64_t begin, int64_t end, int) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      const int64_t first = i == 0 ? 0 : ends[i - 1];
+      sums[i] = squares(x + first, ends[i] - first);
+    }
+  });
+  double sum = 0;
+  for (const double s : sums) sum += s;
+  return sum;
+}
+
+template class CpuOps<float>;
+template class CpuOps<double>;
 
 }  // namespace chimera::training
