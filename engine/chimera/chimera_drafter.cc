@@ -17,9 +17,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kMostDepths = 32;
-constexpr int kBranch = 8;       // candidates taken from one expanded node
-constexpr int kTargetsBest = 8;  // tokens that the target found likely join the dynamic vocabulary
+constexpr int kMostDepths = DraftState::kMostDepths;
+constexpr int kBranch = DraftState::kBranch;  // candidates taken from one expanded node
+constexpr int kTargetsBest =
+    DraftState::kBranch;  // tokens that the target found likely join the dynamic vocabulary
 constexpr int kMinMatch = 1, kMaxMatch = 6;
 
 // Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
@@ -38,8 +39,8 @@ class GrowingDrafter final : public ChimeraDrafter {
         sampled_(tensors.config.sampled),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    for (Sequence& s : sequences_)
-      for (auto* v : {&s.h, &s.f, &s.g}) v->resize(static_cast<size_t>(hidden_));
+    for (int s = 0; s < n_sequences; ++s)
+      sequences_[static_cast<size_t>(s)].root = model_.root(s);
     if (options.ngrams)
       indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
@@ -71,23 +72,23 @@ class GrowingDrafter final : public ChimeraDrafter {
       const int p = first + done;  // position of the state of the first row of this pass
       int32_t trigrams[3 * DraftModel::kMaxRows];
       for (int i = 0; i <= n; ++i) trigram(k.tokens, p + i, trigrams + 3 * i);
-      // Features of positions p .. p + n; row i stands for the token at p + 1 + i.
+      // Features of positions p .. p + n; row i stands for the token at p + i, i > 0.
       model_.features(0, n + 1, trigrams);
-      std::memcpy(model_.previous_feature(0), model_.feature(0), floats(n));
-      std::memmove(model_.feature(0), model_.feature(1), floats(n));
-      std::memcpy(model_.state(0), k.states + int64_t{done} * hidden_, floats(n));
       Step& step = model_.step();
       step.clear();
+      step.n_rows = step.first_new = 1;
       step.begin_sequence(k.sequence);
-      for (int i = 0, row = -1; i < n; ++i)
-        row = step.add_row(k.tokens[static_cast<size_t>(p + 1 + i)], row, false);
-      model_.forward();
+      for (int i = 1; i <= n; ++i) {
+        step.add_row(k.tokens[static_cast<size_t>(p + i)], i == 1 ? -1 : i - 1, false);
+        model_.link(i, i - 1, i - 1);
+      }
+      model_.forward(model_.pass(), k.states + int64_t{done} * hidden_);
       model_.set_committed(k.sequence, p + n);
       done += n;
       if (done == k.n_kept) {
-        seq.h.assign(k.states + int64_t{done - 1} * hidden_, k.states + int64_t{done} * hidden_);
-        seq.f.assign(model_.f(n - 1), model_.f(n - 1) + hidden_);
-        seq.g.assign(model_.feature(n - 1), model_.feature(n - 1) + hidden_);
+        std::memcpy(seq.root.h, k.states + int64_t{done - 1} * hidden_, row_bytes());
+        std::memcpy(seq.root.f, model_.f(n), row_bytes());
+        std::memcpy(seq.root.g, model_.feature(n), row_bytes());
         seq.expanded = k.committed;
       }
     }
@@ -141,9 +142,8 @@ class GrowingDrafter final : public ChimeraDrafter {
  private:
   struct Sequence {
     int64_t text = -1;
-    std::vector<float> h;     // the last known state of the target
-    std::vector<float> f, g;  // the root's draft state and feature
-    int expanded = 0;         // committed length that observe() saw; 0: nothing to draft from
+    DraftModel::Root root{};
+    int expanded = 0;  // committed length that observe() saw; 0: nothing to draft from
   };
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
@@ -156,12 +156,9 @@ class GrowingDrafter final : public ChimeraDrafter {
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
     vocabulary_.resize(n_fixed_);
     oldest_ = 0;
-    model_.clear_dynamic();
   }
 
-  size_t floats(int rows) const {
-    return static_cast<size_t>(rows) * static_cast<size_t>(hidden_) * 4;
-  }
+  size_t row_bytes() const { return static_cast<size_t>(hidden_) * 4; }
 
   static void trigram(std::span<const int32_t> tokens, int position, int32_t* out) {
     for (int i = 0; i < 3; ++i) out[i] = tokens[static_cast<size_t>(std::max(0, position - 2 + i))];
@@ -269,15 +266,14 @@ class GrowingDrafter final : public ChimeraDrafter {
     }
   }
   // An n-gram match, the parent's child already, and the draft say two things about one token. The
-  // match holds on its own with `kTrust` of its probability, which knew nothing of the draft; else
+  // match holds on its own with `kMatchTrust` of its probability, which knew nothing of the draft; else
   // the draft's word counts. Returns the share of the parent's probability that is left for that.
   float discount_matches(int parent) {
-    constexpr float kTrust = 0.2f;  // 0.15 and 0.3 were equal on held-out texts
     const float above = tree_.probability_of(parent);
     float left = above;
     for (int i = parent + 1; i < tree_.size(); ++i) {
       if (tree_[i].parent != parent) continue;
-      tree_.set_probability(i, kTrust * tree_[i].probability);
+      tree_.set_probability(i, kMatchTrust * tree_[i].probability);
       left -= tree_[i].probability;
     }
     return above > 0 ? std::max(left / above, 0.0f) : 1.0f;
@@ -297,14 +293,15 @@ class GrowingDrafter final : public ChimeraDrafter {
   // logits.
   const float* expand_root(const DraftContext& c, const Sequence& seq) {
     Step& step = model_.step();
-    std::memcpy(model_.f(0), seq.f.data(), floats(1));
-    std::memcpy(model_.feature(0), seq.g.data(), floats(1));
+    std::memcpy(model_.f(0), seq.root.f, row_bytes());
+    std::memcpy(model_.feature(0), seq.root.g, row_bytes());
     step.clear();
     step.n_rows = 1;
     step.token[0] = c.tokens.back();
     step.begin_sequence(c.sequence);
     draw_noise(c, 0);
-    return model_.logits(0, seq.h.data());
+    model_.run_head(model_.pass(), 0, seq.root.h);
+    return model_.logits(0);
   }
 
   // Adds a row for `token` after the token of row `parent`.
@@ -316,8 +313,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     t[1] = step.token[parent];
     t[0] = parent == 0 ? c.tokens[c.tokens.size() - std::min<size_t>(2, c.tokens.size())]
                        : step.token[std::max(0, step.parent[parent])];
-    std::memcpy(model_.previous_feature(row), model_.feature(parent), floats(1));
-    std::memcpy(model_.state(row), model_.f(parent), floats(1));
+    model_.link(row, parent, parent);
     return row;
   }
 
@@ -327,11 +323,11 @@ class GrowingDrafter final : public ChimeraDrafter {
     const int first = model_.step().first_new;
     const Clock::time_point start = Clock::now();
     model_.features(first, model_.step().n_rows - first, trigrams_);
-    model_.forward();
+    model_.forward(model_.pass(), model_.f());
     draw_noise(c, depth);
-    const float* logits = model_.logits(depth, seq.h.data());
+    model_.run_head(model_.pass(), depth, seq.root.h);
     average(seconds_since(start), &depth_seconds_);
-    return logits;
+    return model_.logits(first);
   }
 
   // Grows the tree depth by depth with the draft model.
