@@ -3,31 +3,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "cuda/emulated_backend.h"
 #include "engine/error.h"
+#include "tests/cuda_devices.h"
 #include "tests/cuda_support.h"
-#include "tests/support.h"
 
 namespace chimera::test {
 namespace {
-
-// Emulated everywhere; on the device as well where there is one, or only there (gpu_check.sh).
-std::vector<std::string> devices() {
-  const char* only = std::getenv("CHIMERA_TEST_DEVICE");
-  if (only != nullptr) return {only};
-  std::vector<std::string> names = {"emulated"};
-  if (cuda_available()) names.push_back("cuda");
-  return names;
-}
-std::unique_ptr<Backend> backend_on(const std::string& device, bool eager = false) {
-  const BackendOptions options{.eager = eager};
-  return device == "cuda" ? make_cuda_backend(options) : make_emulated_cuda_backend(options);
-}
-Loaded load_on(const std::string& device, const std::string& path, bool eager = false) {
-  Loaded l{load_model(path), backend_on(device, eager), nullptr};
-  l.model = std::make_unique<Llama>(*l.backend, l.file.tensors);
-  return l;
-}
 
 // Runs a text in steps of at most `chunk` rows, accepts them all, and returns the last row's
 // logits.
