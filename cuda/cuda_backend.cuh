@@ -5,7 +5,9 @@
 // # The Step
 // The engine's Step is memory that the host writes. The kernels read a copy in device memory: the
 // first op of a submit() that names a Step sends it over, and what accept() changed comes back at
-// the end. Ops outside a submit() do both for themselves and wait (debugging, tests).
+// the end. Ops outside a submit() do both for themselves and wait (debugging, tests). A Step of
+// make_device_step() is never copied: ops read it where the ops before them wrote it, and its grids
+// are sized once and for all.
 //
 // # Graphs
 // Key 0 runs the ops as they come, with grids as large as the step. For other keys there is a graph
@@ -13,6 +15,10 @@
 // bucket runs the ops as they come (which loads every kernel), the second captures them, and all
 // further ones replay the graph without running `ops` at all: what varies must be in the Step.
 // Grids fit the largest step of the bucket, and the longest context; blocks without work return.
+//
+// A list over device Steps alone has one graph. Two of its launches may be under way: launch()
+// marks the stream with an event that wait() waits for, so the host is told of a step while the
+// next one runs, and the device never waits for the host.
 #pragma once
 
 #include <algorithm>
@@ -80,8 +86,7 @@ class CudaBackend final : public Backend, public TreeOps {
 
   std::shared_ptr<void> allocate(size_t bytes, Memory memory) override {
     bytes = std::max<size_t>(bytes, 64);
-    if (memory == Memory::kHost)
-      return {allocate_pinned(bytes), [](void* p) { free_pinned(p); }};
+    if (memory == Memory::kHost) return {allocate_pinned(bytes), [](void* p) { free_pinned(p); }};
     return {memory == Memory::kDevice ? allocate_device(bytes) : allocate_managed(bytes),
             [](void* p) { free_device(p); }};
   }
@@ -350,9 +355,7 @@ class CudaBackend final : public Backend, public TreeOps {
     op(step, [&](const Sight& s) { cuda::advance(stream_, {s.device, state, draft}); });
   }
   void learn_matches(const Step* step, DraftState* state) override {
-    op(step, [&](const Sight& s) {
-      cuda::learn_matches(stream_, {s.device, state}, s.max_rows);
-    });
+    op(step, [&](const Sight& s) { cuda::learn_matches(stream_, {s.device, state}, s.max_rows); });
   }
   void learn_vocabulary(const Step* step, const float* logits, int32_t vocab, DraftState* state,
                         const Matrix& target_head, Matrix* head) override {
@@ -361,11 +364,10 @@ class CudaBackend final : public Backend, public TreeOps {
     if (to.type != DType::kF32 && to.type != DType::kQ8_0)
       throw Error("a draft's head", "F32 or Q8_0", dtype_info(to.type).name);
     op(step, [&](const Sight& s) {
-      cuda::learn_vocabulary(
-          stream_,
-          {s.device, logits, vocab, state, from.type, to.type, tape(from),
-           static_cast<std::byte*>(to.tape.get()), head->cols},
-          s.max_rows);
+      cuda::learn_vocabulary(stream_,
+                             {s.device, logits, vocab, state, from.type, to.type, tape(from),
+                              static_cast<std::byte*>(to.tape.get()), head->cols},
+                             s.max_rows);
     });
   }
   void propose(DraftState* state, const DraftPass& draft) override {

@@ -1,6 +1,6 @@
 // Drafting on the device, but for the tree (tree.cuh): the text, n-gram matches, and the vocabulary
-// that the draft chooses from (engine/tree_ops.h). All of it is small: single blocks, or one for each
-// kept row, that read a few kilobytes. What a step pays for it is launches.
+// that the draft chooses from (engine/tree_ops.h). All of it is small: single blocks, or one for
+// each kept row, that read a few kilobytes. What a step pays for it is launches.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -181,11 +181,10 @@ struct MatchTree {
         const float left = node >= before ? probability[node] : left_below(node);
         const float scale = left < probability_of(node) ? kOlderMatch : 1.0f;
         const int length = least(n_match + i, kLongestMatch);
-        const float p =
-            left * scale *
-            match_probability(n_match + i, s->sampling.temperature,
-                              static_cast<float>(s->matched[length]),
-                              static_cast<float>(s->came_true[length]));
+        const float p = left * scale *
+                        match_probability(n_match + i, s->sampling.temperature,
+                                          static_cast<float>(s->matched[length]),
+                                          static_cast<float>(s->came_true[length]));
         token[n] = next;
         parent[n] = node;
         depth[n] = node < 0 ? 1 : depth[node] + 1;

@@ -6,7 +6,8 @@
 // "The n-th most probable", "the w most probable of this depth", "in descending order": each is a
 // question for a candidate's rank, which is the number of candidates before it, (probability
 // descending, index ascending). Every thread counts for itself, over a copy in shared memory. That
-// is N^2 / 256 comparisons for N <= 1024, but nobody waits for anybody, and N is some 200 as a rule.
+// is N^2 / 256 comparisons for N <= 1024, but nobody waits for anybody, and N is some 200 as a
+// rule.
 #pragma once
 
 #include "cuda/draft.cuh"
@@ -33,9 +34,9 @@ DEVICE int32_t key_index(uint64_t key) {
 
 DEVICE uint64_t block_max(uint64_t* scratch, uint64_t x) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    const uint64_t other =
-        static_cast<uint64_t>(shuffle_xor(static_cast<uint32_t>(x >> 32), width)) << 32 |
-        shuffle_xor(static_cast<uint32_t>(x), width);
+    const uint64_t other = static_cast<uint64_t>(shuffle_xor(static_cast<uint32_t>(x >> 32), width))
+                               << 32 |
+                           shuffle_xor(static_cast<uint32_t>(x), width);
     x = most(x, other);
   }
   if (lane_index() == 0) scratch[warp_index()] = x;
@@ -120,8 +121,8 @@ KERNEL(kDraftThreads, 1) void top_k_kernel(TopKParams p) {
     UNROLLED_FOR (int r = 0; r < kBranch; ++r) {
       if (r >= n) continue;
       const int32_t i = key_index(top[r]);
-      const float share = divide(
-          s->coverage[calibrated] * exp_contract((value(i) - largest) * scale), sum);
+      const float share =
+          divide(s->coverage[calibrated] * exp_contract((value(i) - largest) * scale), sum);
       s->best[row][r] = i;
       s->share[row][r] = is_nan(share) ? 0.0f : share;
     }
@@ -161,7 +162,8 @@ KERNEL(kDraftThreads, 1) void target_best_kernel(VocabularyParams p) {
   auto* scratch = reinterpret_cast<uint64_t*>(shared_memory());
   const float* logits = p.logits + static_cast<int64_t>(logits_row) * p.vocab;
   uint64_t top[kBranch];
-  block_top(scratch, p.vocab, [logits](int i) { return logits[i]; }, top);
+  block_top(
+      scratch, p.vocab, [logits](int i) { return logits[i]; }, top);
   if (thread_index() == 0)
     UNROLLED_FOR (int r = 0; r < kBranch; ++r) best[r] = r < p.vocab ? key_index(top[r]) : -1;
 }
@@ -222,8 +224,8 @@ DEVICE void store_tape_row(DType type, std::byte* tape, int64_t cols, int64_t ro
     const float x = k < cols ? value(k) : 0.0f;
     if (type == DType::kF32) {
       if (k < cols)
-        reinterpret_cast<float*>(tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows +
-                                       row % kF32PanelRows] = x;
+        reinterpret_cast<float*>(
+            tape)[(row / kF32PanelRows * cols + k) * kF32PanelRows + row % kF32PanelRows] = x;
       continue;
     }
     float largest = float_of(bits_of(x) & 0x7fffffffu);
@@ -236,9 +238,8 @@ DEVICE void store_tape_row(DType type, std::byte* tape, int64_t cols, int64_t ro
     std::byte* slab = tape + (row / kTileRows * tape_slabs(type, cols) + k / l.k) * l.bytes;
     const int r = static_cast<int>(row % kTileRows), i = static_cast<int>(k % l.k);
     const Place16 at = place_a(r, i % 16);
-    slab[at.lane * 16 + i / 16 * 8 + at.reg * 2 + at.half] =
-        static_cast<std::byte>(static_cast<int>(least(most(q, -127.0f), 127.0f)) +
-                               quant_offset(type));
+    slab[at.lane * 16 + i / 16 * 8 + at.reg * 2 + at.half] = static_cast<std::byte>(
+        static_cast<int>(least(most(q, -127.0f), 127.0f)) + quant_offset(type));
     if (lane_index() == 0) *reinterpret_cast<uint16_t*>(slab + l.scales + r * 2) = scale;
   }
 }
@@ -251,9 +252,8 @@ KERNEL(kDraftThreads, 1) void copy_head_kernel(VocabularyParams p) {
   for (int i = block_x(); i < s->n_dynamic; i += kHeadBlocks) {
     if (s->stale[i] == 0) continue;
     const int64_t row = s->n_static + i, token = s->vocabulary[row];
-    store_tape_row(p.to_type, p.to, p.cols, row, [&](int64_t k) {
-      return tape_weight(p.from_type, p.from, p.cols, token, k);
-    });
+    store_tape_row(p.to_type, p.to, p.cols, row,
+                   [&](int64_t k) { return tape_weight(p.from_type, p.from, p.cols, token, k); });
     sync_threads();
     if (thread_index() == 0) s->stale[i] = 0;
     sync_threads();
@@ -276,7 +276,7 @@ struct TreeShared {
   float share[DraftState::kMaxRows];            // by row: of its node's probability, the draft's
   uint32_t merged[DraftState::kMaxRows];        // by row: a bit for each rank that was a match
   int32_t first_child[DraftState::kMaxRows];    // by row: of the candidates that it adds
-  float place;  // of the nodes-th most probable
+  float place;                                  // of the nodes-th most probable
   uint32_t n_chosen;
 
   DEVICE float probability_of(int node) const { return node < 0 ? 1.0f : probability[node]; }
@@ -284,8 +284,8 @@ struct TreeShared {
   DEVICE int rank(int n, int i) const {
     int before = 0;
     for (int j = 0; j < n; ++j)
-      before += wanted[j] != 0 && (probability[j] > probability[i] ||
-                                   (probability[j] == probability[i] && j < i));
+      before += wanted[j] != 0 &&
+                (probability[j] > probability[i] || (probability[j] == probability[i] && j < i));
     return before;
   }
   DEVICE void load(const DraftState* s) {
@@ -427,8 +427,8 @@ KERNEL(kDraftThreads, 1) void grow_kernel(GrowParams p) {
     int32_t* trigram = p.draft.trigrams->token + 3 * row;
     trigram[2] = shared->token[i];
     trigram[1] = rows->token[above];
-    trigram[0] = above == 0 ? s->text[most(0, s->length - 2)]
-                            : rows->token[most(0, rows->parent[above])];
+    trigram[0] =
+        above == 0 ? s->text[most(0, s->length - 2)] : rows->token[most(0, rows->parent[above])];
     p.draft.links->feature[row] = p.draft.links->state[row] = above;
     s->row[i] = row;
     s->candidate_of_row[row] = i;

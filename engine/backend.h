@@ -1,7 +1,7 @@
 // What a backend does: the ops that a step is made of, over buffers of fixed capacity.
 //
 // # How a step runs
-//   draft    a drafter writes a tree of candidates into the Step             (drafter.h)
+//   draft    a drafter writes a tree of candidates into the Step   (drafter.h, tree_ops.h)
 //   forward  embed, then for every layer norm + qkv product, RoPE + append, attention, output
 //            product, norm + gate/up product, SwiGLU + down product; norm; head     (llama.h)
 //   accept   sample along the tree as far as it agrees; says which rows are kept
@@ -13,11 +13,11 @@
 // (Acceptance is an op for that reason.) Ops that only the host can do go through on_host(), which
 // is where such a graph would have to be cut.
 //
-// # What comes later, and where it goes
-//   Chimera draft   the same linear(), rms_norm() and attention() over its own rows, cache and
-//                   states; a restricted head is a linear() over gathered rows; plus top-k and tree
-//                   growth as new ops. It reads the states that forward() leaves.
-//   many sequences  a Step holds rows of any number of sequences; ops already work that way.
+// Drafting is ops as well where the backend has them (tree_ops()). Then one list is {forward,
+// accept, keep, draft the next tree} over a Step that the host never sees (make_device_step()), and
+// launch() does not wait: the host reads a step's tokens while the next one runs
+// (resident_drafter.h). Where it has not, as on the CPU, the host's drafters grow the trees and run
+// the draft model's ops themselves, depth by depth.
 //
 // # The promise
 // A row's results are the same bits whatever else is in the step: see "The arithmetic contract" in

@@ -73,13 +73,13 @@ struct DraftState {
   int32_t parent[kMostCandidates];
   int32_t depth_of[kMostCandidates];
   float probability[kMostCandidates];
-  int32_t row[kMostCandidates];       // of the draft's pass, -1: not expanded
+  int32_t row[kMostCandidates];        // of the draft's pass, -1: not expanded
   int32_t candidate_of_row[kMaxRows];  // inverse; row 0 stands for the root
 
   // ---- What the draft's logits say, by row ----
-  int32_t n_best;                       // kBranch, or all that there are
-  int32_t best[kMaxRows][kBranch];      // indices into the vocabulary, likeliest first
-  float share[kMaxRows][kBranch];       // their softmax, calibrated
+  int32_t n_best;                          // kBranch, or all that there are
+  int32_t best[kMaxRows][kBranch];         // indices into the vocabulary, likeliest first
+  float share[kMaxRows][kBranch];          // their softmax, calibrated
   int32_t target_best[kMaxRows][kBranch];  // tokens; by kept row; [0] is -1 where it had no logits
 
   // ---- What the draft can propose: n_static tokens, then dynamic ones, replaced oldest first ----

@@ -112,15 +112,17 @@ inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int3
     index.matches(tokens, n, [&](size_t position) {
       const int before = tree->size();
       int node = CandidateTree::kRoot;
-      for (int i = 0; i < kMatchDepth && position + 1 + static_cast<size_t>(i) < tokens.size(); ++i) {
+      for (int i = 0; i < kMatchDepth && position + 1 + static_cast<size_t>(i) < tokens.size();
+           ++i) {
         const int32_t token = tokens[position + 1 + static_cast<size_t>(i)];
         int next = tree->find(node, token);
         if (next == CandidateTree::kNone) {
           // Where it parts from newer ones, it counts as far as they fail.
           const float left = tree->left_below(node);
           const bool parts = left < tree->probability_of(node);
-          next = tree->add(node, token,
-                           left * (parts ? kOlderMatch : 1.0f) * index.probability(n + i, temperature));
+          next = tree->add(
+              node, token,
+              left * (parts ? kOlderMatch : 1.0f) * index.probability(n + i, temperature));
         }
         if (next == CandidateTree::kNone) break;
         node = next;

@@ -3,15 +3,15 @@
 
 namespace chimera {
 
-inline constexpr int kLongestMatch = 6;         // longer matches are as good as these
-inline constexpr int kMatchesPerLength = 16;    // older occurrences looked at; a text of one token
-                                                // has many
-inline constexpr int kMatchDepth = 12;          // tokens proposed after an occurrence
-inline constexpr int kContinuations = 3;        // occurrences that bring anything new, at most
-inline constexpr float kOlderMatch = 0.6f;      // an older occurrence to the newest, where that fails
-inline constexpr float kMatchTrust = 0.2f;      // of a match's probability, what counts once the draft
-                                                // has had its say; 0.15 and 0.3 were equal on held-out
-                                                // texts
+inline constexpr int kLongestMatch = 6;       // longer matches are as good as these
+inline constexpr int kMatchesPerLength = 16;  // older occurrences looked at; a text of one token
+                                              // has many
+inline constexpr int kMatchDepth = 12;        // tokens proposed after an occurrence
+inline constexpr int kContinuations = 3;      // occurrences that bring anything new, at most
+inline constexpr float kOlderMatch = 0.6f;    // an older occurrence to the newest, where that fails
+inline constexpr float kMatchTrust = 0.2f;  // of a match's probability, what counts once the draft
+                                            // has had its say; 0.15 and 0.3 were equal on held-out
+                                            // texts
 
 // That the token after the newest match of n tokens follows again, if no longer match is there.
 // temperature: of the target's sampling. matched, came_true: what became of such matches (length

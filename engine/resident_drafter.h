@@ -5,8 +5,8 @@
 //   the device              1 1 1 1 1 1 1 1 1   2 2 2 2 2 2 2 2 2   3 3 3 ...
 //
 // One pass is always launched ahead. If the text ends in the one before (an end-of-text token, a
-// limit, the user), it was in vain and is forgotten: it has changed nothing but positions behind the
-// text. Prompts go through the Session's own Step, each piece followed by the same ops.
+// limit, the user), it was in vain and is forgotten: it has changed nothing but positions behind
+// the text. Prompts go through the Session's own Step, each piece followed by the same ops.
 //
 // Depth and width are those of the options at every step, since launches cannot depend on data; how
 // many candidates are verified follows the costs, as everywhere. One sequence.

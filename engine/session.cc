@@ -217,8 +217,8 @@ bool Session::step_resident(ResidentDrafter& drafter) {
     model_.forward(step, kv_, activations_);
     accept_and_keep(step);
   };
-  const ResidentDrafter::Target target{activations_.states, activations_.logits,
-                                       options_.max_nodes, ops};
+  const ResidentDrafter::Target target{activations_.states, activations_.logits, options_.max_nodes,
+                                       ops};
   Step::Sequence& s = step_->sequences[0];
   if (!drafter.follows(text.number, text.tokens.size()))
     drafter.start(target, text.number, text.tokens, s.sampling, cost_.known() ? &cost_ : nullptr);

@@ -34,8 +34,8 @@ class TreeOps {
   // After advance(): what the longest match before each of the text's new tokens would have said.
   virtual void learn_matches(const Step* step, DraftState* state) = 0;
   // After advance(). The text's new tokens and the target's kBranch best of each kept row that has
-  // logits, in the order of the text; then the rows of `head` that hold others are replaced by those
-  // of target_head. head: prepare() of F32 or Q8_0 rows, n_static + kMostDynamic of them.
+  // logits, in the order of the text; then the rows of `head` that hold others are replaced by
+  // those of target_head. head: prepare() of F32 or Q8_0 rows, n_static + kMostDynamic of them.
   virtual void learn_vocabulary(const Step* step, const float* logits, int32_t vocab,
                                 DraftState* state, const Matrix& target_head, Matrix* head) = 0;
 

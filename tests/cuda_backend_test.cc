@@ -293,6 +293,20 @@ TEST(CudaBackend, OpsAreTheCpus) {
       backend.rms_norm(&step, f(x), f(norm), 1e-6f, kHidden, f(y));
       backend.copy_rows(&step, f(y), kHidden, f(x));
     }
+    const auto from_memory = backend.allocate(kRows * sizeof(int32_t));
+    for (int r = 0; r < kRows; ++r)
+      static_cast<int32_t*>(from_memory.get())[r] = (5 * r + 2) % kRows;
+    const auto gathered = floats(kRows * kHidden), joined = floats(2 * kRows * kHidden),
+               sum = floats(kRows * kHidden);
+    backend.gather_rows(&step, static_cast<int32_t*>(from_memory.get()), f(x), kHidden,
+                        f(gathered));
+    backend.join_rows(&step, f(norm), 0.7f, f(x), kHidden, f(joined), f(sum));
+    // The second of two inputs that stand side by side.
+    const auto beside = floats(kRows * kVocab);
+    backend.linear(&step, {.weights = head_weights.get(),
+                           .x = f(joined) + kHidden,
+                           .y = f(beside),
+                           .x_stride = 2 * kHidden});
     backend.linear(&step, {.weights = head_weights.get(),
                            .x = f(x),
                            .y = f(logits),
@@ -313,6 +327,10 @@ TEST(CudaBackend, OpsAreTheCpus) {
                                     {qkv, kRows * (kWidth + 3)},
                                     {attended, kRows * kHeads * kDim},
                                     {y, kRows * kHidden},
+                                    {gathered, kRows * kHidden},
+                                    {joined, 2 * kRows * kHidden},
+                                    {sum, kRows * kHidden},
+                                    {beside, kRows * kVocab},
                                     {logits, kRows * kVocab}})
       all.insert(all.end(), f(memory), f(memory) + n);
     for (int r = 0; r < kRows; ++r) all.push_back(static_cast<float>(step.kept_at[r]));

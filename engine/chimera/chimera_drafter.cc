@@ -21,7 +21,6 @@ constexpr int kMostDepths = DraftState::kMostDepths;
 constexpr int kBranch = DraftState::kBranch;  // candidates taken from one expanded node
 constexpr int kTargetsBest =
     DraftState::kBranch;  // tokens that the target found likely join the dynamic vocabulary
-constexpr int kMinMatch = 1, kMaxMatch = 6;
 
 // Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
 struct Yield {
@@ -39,10 +38,10 @@ class GrowingDrafter final : public ChimeraDrafter {
         sampled_(tensors.config.sampled),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    for (int s = 0; s < n_sequences; ++s)
-      sequences_[static_cast<size_t>(s)].root = model_.root(s);
+    for (int s = 0; s < n_sequences; ++s) sequences_[static_cast<size_t>(s)].root = model_.root(s);
     if (options.ngrams)
-      indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
+      indexes_.assign(static_cast<size_t>(n_sequences),
+                      NgramIndex(kHybridMinMatch, kHybridMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     const auto fixed = model_.vocabulary();
     for (const int32_t id : fixed) known_[static_cast<size_t>(id)] = 1;
@@ -112,8 +111,8 @@ class GrowingDrafter final : public ChimeraDrafter {
         Clock::now() - std::chrono::duration_cast<Clock::duration>(
                            std::chrono::duration<double>(observe_seconds_));
     if (options_.ngrams)
-      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
-                     kMaxMatch, c.sampling.temperature, &tree_);
+      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
+                     kHybridMaxMatch, c.sampling.temperature, &tree_);
     if (ready(c, seq)) grow(c, seq, budget, start);
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
     learn_yields();
@@ -266,8 +265,9 @@ class GrowingDrafter final : public ChimeraDrafter {
     }
   }
   // An n-gram match, the parent's child already, and the draft say two things about one token. The
-  // match holds on its own with `kMatchTrust` of its probability, which knew nothing of the draft; else
-  // the draft's word counts. Returns the share of the parent's probability that is left for that.
+  // match holds on its own with `kMatchTrust` of its probability, which knew nothing of the draft;
+  // else the draft's word counts. Returns the share of the parent's probability that is left for
+  // that.
   float discount_matches(int parent) {
     const float above = tree_.probability_of(parent);
     float left = above;
