@@ -33,6 +33,10 @@ class Session {
  public:
   // Allocates everything it will ever need. Throws Error if an option is out of range.
   Session(const Llama& model, const SessionOptions& options);
+  // Waits for the pass that a resident drafter may have launched ahead.
+  ~Session() {
+    model_.backend().submit(0, [] {});
+  }
 
   // What the constructor will allocate, weights and the backend's scratch apart, and ...
   static MemoryPlan plan(const LlamaConfig& config, const Backend& backend,

@@ -214,6 +214,103 @@ TEST(CudaDraft, TopKOfARow) {
       }
 }
 
+// Depth by depth, with few tokens, so that the draft often says what a match has said, and shares
+// that are often equal; rows, features, trigrams and where they come from.
+TEST(CudaDraft, Growth) {
+  std::mt19937 random(6);
+  int merged = 0;
+  for (const std::string& device : devices())
+    for (int repeat = 0; repeat < 60; ++repeat) {
+      const Descending order(repeat % 2);
+      constexpr int kTokens = 12;
+      Bench b(device, 60, kTokens, kTokens);
+      DraftState& s = *b.state;
+      const int length = 1 + static_cast<int>(random() % 55), depths = 4;
+      s.nodes = 1 + static_cast<int>(random() % 12);
+      s.width = repeat % 5 == 0 ? 25 : 1 + static_cast<int>(random() % 5);
+      s.depth = depths;
+      s.min_match = 1;
+      s.max_match = repeat % 4 == 3 ? 0 : 6;
+      s.length = length;
+      std::vector<int32_t> text;
+      for (int i = 0; i < length; ++i) text.push_back(static_cast<int32_t>(random() % 3));
+      std::copy(text.begin(), text.end(), s.text);
+      for (int i = 0; i < kTokens; ++i) s.vocabulary[i] = (i + 2) % kTokens;
+      b.ops.propose(b.state, b.draft);
+      CandidateTree tree;
+      for (int i = 0; i < s.n_candidates; ++i) tree.add(s.parent[i], s.token[i], s.probability[i]);
+
+      Step& step = b.step();
+      step.sequences[0].committed = length - 1;
+      step.clear();
+      step.n_rows = 1;
+      step.token[0] = text.back();
+      step.begin_sequence(0);
+      std::vector<int> nodes = {CandidateTree::kRoot};
+      int first = 0;
+      for (int depth = 0; depth < depths; ++depth) {
+        s.n_best = repeat % 7 == 0 ? 5 : 8;
+        for (size_t i = 0; i < nodes.size(); ++i) {
+          const int row = first + static_cast<int>(i);
+          std::vector<int32_t> best(kTokens);
+          for (int k = 0; k < kTokens; ++k) best[static_cast<size_t>(k)] = k;
+          std::shuffle(best.begin(), best.end(), random);
+          const float others = tree.discount_matches(nodes[i]),
+                      share = tree.probability_of(nodes[i]) * others;
+          for (int r = 0; r < s.n_best; ++r) {
+            s.best[row][r] = best[static_cast<size_t>(r)];
+            s.share[row][r] = static_cast<float>(8 - r) / 64 * static_cast<float>(1 + random() % 2);
+            const int size = tree.size();
+            tree.add_drafted(nodes[i], s.vocabulary[best[static_cast<size_t>(r)]],
+                             share * s.share[row][r]);
+            merged += tree.size() == size && size < DraftState::kMostCandidates;
+          }
+        }
+        b.ops.grow(depth, b.state, b.draft);
+        SCOPED_TRACE(device + " " + std::to_string(repeat) + " depth " + std::to_string(depth));
+        expect_same(s, tree, 0);
+        if (HasFatalFailure()) return;
+
+        first = step.n_rows;
+        const auto next =
+            depth + 1 < std::min(depths, s.context - length)
+                ? tree.worth_expanding(
+                      depth + 1, s.nodes,
+                      static_cast<size_t>(std::min(s.width, DraftState::kMaxRows - first)))
+                : std::span<const int>();
+        nodes.assign(next.begin(), next.end());
+        for (const int node : nodes) {
+          const int above = tree[node].parent < 0 ? 0 : tree[tree[node].parent].row;
+          const int row = step.add_row(tree[node].token, above == 0 ? -1 : above, false);
+          tree[node].row = row;
+          ASSERT_EQ(s.row[node], row);
+          ASSERT_EQ(s.candidate_of_row[row], node);
+          ASSERT_EQ(b.draft.links->feature[row], above);
+          ASSERT_EQ(b.draft.links->state[row], above);
+          std::vector<int32_t> path;
+          for (int n = node; n >= 0; n = tree[n].parent) path.push_back(tree[n].token);
+          path.insert(path.end(), text.rbegin(), text.rend());
+          path.insert(path.end(), 2, text[0]);  // what is not there repeats the first
+          for (size_t j = 0; j < 3; ++j)
+            ASSERT_EQ(b.draft.trigrams->token[3 * row + static_cast<int>(j)], path[2 - j]);
+        }
+        const Step& rows = *b.draft.rows;
+        ASSERT_EQ(rows.first_new, first);
+        ASSERT_EQ(rows.n_rows, step.n_rows);
+        ASSERT_EQ(rows.sequences[0].n_rows, step.n_rows - 1);
+        ASSERT_EQ(b.draft.features->first_new, first);
+        ASSERT_EQ(b.draft.features->n_rows, step.n_rows);
+        ASSERT_EQ(b.draft.trigrams->first_new, 3 * first);
+        ASSERT_EQ(b.draft.trigrams->n_rows, 3 * step.n_rows);
+        for (int r = first; r < step.n_rows; ++r)
+          for (const auto part :
+               {&Step::token, &Step::parent, &Step::sequence, &Step::position, &Step::slot})
+            ASSERT_EQ((rows.*part)[r], (step.*part)[r]) << r;
+      }
+    }
+  EXPECT_GT(merged, 50) << "matches that the draft had a word about";
+}
+
 // Random trees with many equal probabilities, with costs and without, near the context's end.
 TEST(CudaDraft, Choice) {
   std::mt19937 random(4);

@@ -50,7 +50,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     vocabulary_.assign(fixed.begin(), fixed.end());
     for (auto* v : {&noise_, &noisy_}) v->resize(n_fixed_ + DraftModel::kMaxDynamic);
     order_.reserve(1024);
-    probabilities_.reserve(1024);
   }
   std::string name() const override {
     return !options_.tree.empty() ? "static" : options_.ngrams ? "hybrid" : "chimera";
@@ -250,33 +249,13 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
     const float sum = sum_of_exp(logits, width, largest, scale);
-    const float above = tree_.probability_of(parent), others = discount_matches(parent);
+    const float above = tree_.probability_of(parent), others = tree_.discount_matches(parent);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
       const float p =
           above * others * coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
-      const int32_t token = vocabulary_[static_cast<size_t>(best[i])];
-      int node = tree_.find(parent, token);
-      if (node == CandidateTree::kNone)
-        node = tree_.add(parent, token, p);
-      else
-        tree_.set_probability(node, tree_[node].probability + p);
-      added(i, node);
+      added(i, tree_.add_drafted(parent, vocabulary_[static_cast<size_t>(best[i])], p));
     }
-  }
-  // An n-gram match, the parent's child already, and the draft say two things about one token. The
-  // match holds on its own with `kMatchTrust` of its probability, which knew nothing of the draft;
-  // else the draft's word counts. Returns the share of the parent's probability that is left for
-  // that.
-  float discount_matches(int parent) {
-    const float above = tree_.probability_of(parent);
-    float left = above;
-    for (int i = parent + 1; i < tree_.size(); ++i) {
-      if (tree_[i].parent != parent) continue;
-      tree_.set_probability(i, kMatchTrust * tree_[i].probability);
-      left -= tree_[i].probability;
-    }
-    return above > 0 ? std::max(left / above, 0.0f) : 1.0f;
   }
   void propose(int parent, int depth, const DraftContext& c, const float* logits) {
     propose(
@@ -336,44 +315,30 @@ class GrowingDrafter final : public ChimeraDrafter {
     propose(CandidateTree::kRoot, 0, c, expand_root(c, seq));
     const int depths = std::min({options_.depth, c.max_depth, kMostDepths});
     for (int depth = 1; depth < depths; ++depth) {
-      // Expand the most probable candidates of this depth, as far as the path to them was expanded
-      // and what comes below them can still be among the best.
-      const float least = probability_of_place(budget);
-      order_.clear();
-      for (int i = 0; i < tree_.size(); ++i) {
-        const CandidateTree::Node& node = tree_[i];
-        if (node.depth == depth && node.probability > least &&
-            (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0))
-          order_.push_back(i);
-      }
-      const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width),
-                                     static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
-      if (width == 0) return;
-      std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width),
-                        order_.end(), [this](int a, int b) {
-                          const float x = tree_[a].probability, y = tree_[b].probability;
-                          return x != y ? x > y : a < b;
-                        });
-      order_.resize(width);
-      if (c.cost != nullptr && !pays(c, depth, budget, seconds_since(start))) return;
+      const auto order = tree_.worth_expanding(
+          depth, budget,
+          static_cast<size_t>(std::min(options_.width, DraftModel::kMaxRows - step.n_rows)));
+      if (order.empty()) return;
+      if (c.cost != nullptr && !pays(c, depth, order, budget, seconds_since(start))) return;
       step.first_new = step.n_rows;
-      for (const int i : order_) {
+      for (const int i : order) {
         const int parent = tree_[i].parent;
         tree_[i].row =
             add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, tree_[i].token);
       }
       const float* logits = expand_rows(c, depth, seq);
-      for (size_t i = 0; i < width; ++i)
-        propose(order_[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
+      for (size_t i = 0; i < order.size(); ++i)
+        propose(order[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
   }
 
-  // Whether drafting below the nodes in order_, `depth` below the root, is expected to give more
+  // Whether drafting below the nodes in order, `depth` below the root, is expected to give more
   // tokens for its time than the step gives without it.
-  bool pays(const DraftContext& c, int depth, int budget, double drafting) {
+  bool pays(const DraftContext& c, int depth, std::span<const int> order, int budget,
+            double drafting) {
     tree_.choose(budget, c.max_depth, c.cost, drafting);
     double mass = 0;
-    for (const int i : order_) mass += static_cast<double>(tree_[i].probability);
+    for (const int i : order) mass += static_cast<double>(tree_[i].probability);
     const double seconds = drafting + c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
     if (mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
         depth_seconds_ * tree_.expected_tokens())
@@ -437,16 +402,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     }
   }
 
-  // Of the n-th most probable candidate so far, 0 if there are fewer.
-  float probability_of_place(int n) {
-    if (tree_.size() < n) return 0;
-    probabilities_.clear();
-    for (int i = 0; i < tree_.size(); ++i) probabilities_.push_back(tree_[i].probability);
-    const auto place = probabilities_.begin() + (n - 1);
-    std::nth_element(probabilities_.begin(), place, probabilities_.end(), std::greater<>());
-    return *place;
-  }
-
   ChimeraOptions options_;
   int hidden_;
   DraftCalibration greedy_, sampled_;
@@ -459,7 +414,6 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
   std::vector<int> order_;
-  std::vector<float> probabilities_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
   std::vector<int> static_at_;                      // candidates of the given shape's nodes
   int declined_ = 0;                                // times that pays() said no

@@ -140,7 +140,8 @@ class DraftModel {
   RopeTable rope_;
   float *g_, *g_prev_, *state_, *f_;  // (rows, d)
   float *trigrams_, *hidden_;         // (rows, 3 d), (rows, d)
-  float *new_features_, *roots_;      // (rows, d), (sequences, 3, d)
+  float* new_features_ = nullptr;     // (rows, d); host only
+  float* roots_;                      // (sequences, 3, d)
   float *qkv_, *attended_, *gated_;   // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
   float *x_, *head_in_, *rank_, *z_;  // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
   float* logits_;                     // (rows, static + kMaxDynamic)
