@@ -91,7 +91,7 @@ class Session {
   double plain_seconds() const { return n_plain_ > 0 ? plain_seconds_ / n_plain_ : 0; }
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
-  // states() and taps().
+  // states() and taps(). (Not with a resident drafter, whose next pass is under way.)
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
   const float* taps() const { return activations_.taps; }

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <functional>
 
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
