@@ -137,7 +137,7 @@ $(BUILD)/ladder: $(call objects,$(LADDER)) $(BUILD)/libchimera.a
 # The tests of the kernels again, on the GPU.
 GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc tests/cuda_train_test.cc
 $(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
-                    $(call objects,tests/cuda_backend_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
+                    $(call objects,tests/cuda_backend_test.cc tests/cuda_draft_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
                     $(BUILD)/libchimera.a
 	@echo "  $@"
 	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest

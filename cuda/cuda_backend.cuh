@@ -5,7 +5,9 @@
 // # The Step
 // The engine's Step is memory that the host writes. The kernels read a copy in device memory: the
 // first op of a submit() that names a Step sends it over, and what accept() changed comes back at
-// the end. Ops outside a submit() do both for themselves and wait (debugging, tests).
+// the end. Ops outside a submit() do both for themselves and wait (debugging, tests). A Step of
+// make_device_step() is never copied: ops read it where the ops before them wrote it, and its grids
+// are sized once and for all.
 //
 // # Graphs
 // Key 0 runs the ops as they come, with grids as large as the step. For other keys there is a graph
@@ -13,6 +15,10 @@
 // bucket runs the ops as they come (which loads every kernel), the second captures them, and all
 // further ones replay the graph without running `ops` at all: what varies must be in the Step.
 // Grids fit the largest step of the bucket, and the longest context; blocks without work return.
+//
+// A list over device Steps alone has one graph. Two of its launches may be under way: launch()
+// marks the stream with an event that wait() waits for, so the host is told of a step while the
+// next one runs, and the device never waits for the host.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +34,10 @@
 #include "cuda/accept.cuh"
 #include "cuda/attention.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/tree.cuh"
 #include "engine/backend.h"
 #include "engine/error.h"
+#include "engine/tree_ops.h"
 
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
@@ -50,7 +58,7 @@ class CudaMatrix final : public Matrix {
   bool needs_f32 = false, needs_f16 = false, needs_bf16 = false;
 };
 
-class CudaBackend final : public Backend {
+class CudaBackend final : public Backend, public TreeOps {
  public:
   CudaBackend(std::string isa, std::string description, bool eager)
       : isa_(std::move(isa)),
@@ -58,9 +66,12 @@ class CudaBackend final : public Backend {
         eager_(eager),
         stream_(make_stream()) {
     steps_.reserve(16);
+    for (Event& event : events_) event = make_event();
   }
   ~CudaBackend() override {
+    synchronize(stream_);
     clear_graphs();
+    for (const Event& event : events_) free_event(event);
     free_stream(stream_);
   }
   CudaBackend(const CudaBackend&) = delete;
@@ -73,13 +84,25 @@ class CudaBackend final : public Backend {
 
   // ---- memory ----
 
-  std::shared_ptr<void> allocate(size_t bytes) override {
-    return {allocate_managed(std::max<size_t>(bytes, 64)), [](void* p) { free_device(p); }};
+  std::shared_ptr<void> allocate(size_t bytes, Memory memory) override {
+    bytes = std::max<size_t>(bytes, 64);
+    if (memory == Memory::kHost) return {allocate_pinned(bytes), [](void* p) { free_pinned(p); }};
+    return {memory == Memory::kDevice ? allocate_device(bytes) : allocate_managed(bytes),
+            [](void* p) { free_device(p); }};
   }
   std::shared_ptr<Step> make_step(int n_sequences) override {
     auto* step = static_cast<Step*>(allocate_pinned(sizeof(Step)));
     step->n_sequences = n_sequences;
     return {step, [](Step* p) { free_pinned(p); }};
+  }
+  std::shared_ptr<Step> make_device_step(int n_sequences, int max_rows) override {
+    auto* step = static_cast<Step*>(allocate_device(sizeof(Step)));
+    upload(&step->n_sequences, &n_sequences, sizeof n_sequences);
+    (*device_steps_)[step] = {step, step, max_rows, max_rows, n_sequences, false, true};
+    return {step, [known = device_steps_](Step* p) {
+              known->erase(p);
+              free_device(p);
+            }};
   }
   void upload(void* device, const void* host, size_t bytes) override {
     copy(stream_, device, host, bytes);
@@ -156,6 +179,7 @@ class CudaBackend final : public Backend {
         rows * static_cast<size_t>(partials_a_token_) * 4,                  // products
         rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,       // attention
         static_cast<size_t>(counters_) * 4};
+    synchronize(stream_);
     reserved_ = 0;
     std::array<size_t, 6> at;
     for (size_t i = 0; i < sizes.size(); ++i) {
@@ -178,34 +202,16 @@ class CudaBackend final : public Backend {
   // ---- running ----
 
   void submit(uint64_t key, FunctionRef<void()> ops) override {
-    if (key == 0 || eager_) return run(ops);
-    std::vector<Recorded>& known = recorded_[key];
-    bucketed_ = true;
-    try {
-      const auto r = std::find_if(known.begin(), known.end(),
-                                  [this](const Recorded& r) { return fits(r.steps); });
-      if (r == known.end()) {
-        run(ops);
-        known.push_back({last_steps_});
-      } else {
-        if (!r->captured) {
-          begin_capture(stream_);
-          capturing_ = true;
-          run(ops);
-          capturing_ = false;
-          r->graph = end_capture(stream_);
-          r->captured = true;
-        }
-        replay(stream_, r->graph);
-        synchronize(stream_);
-      }
-    } catch (...) {
-      if (capturing_) abandon_capture(stream_);
-      capturing_ = bucketed_ = submitted_ = false;
-      steps_.clear();
-      throw;
-    }
-    bucketed_ = false;
+    start(key, ops);
+    synchronize(stream_);
+  }
+  uint64_t launch(uint64_t key, FunctionRef<void()> ops) override {
+    start(key, ops);
+    record(events_[++launched_ % kMostTickets], stream_);
+    return launched_;
+  }
+  void wait(uint64_t ticket) override {
+    if (ticket > 0) cuda::wait(events_[ticket % kMostTickets]);
   }
 
   void on_host(FunctionRef<void()> op) override {
@@ -219,6 +225,8 @@ class CudaBackend final : public Backend {
     submitted_ = submitted;
     bucketed_ = bucketed;
   }
+
+  TreeOps* tree_ops() override { return this; }
 
   // ---- ops ----
 
@@ -249,7 +257,7 @@ class CudaBackend final : public Backend {
       prepare_input(stream_,
                     {s.device, l.rows, l.input, l.x, l.norm_weight, l.eps, w.cols,
                      w.needs_f32 ? f32_ : nullptr, w.needs_f16 ? f16_ : nullptr,
-                     w.needs_bf16 ? bf16_ : nullptr},
+                     w.needs_bf16 ? bf16_ : nullptr, l.x_stride},
                     tokens);
       for (size_t i = 0; i < w.segments.size();) {
         const DType type = w.segments[i].type;
@@ -291,7 +299,7 @@ class CudaBackend final : public Backend {
         throw Error("attention of " + std::to_string(s.max_rows) + " rows",
                     "at most " + std::to_string(scratch_rows_) + ", as reserved", "more");
       int chunks = max_chunks_;
-      if (!bucketed_) {
+      if (!bucketed_ && !s.on_device) {
         chunks = 1;  // no row sees further than all its sequence's rows in a chain
         for (int i = 0; i < step->n_sequences; ++i)
           if (const Step::Sequence& q = step->sequences[i]; q.n_rows > 0)
@@ -309,9 +317,22 @@ class CudaBackend final : public Backend {
     });
   }
 
+  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
+                   float* y) override {
+    op(step, [&](const Sight& s) {
+      cuda::gather_rows(stream_, {s.device, from, x, width, y}, s.max_rows);
+    });
+  }
+  void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
+                 float* joined, float* sum) override {
+    op(step, [&](const Sight& s) {
+      cuda::join_rows(stream_, {s.device, h, scale, f, width, joined, sum}, s.max_rows);
+    });
+  }
+
   void accept(Step* step, const float* logits, int32_t vocab) override {
     op(step, [&](Sight& s) {
-      s.written = true;
+      s.written = !s.on_device;
       cuda::accept(stream_, {s.device, logits, vocab}, s.n_sequences);
     });
   }
@@ -328,13 +349,51 @@ class CudaBackend final : public Backend {
     });
   }
 
+  // ---- tree_ops.h ----
+
+  void advance(const Step* step, DraftState* state, const DraftPass& draft) override {
+    op(step, [&](const Sight& s) { cuda::advance(stream_, {s.device, state, draft}); });
+  }
+  void learn_matches(const Step* step, DraftState* state) override {
+    op(step, [&](const Sight& s) { cuda::learn_matches(stream_, {s.device, state}, s.max_rows); });
+  }
+  void learn_vocabulary(const Step* step, const float* logits, int32_t vocab, DraftState* state,
+                        const Matrix& target_head, Matrix* head) override {
+    const CudaMatrix::Segment &from = cast(target_head).segments.front(),
+                              &to = cast(*head).segments.front();
+    if (to.type != DType::kF32 && to.type != DType::kQ8_0)
+      throw Error("a draft's head", "F32 or Q8_0", dtype_info(to.type).name);
+    op(step, [&](const Sight& s) {
+      cuda::learn_vocabulary(stream_,
+                             {s.device, logits, vocab, state, from.type, to.type, tape(from),
+                              static_cast<std::byte*>(to.tape.get()), head->cols},
+                             s.max_rows);
+    });
+  }
+  void propose(DraftState* state, const DraftPass& draft) override {
+    free_op([&] { cuda::propose(stream_, {state, draft}); });
+  }
+  void top_k(const DraftPass& draft, const float* logits, int64_t stride, int depth,
+             DraftState* state) override {
+    op(draft.rows, [&](const Sight& s) {
+      cuda::top_k(stream_, {s.device, logits, stride, depth, state}, s.max_rows);
+    });
+  }
+  void grow(int depth, DraftState* state, const DraftPass& draft) override {
+    free_op([&] { cuda::grow(stream_, {depth, state, draft}); });
+  }
+  void choose(DraftState* state, Step* step) override {
+    free_op([&] { cuda::choose(stream_, {state, step}); });
+  }
+
  private:
   // A Step that ops of the current submit() have named: its copy, and what the grids are sized for.
   struct Sight {
     const Step* host;
     Step* device;
     int max_rows, max_logits, n_sequences;
-    bool written = false;  // by the device
+    bool written = false;    // by the device
+    bool on_device = false;  // one of make_device_step(): `host` is no memory of the host
   };
   // A list of ops for one bucket.
   struct Recorded {
@@ -374,9 +433,40 @@ class CudaBackend final : public Backend {
   }
   bool fits(const std::vector<Sight>& steps) const {
     return std::all_of(steps.begin(), steps.end(), [this](const Sight& s) {
-      return bucket(s.host->n_rows - s.host->first_new) == s.max_rows &&
-             s.host->n_sequences <= s.n_sequences;
+      return s.on_device || (bucket(s.host->n_rows - s.host->first_new) == s.max_rows &&
+                             s.host->n_sequences <= s.n_sequences);
     });
+  }
+
+  // submit(), but a graph may still be running afterwards.
+  void start(uint64_t key, FunctionRef<void()> ops) {
+    if (key == 0 || eager_) return run(ops);
+    std::vector<Recorded>& known = recorded_[key];
+    bucketed_ = true;
+    try {
+      const auto r = std::find_if(known.begin(), known.end(),
+                                  [this](const Recorded& r) { return fits(r.steps); });
+      if (r == known.end()) {
+        run(ops);
+        known.push_back({last_steps_});
+      } else {
+        if (!r->captured) {
+          begin_capture(stream_);
+          capturing_ = true;
+          run(ops);
+          capturing_ = false;
+          r->graph = end_capture(stream_);
+          r->captured = true;
+        }
+        replay(stream_, r->graph);
+      }
+    } catch (...) {
+      if (capturing_) abandon_capture(stream_);
+      capturing_ = bucketed_ = submitted_ = false;
+      steps_.clear();
+      throw;
+    }
+    bucketed_ = false;
   }
 
   void run(FunctionRef<void()> ops) {
@@ -407,9 +497,20 @@ class CudaBackend final : public Backend {
     if (!submitted_) finish();
   }
 
+  // Ops whose Steps are all the device's, and whose grids are the same for any.
+  template <typename F>
+  void free_op(const F& f) {
+    f();
+    if (!submitted_) finish();
+  }
+
   Sight& sight(const Step* step) {
     for (Sight& s : steps_)
       if (s.host == step) return s;
+    if (const auto it = device_steps_->find(step); it != device_steps_->end()) {
+      steps_.push_back(it->second);
+      return steps_.back();
+    }
     DeviceMemory& memory = mirrors_[step];
     if (!memory) memory.reset(allocate_device(sizeof(Step)));
     auto* device = static_cast<Step*>(memory.get());
@@ -440,6 +541,11 @@ class CudaBackend final : public Backend {
   uint32_t* product_counters_ = nullptr;
 
   std::map<const Step*, DeviceMemory> mirrors_;
+  // Those of make_device_step(); a Step may be freed after the backend.
+  std::shared_ptr<std::map<const Step*, Sight>> device_steps_ =
+      std::make_shared<std::map<const Step*, Sight>>();
+  std::array<Event, kMostTickets> events_;
+  uint64_t launched_ = 0;
   std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
   std::map<uint64_t, std::vector<Recorded>> recorded_;
   bool submitted_ = false, capturing_ = false, bucketed_ = false;

@@ -78,6 +78,7 @@ struct InputParams {
   float* f32;      // (tokens, cols)
   std::byte* f16;  // fragments
   std::byte* bf16;
+  int64_t x_stride = 0;  // floats; 0: as wide as the input says
 };
 
 // The scale of an RMS norm: 1 / sqrt(mean of squares + eps). x: (n) in shared memory. Its sum is 16
@@ -108,7 +109,8 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
   if (token >= n_tokens(p.step, p.rows)) return;
   const int64_t row = p.rows == Rows::kAll ? p.step->first_new + token : p.step->logits_row[token];
   const int64_t n = p.cols;
-  const float* x = p.x + row * (p.input == Linear::Input::kSwiGlu ? 2 * n : n);
+  const int64_t width = p.input == Linear::Input::kSwiGlu ? 2 * n : n;
+  const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : width);
   auto* result = reinterpret_cast<float*>(shared_memory());
   float* staged = result + 4;
   float scale = 1.0f;

@@ -132,6 +132,50 @@ inline void copy_rows(Stream stream, const CopyRowsParams& p, int max_rows) {
   launch("copy_rows", copy_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
 }
 
+// y[r] = x[from[r]]
+struct GatherRowsParams {
+  const Step* step;
+  const int32_t* from;  // (rows)
+  const float* x;       // (rows, width)
+  int64_t width;
+  float* y;  // (rows, width)
+};
+KERNEL(kRowThreads, 1) void gather_rows_kernel(GatherRowsParams p) {
+  wait_for_previous();
+  const int row = p.step->first_new + block_x();
+  if (row >= p.step->n_rows) return;
+  const float* x = p.x + p.from[row] * p.width;
+  for (int64_t i = thread_index(); i < p.width; i += block_threads()) p.y[row * p.width + i] = x[i];
+}
+inline void gather_rows(Stream stream, const GatherRowsParams& p, int max_rows) {
+  launch("gather_rows", gather_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
+}
+
+// joined[r] = [h; f[r]], sum[r] = scale * h + f[r]
+struct JoinRowsParams {
+  const Step* step;
+  const float* h;  // (width)
+  float scale;
+  const float* f;  // (rows, width)
+  int64_t width;
+  float* joined;  // (rows, 2 width)
+  float* sum;     // (rows, width)
+};
+KERNEL(kRowThreads, 1) void join_rows_kernel(JoinRowsParams p) {
+  wait_for_previous();
+  const int64_t row = p.step->first_new + block_x();
+  if (row >= p.step->n_rows) return;
+  for (int64_t i = thread_index(); i < p.width; i += block_threads()) {
+    const float h = p.h[i], f = p.f[row * p.width + i];
+    p.joined[2 * row * p.width + i] = h;
+    p.joined[(2 * row + 1) * p.width + i] = f;
+    p.sum[row * p.width + i] = p.scale * h + f;
+  }
+}
+inline void join_rows(Stream stream, const JoinRowsParams& p, int max_rows) {
+  launch("join_rows", join_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
+}
+
 // Moves kept keys and values to their positions. A thread owns coordinates of one head of one layer
 // and takes the rows in order, parents first, so that no row lands on one that is still to move.
 struct KeepParams {

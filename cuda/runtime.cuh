@@ -103,6 +103,17 @@ inline Stream make_stream() {
 }
 inline void free_stream(Stream stream) { cudaStreamDestroy(stream); }
 
+// A place in a stream that can be waited for.
+using Event = cudaEvent_t;
+inline Event make_event() {
+  Event event;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+  return event;
+}
+inline void free_event(Event event) { cudaEventDestroy(event); }
+inline void record(Event event, Stream stream) { check(cudaEventRecord(event, stream), "event"); }
+inline void wait(Event event) { check(cudaEventSynchronize(event), "a step"); }
+
 inline void begin_capture(Stream stream) {
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
 }
@@ -182,6 +193,12 @@ inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
 inline void synchronize(Stream /*stream*/) {}
 inline Stream make_stream() { return new StreamState; }
 inline void free_stream(Stream stream) { delete stream; }
+
+struct Event {};
+inline Event make_event() { return {}; }
+inline void free_event(Event /*event*/) {}
+inline void record(Event /*event*/, Stream /*stream*/) {}
+inline void wait(Event /*event*/) {}
 
 inline void begin_capture(Stream stream) { stream->capturing = true; }
 inline Graph end_capture(Stream stream) {

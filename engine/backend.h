@@ -1,7 +1,7 @@
 // What a backend does: the ops that a step is made of, over buffers of fixed capacity.
 //
 // # How a step runs
-//   draft    a drafter writes a tree of candidates into the Step             (drafter.h)
+//   draft    a drafter writes a tree of candidates into the Step   (drafter.h, tree_ops.h)
 //   forward  embed, then for every layer norm + qkv product, RoPE + append, attention, output
 //            product, norm + gate/up product, SwiGLU + down product; norm; head     (llama.h)
 //   accept   sample along the tree as far as it agrees; says which rows are kept
@@ -13,11 +13,11 @@
 // (Acceptance is an op for that reason.) Ops that only the host can do go through on_host(), which
 // is where such a graph would have to be cut.
 //
-// # What comes later, and where it goes
-//   Chimera draft   the same linear(), rms_norm() and attention() over its own rows, cache and
-//                   states; a restricted head is a linear() over gathered rows; plus top-k and tree
-//                   growth as new ops. It reads the states that forward() leaves.
-//   many sequences  a Step holds rows of any number of sequences; ops already work that way.
+// Drafting is ops as well where the backend has them (tree_ops()). Then one list is {forward,
+// accept, keep, draft the next tree} over a Step that the host never sees (make_device_step()), and
+// launch() does not wait: the host reads a step's tokens while the next one runs
+// (resident_drafter.h). Where it has not, as on the CPU, the host's drafters grow the trees and run
+// the draft model's ops themselves, depth by depth.
 //
 // # The promise
 // A row's results are the same bits whatever else is in the step: see "The arithmetic contract" in
@@ -81,6 +81,7 @@ struct Linear {
   const float* x = nullptr;
   float* y = nullptr;    // (rows, n), rows y_stride floats apart
   int64_t y_stride = 0;  // 0: n
+  int64_t x_stride = 0;  // of x likewise; 0: as wide as the input says
   Input input = Input::kPlain;
   const float* norm_weight = nullptr;
   float eps = 0;
@@ -101,6 +102,15 @@ struct Heads {
   int rope_kv_heads = -1;
 };
 
+// Whose memory it is.
+enum class Memory : uint8_t {
+  kShared,  // the host's and the device's: either may touch what the other does not touch just then
+  kDevice,  // ops alone read and write it; the host puts things there with upload()
+  kHost,    // the host's; ops write small results there, which wait() makes visible
+};
+
+class TreeOps;
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -111,10 +121,15 @@ class Backend {
 
   // ---- memory ----
   // Zeroed, aligned to 64 bytes. Throws Error if there is not enough.
-  virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
+  virtual std::shared_ptr<void> allocate(size_t bytes, Memory memory = Memory::kShared) = 0;
   // A Step without rows, in memory that the host reads and writes as its own. (A Step in memory
   // from allocate() works too, but slower.)
   virtual std::shared_ptr<Step> make_step(int n_sequences) = 0;
+  // A Step without rows that only ops read and write, of which a pass works on at most max_rows:
+  // nothing of it goes to the device or back, and whatever it holds, the ops are launched alike.
+  virtual std::shared_ptr<Step> make_device_step(int n_sequences, int /*max_rows*/) {
+    return make_step(n_sequences);
+  }
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
   // for this machine. consumed, or nullptr: told of bytes of the views as soon as they are not
@@ -140,6 +155,21 @@ class Backend {
   // Step that a list is about is a good key. 0: any list, run as it comes.
   virtual void submit(uint64_t key, FunctionRef<void()> ops) = 0;
   virtual void on_host(FunctionRef<void()> op) = 0;
+  // The same for a list whose Steps are all the device's, without waiting for it: what it writes to
+  // Memory::kHost can be read after wait(ticket). Lists run in the order of their launches; at most
+  // kMostTickets are not waited for. On a backend without a device the list has run.
+  static constexpr int kMostTickets = 4;
+  virtual uint64_t launch(uint64_t key, FunctionRef<void()> ops) {
+    submit(key, ops);
+    return 0;
+  }
+  virtual void wait(uint64_t /*ticket*/) {}
+  // A key that no other list has: for lists that no Step's address stands for.
+  uint64_t new_key() { return ++last_key_; }
+
+  // Ops that grow candidate trees in the device's memory (tree_ops.h); nullptr: here the host grows
+  // them.
+  virtual TreeOps* tree_ops() { return nullptr; }
 
   // ---- ops ----
   // out[r] = row token[r] of the table, dequantised.
@@ -157,6 +187,14 @@ class Backend {
                          int layer, float* out) = 0;
   // Copies the live rows; width floats each.
   virtual void copy_rows(const Step* step, const float* x, int64_t width, float* y) = 0;
+  // y[r] = x[from[r]]; width floats each. x and y may be the same if no row is both read and
+  // written.
+  virtual void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
+                           float* y) = 0;
+  // What the residual heads of a draft model read, of every row f[r] and of one row h: joined[r] =
+  // [h; f[r]], (rows, 2 width), and sum[r] = scale * h + f[r], two roundings.
+  virtual void join_rows(const Step* step, const float* h, float scale, const float* f,
+                         int64_t width, float* joined, float* sum) = 0;
   // For every sequence with a root: t = sample(logits of the root); while the current node has a
   // child with token t, go there and sample again. Keeps the root's ancestors and the nodes walked;
   // writes kept_at, n_kept, next; advances committed. Sequences without a root keep all their rows.
@@ -165,6 +203,9 @@ class Backend {
   virtual void keep(const Step* step, const KvCache& kv) = 0;
   // After accept(): moves the kept rows of a sequence to its first rows, in order.
   virtual void keep_rows(const Step* step, int64_t width, float* x) = 0;
+
+ private:
+  uint64_t last_key_ = 0;
 };
 
 struct BackendOptions {

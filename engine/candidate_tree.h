@@ -10,10 +10,12 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <span>
 #include <vector>
 
 #include "engine/cost_curve.h"
+#include "engine/ngram_match.h"
 #include "engine/step.h"
 
 namespace chimera {
@@ -25,7 +27,7 @@ class CandidateTree {
     int parent;         // index of a node, kRoot: child of the root
     int depth;          // 1: child of the root
     float probability;  // of the path to it; never more than its parent's
-    int row = -1;       // for the drafter's use
+    int row = -1;       // of the draft's step, -1: not expanded
   };
   static constexpr int kRoot = -1, kNone = -2;
 
@@ -33,6 +35,8 @@ class CandidateTree {
     nodes_.reserve(kMostNodes);
     chosen_.reserve(kMostNodes);
     row_of_.reserve(kMostNodes);
+    order_.reserve(kMostNodes);
+    probabilities_.reserve(kMostNodes);
   }
 
   void clear() {
@@ -93,16 +97,55 @@ class CandidateTree {
     return std::max(left, 0.0f);
   }
 
+  // An n-gram match, the parent's child already, and the draft say two things about one token. The
+  // match holds on its own with kMatchTrust of its probability, which knew nothing of the draft;
+  // else the draft's word counts. Returns the share of the parent's probability that is left for
+  // that. To be called once, before ...
+  float discount_matches(int parent) {
+    const float above = probability_of(parent);
+    float left = above;
+    for (int i = parent + 1; i < size(); ++i) {
+      if ((*this)[i].parent != parent) continue;
+      set_probability(i, kMatchTrust * (*this)[i].probability);
+      left -= (*this)[i].probability;
+    }
+    return above > 0 ? std::max(left / above, 0.0f) : 1.0f;
+  }
+  // ... the draft's children of that parent are added, to a match of the same token if there is
+  // one.
+  int add_drafted(int parent, int32_t token, float probability) {
+    const int node = find(parent, token);
+    if (node == kNone) return add(parent, token, probability);
+    set_probability(node, (*this)[node].probability + probability);
+    return node;
+  }
+
+  // The most probable candidates of a depth, `width` at most, as far as the path to them was
+  // expanded and what comes below them can still be among the best `budget`. Valid until the next
+  // call.
+  std::span<const int> worth_expanding(int depth, int budget, size_t width) {
+    const float least = probability_of_place(budget);
+    order_.clear();
+    for (int i = 0; i < size(); ++i) {
+      const Node& node = (*this)[i];
+      if (node.depth == depth && node.probability > least &&
+          (node.parent == kRoot || (*this)[node.parent].row >= 0))
+        order_.push_back(i);
+    }
+    width = std::min(width, order_.size());
+    std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width),
+                      order_.end(), [this](int a, int b) { return before(a, b); });
+    order_.resize(width);
+    return order_;
+  }
+
   // Chooses the candidates to verify, as many as fit into max_nodes where cost is nullptr.
   // drafting: seconds spent on these candidates.
   void choose(int max_nodes, int max_depth, const CostCurve* cost, double drafting) {
     chosen_.clear();
     for (int i = 0; i < size(); ++i)
       if ((*this)[i].depth <= max_depth) chosen_.push_back(i);
-    std::sort(chosen_.begin(), chosen_.end(), [this](int a, int b) {  // parents before children
-      const Node &x = (*this)[a], &y = (*this)[b];
-      return x.probability != y.probability ? x.probability > y.probability : a < b;
-    });
+    std::sort(chosen_.begin(), chosen_.end(), [this](int a, int b) { return before(a, b); });
     if (chosen_.size() > static_cast<size_t>(max_nodes))
       chosen_.resize(static_cast<size_t>(max_nodes));
     if (cost != nullptr && cost->known()) chosen_.resize(worthwhile(*cost, drafting));
@@ -131,6 +174,21 @@ class CandidateTree {
  private:
   static constexpr int kMostNodes = 1024;
 
+  bool before(int a, int b) const {  // so parents before children
+    const float x = (*this)[a].probability, y = (*this)[b].probability;
+    return x != y ? x > y : a < b;
+  }
+
+  // Of the n-th most probable candidate so far, 0 if there are fewer.
+  float probability_of_place(int n) {
+    if (size() < n) return 0;
+    probabilities_.clear();
+    for (const Node& node : nodes_) probabilities_.push_back(node.probability);
+    const auto place = probabilities_.begin() + (n - 1);
+    std::nth_element(probabilities_.begin(), place, probabilities_.end(), std::greater<>());
+    return *place;
+  }
+
   size_t worthwhile(const CostCurve& cost, double drafting) const {
     double tokens = 1, best = 1 / (drafting + cost.seconds(1));
     size_t n = 0;
@@ -146,7 +204,8 @@ class CandidateTree {
   }
 
   std::vector<Node> nodes_;
-  std::vector<int> chosen_, row_of_;
+  std::vector<int> chosen_, row_of_, order_;
+  std::vector<float> probabilities_;
 };
 
 }  // namespace chimera

@@ -40,6 +40,8 @@ struct KeptRows {
   int32_t vocab;
 };
 
+class ResidentDrafter;
+
 class Drafter {
  public:
   virtual ~Drafter() = default;
@@ -49,6 +51,8 @@ class Drafter {
   virtual void draft(const DraftContext& context, Step* step) = 0;
   // Called after every step, prompt's included, for each sequence that kept rows.
   virtual void observe(const KeptRows& /*kept*/) {}
+  // Not nullptr: it drafts on the device, and has no use for the above (resident_drafter.h).
+  virtual ResidentDrafter* resident() { return nullptr; }
 };
 
 class CandidateTree;

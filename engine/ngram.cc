@@ -20,26 +20,19 @@ class NgramDrafter final : public TreeDrafter {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
                    options_.max_match, c.sampling.temperature, &tree_);
-    for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust();
+    for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust_.share();
     tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
-    for (const int i : tree_.chosen()) expected_ += tree_[i].probability;
+    for (const int i : tree_.chosen()) trust_.expected += tree_[i].probability;
     return tree_;
   }
 
   void observe(const KeptRows& kept) override {
     if (kept.step->sequences[kept.sequence].root < 0) return;  // a piece of the prompt
-    accepted_ = kMemory * (accepted_ + static_cast<float>(kept.n_kept - 1));
-    expected_ *= kMemory;
+    trust_.observe(kept.n_kept - 1);
   }
 
  private:
-  // The probabilities were measured on one model's answers. Elsewhere candidates are worth what
-  // came of them lately: tokens accepted for each one expected. Where that is so little that none
-  // are tried, it is forgotten step by step, and some are tried again.
-  float trust() const { return std::min(1.0f, (accepted_ + kPrior) / (expected_ + kPrior)); }
-  static constexpr float kMemory = 0.98f, kPrior = 2.0f;
-  float accepted_ = 0, expected_ = 0;
-
+  MatchTrust trust_;
   NgramOptions options_;
   std::vector<NgramIndex> indexes_;
   CandidateTree tree_;

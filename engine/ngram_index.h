@@ -16,11 +16,9 @@
 #include <vector>
 
 #include "engine/candidate_tree.h"
+#include "engine/ngram_match.h"
 
 namespace chimera {
-
-inline constexpr int kMatchesPerLength =
-    16;  // older occurrences looked at; a text of one token has many
 
 class NgramIndex {
  public:
@@ -54,17 +52,10 @@ class NgramIndex {
     }
   }
 
-  // That the token after the newest match of n tokens follows again, if no longer match is there.
-  // temperature: of the target's sampling.
+  // match_probability() in this text.
   float probability(int n, float temperature) const {
-    // Measured on 600 answers of SmolLM2-135M-Instruct (130,000 positions), and the weight that
-    // they deserve against the text's own.
-    static constexpr float kGreedy[kLongest + 1] = {0, .23f, .55f, .67f, .70f, .75f, .90f};
-    static constexpr float kSampled[kLongest + 1] = {0, .14f, .36f, .45f, .51f, .61f, .70f};
-    constexpr float kWeight = 16;
-    const auto i = static_cast<size_t>(std::min(n, kLongest));
-    const float usual = kGreedy[i] + (kSampled[i] - kGreedy[i]) * std::min(temperature, 1.0f);
-    return (kWeight * usual + came_true_[i]) / (kWeight + matched_[i]);
+    const auto i = static_cast<size_t>(std::min(n, kLongestMatch));
+    return match_probability(n, temperature, matched_[i], came_true_[i]);
   }
 
   // Calls found(position) for earlier positions whose last n tokens are the text's last n, newest
@@ -90,15 +81,13 @@ class NgramIndex {
     return static_cast<size_t>(n - min_) * (mask_ + 1) + ((h >> 32) & mask_);
   }
 
-  static constexpr int kLongest = 6;  // longer matches are as good as these
-
   // What the longest match before the token after position indexed_ would have proposed.
   void learn(std::span<const int32_t> tokens) {
     const auto before = tokens.first(indexed_ + 1);
     bool found = false;
     for (int n = max_; n >= min_ && !found; --n)
       matches(before, n, [&](size_t position) {
-        const auto i = static_cast<size_t>(std::min(n, kLongest));
+        const auto i = static_cast<size_t>(std::min(n, kLongestMatch));
         matched_[i] += 1;
         came_true_[i] += tokens[position + 1] == tokens[indexed_ + 1] ? 1.0f : 0.0f;
         found = true;
@@ -111,29 +100,29 @@ class NgramIndex {
   size_t mask_, stride_, indexed_ = 0;
   std::vector<int32_t> head_;                                // (lengths, buckets)
   std::vector<int32_t> previous_;                            // (lengths, context)
-  std::array<float, kLongest + 1> matched_{}, came_true_{};  // by length: tokens of this text
+  std::array<float, kLongestMatch + 1> matched_{}, came_true_{};  // by length: tokens of this text
 };
 
 // Proposes what followed the newest occurrences of the text's last tokens, longest match first.
 inline void propose_ngrams(NgramIndex& index, int64_t text, std::span<const int32_t> tokens,
                            int min_match, int max_match, float temperature, CandidateTree* tree) {
-  constexpr int kDepth = 12, kContinuations = 3;
-  constexpr float kOlder = 0.6f;  // an older occurrence to the newest, where the newest fails
   index.update(text, tokens);
   int continuations = 0;
   for (int n = max_match; n >= min_match && continuations < kContinuations; --n)
     index.matches(tokens, n, [&](size_t position) {
       const int before = tree->size();
       int node = CandidateTree::kRoot;
-      for (int i = 0; i < kDepth && position + 1 + static_cast<size_t>(i) < tokens.size(); ++i) {
+      for (int i = 0; i < kMatchDepth && position + 1 + static_cast<size_t>(i) < tokens.size();
+           ++i) {
         const int32_t token = tokens[position + 1 + static_cast<size_t>(i)];
         int next = tree->find(node, token);
         if (next == CandidateTree::kNone) {
           // Where it parts from newer ones, it counts as far as they fail.
           const float left = tree->left_below(node);
           const bool parts = left < tree->probability_of(node);
-          next = tree->add(node, token,
-                           left * (parts ? kOlder : 1.0f) * index.probability(n + i, temperature));
+          next = tree->add(
+              node, token,
+              left * (parts ? kOlderMatch : 1.0f) * index.probability(n + i, temperature));
         }
         if (next == CandidateTree::kNone) break;
         node = next;

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "engine/error.h"
+#include "engine/resident_drafter.h"
 #include "engine/rope.h"
 
 namespace chimera {
@@ -134,11 +135,11 @@ int Session::pending(int sequence) const {
   return static_cast<int>(text.tokens.size()) - step_->sequences[sequence].committed;
 }
 
-void Session::fill_step(Drafter* drafter) {
+void Session::fill_step(Drafter* drafter, int most_rows) {
   step_->clear();
   // Rows for prompts: what the sequences that decode leave over. There is always some, since
   // every sequence brings room for a root and its candidates.
-  int room = max_rows_;
+  int room = most_rows;
   for (int s = 0; s < options_.n_sequences; ++s)
     if (pending(s) == 1) room -= options_.max_nodes + 1;
   for (int s = 0; s < options_.n_sequences; ++s) {
@@ -174,9 +175,11 @@ void Session::pass() {
 }
 
 bool Session::step(Drafter* drafter) {
+  if (drafter != nullptr && drafter->resident() != nullptr)
+    return step_resident(*drafter->resident());
   // Trees are sized by what they cost beside a plain step, and so one is taken now and then.
   const bool plain = drafter != nullptr && cost_.known() && until_plain_ <= 0;
-  fill_step(plain ? nullptr : drafter);
+  fill_step(plain ? nullptr : drafter, max_rows_);
   if (step_->n_rows == 0) return false;
   const auto start = std::chrono::steady_clock::now();
   pass();
@@ -199,6 +202,36 @@ bool Session::step(Drafter* drafter) {
                         texts_[static_cast<size_t>(s)].tokens, seq.n_kept, seq.committed,
                         activations_.states + int64_t{seq.first_row} * model_.config().hidden_size,
                         step_, activations_.logits, model_.config().vocab_size});
+  }
+  return true;
+}
+
+bool Session::step_resident(ResidentDrafter& drafter) {
+  if (options_.n_sequences != 1 || instead_)
+    throw Error("drafter " + drafter.name() + " on the device",
+                "one sequence, and a text that is sampled", "others");
+  Text& text = texts_[0];
+  text.emitted = text.drafted = 0;
+  if (pending(0) == 0) return false;
+  const auto ops = [this](Step* step) {
+    model_.forward(step, kv_, activations_);
+    accept_and_keep(step);
+  };
+  const ResidentDrafter::Target target{activations_.states, activations_.logits, options_.max_nodes,
+                                       ops};
+  Step::Sequence& s = step_->sequences[0];
+  if (!drafter.follows(text.number, text.tokens.size()))
+    drafter.start(target, text.number, text.tokens, s.sampling, cost_.known() ? &cost_ : nullptr);
+  if (drafter.ahead()) {
+    const PassResult& pass = drafter.advance(target);
+    text.tokens.insert(text.tokens.end(), pass.token, pass.token + pass.emitted);
+    text.emitted = pass.emitted;
+    text.drafted = pass.drafted;
+    s.committed = static_cast<int32_t>(text.tokens.size()) - 1;
+  } else {
+    fill_step(nullptr, std::min(max_rows_, drafter.most_rows()));
+    drafter.run(target, step_);
+    read_back(0);
   }
   return true;
 }
@@ -233,14 +266,14 @@ void Session::measure_cost() {
   }
 }
 
-void Session::accept_and_keep() {
+void Session::accept_and_keep(Step* step) {
   Backend& backend = model_.backend();
   const LlamaConfig& c = model_.config();
-  backend.accept(step_, activations_.logits, c.vocab_size);
-  backend.keep(step_, kv_);
-  backend.keep_rows(step_, c.hidden_size, activations_.states);
+  backend.accept(step, activations_.logits, c.vocab_size);
+  backend.keep(step, kv_);
+  backend.keep_rows(step, c.hidden_size, activations_.states);
   for (size_t t = 0; t < options_.tap_layers.size(); ++t)
-    backend.keep_rows(step_, c.hidden_size,
+    backend.keep_rows(step, c.hidden_size,
                       activations_.taps + static_cast<int64_t>(t) * activations_.tap_stride);
 }
 

@@ -33,6 +33,10 @@ class Session {
  public:
   // Allocates everything it will ever need. Throws Error if an option is out of range.
   Session(const Llama& model, const SessionOptions& options);
+  // Waits for the pass that a resident drafter may have launched ahead.
+  ~Session() {
+    model_.backend().submit(0, [] {});
+  }
 
   // What the constructor will allocate, weights and the backend's scratch apart, and ...
   static MemoryPlan plan(const LlamaConfig& config, const Backend& backend,
@@ -56,7 +60,9 @@ class Session {
   // Takes a sequence out of the following steps until it is started again.
   void stop(int sequence) { texts_[static_cast<size_t>(sequence)].active = false; }
 
-  // One pass. drafter: nullptr for plain decoding. Returns false if there was nothing to do.
+  // One pass. drafter: nullptr for plain decoding. Returns false if there was nothing to do. With a
+  // resident drafter (of one sequence) the tokens are those of the pass before the one that is
+  // launched.
   bool step(Drafter* drafter);
 
   std::span<const int32_t> tokens(int sequence) const {
@@ -85,7 +91,7 @@ class Session {
   double plain_seconds() const { return n_plain_ > 0 ? plain_seconds_ / n_plain_ : 0; }
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
-  // states() and taps().
+  // states() and taps(). (Not with a resident drafter, whose next pass is under way.)
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
   const float* taps() const { return activations_.taps; }
@@ -96,11 +102,12 @@ class Session {
   Step& edit_step() { return *step_; }
   void forward() { model_.forward(step_, kv_, activations_); }
   // ... and accepts and keeps, advancing the committed length but not the text.
-  void accept_and_keep();
+  void accept_and_keep() { accept_and_keep(step_); }
   // Both, as step() does it: one list of ops, the same for every Step.
   void pass();
 
  private:
+  void accept_and_keep(Step* step);
   struct Text {
     std::vector<int32_t> tokens;
     int64_t number = 0;
@@ -111,8 +118,10 @@ class Session {
 
   // Tokens of the text that are not in the KV cache; 0: nothing to do.
   int pending(int sequence) const;
-  void fill_step(Drafter* drafter);  // the rows of the next pass, candidates included
+  // The rows of the next pass, candidates included; of prompts most_rows at most.
+  void fill_step(Drafter* drafter, int most_rows);
   void read_back(int sequence);
+  bool step_resident(ResidentDrafter& drafter);
 
   const Llama& model_;
   SessionOptions options_;

@@ -3,31 +3,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "cuda/emulated_backend.h"
 #include "engine/error.h"
+#include "tests/cuda_devices.h"
 #include "tests/cuda_support.h"
-#include "tests/support.h"
 
 namespace chimera::test {
 namespace {
-
-// Emulated everywhere; on the device as well where there is one, or only there (gpu_check.sh).
-std::vector<std::string> devices() {
-  const char* only = std::getenv("CHIMERA_TEST_DEVICE");
-  if (only != nullptr) return {only};
-  std::vector<std::string> names = {"emulated"};
-  if (cuda_available()) names.push_back("cuda");
-  return names;
-}
-std::unique_ptr<Backend> backend_on(const std::string& device, bool eager = false) {
-  const BackendOptions options{.eager = eager};
-  return device == "cuda" ? make_cuda_backend(options) : make_emulated_cuda_backend(options);
-}
-Loaded load_on(const std::string& device, const std::string& path, bool eager = false) {
-  Loaded l{load_model(path), backend_on(device, eager), nullptr};
-  l.model = std::make_unique<Llama>(*l.backend, l.file.tensors);
-  return l;
-}
 
 // Runs a text in steps of at most `chunk` rows, accepts them all, and returns the last row's
 // logits.
@@ -312,6 +293,20 @@ TEST(CudaBackend, OpsAreTheCpus) {
       backend.rms_norm(&step, f(x), f(norm), 1e-6f, kHidden, f(y));
       backend.copy_rows(&step, f(y), kHidden, f(x));
     }
+    const auto from_memory = backend.allocate(kRows * sizeof(int32_t));
+    for (int r = 0; r < kRows; ++r)
+      static_cast<int32_t*>(from_memory.get())[r] = (5 * r + 2) % kRows;
+    const auto gathered = floats(kRows * kHidden), joined = floats(2 * kRows * kHidden),
+               sum = floats(kRows * kHidden);
+    backend.gather_rows(&step, static_cast<int32_t*>(from_memory.get()), f(x), kHidden,
+                        f(gathered));
+    backend.join_rows(&step, f(norm), 0.7f, f(x), kHidden, f(joined), f(sum));
+    // The second of two inputs that stand side by side.
+    const auto beside = floats(kRows * kVocab);
+    backend.linear(&step, {.weights = head_weights.get(),
+                           .x = f(joined) + kHidden,
+                           .y = f(beside),
+                           .x_stride = 2 * kHidden});
     backend.linear(&step, {.weights = head_weights.get(),
                            .x = f(x),
                            .y = f(logits),
@@ -332,6 +327,10 @@ TEST(CudaBackend, OpsAreTheCpus) {
                                     {qkv, kRows * (kWidth + 3)},
                                     {attended, kRows * kHeads * kDim},
                                     {y, kRows * kHidden},
+                                    {gathered, kRows * kHidden},
+                                    {joined, 2 * kRows * kHidden},
+                                    {sum, kRows * kHidden},
+                                    {beside, kRows * kVocab},
                                     {logits, kRows * kVocab}})
       all.insert(all.end(), f(memory), f(memory) + n);
     for (int r = 0; r < kRows; ++r) all.push_back(static_cast<float>(step.kept_at[r]));

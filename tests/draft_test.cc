@@ -31,48 +31,47 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
     Step& step = model.step();
     const auto run = [&](int first_position, int count,
                          const float* f) {  // rows for tokens first_position ..
+      if (f == nullptr) {  // after row 0, which holds the feature of the token before
+        step.clear();
+        step.n_rows = 1;
+        step.begin_sequence(0);
+      }
+      const int first = step.n_rows, features = f != nullptr ? count : count + 1;
       std::vector<int32_t> trigrams;
-      for (int p = first_position - 1; p < first_position + count; ++p)
+      for (int p = first_position + count - features; p < first_position + count; ++p)
         for (int j = p - 2; j <= p; ++j)
           trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
-      const int first = step.n_rows;
-      std::vector<float> g(static_cast<size_t>(count + 1) * 576);
-      model.features(0, count + 1, trigrams.data());
-      std::memcpy(g.data(), model.feature(0), g.size() * 4);
+      model.features(first + count - features, features, trigrams.data());
+      std::vector<float> states;
       for (int i = 0; i < count; ++i) {
-        const int row =
-            step.add_row(ids[static_cast<size_t>(first_position + i)], step.n_rows - 1, false);
-        std::memcpy(model.previous_feature(row), g.data() + i * 576, 576 * 4);
-        std::memcpy(model.feature(row), g.data() + (i + 1) * 576, 576 * 4);
+        const int row = step.add_row(ids[static_cast<size_t>(first_position + i)],
+                                     step.n_rows == 1 ? -1 : step.n_rows - 1, false);
+        model.link(row, row - 1, f != nullptr ? row - 1 : i);
         for (int d = 0; d < 576; ++d)
-          model.state(row)[d] =
-              f ? f[d]
-                : f16_to_f32(hidden[static_cast<size_t>((first_position + i - 1) * 576 + d)]);
+          states.push_back(
+              f16_to_f32(hidden[static_cast<size_t>((first_position + i - 1) * 576 + d)]));
       }
       step.first_new = first;
-      model.forward();
+      model.forward(model.pass(), f != nullptr ? f : states.data());
     };
     for (int p = 1; p <= n; p += 30) {  // rows for tokens 1 .. n bring the slots 0 .. n-1
-      step.clear();
-      step.begin_sequence(0);
       run(p, std::min(30, n + 1 - p), nullptr);
       model.set_committed(0, std::min(p + 29, n));
     }
-    step.clear();
-    step.begin_sequence(0);
-    std::vector<float> h(576), f(576);
+    std::vector<float> h(576);
     for (int d = 0; d < 576; ++d)
       h[static_cast<size_t>(d)] = f16_to_f32(hidden[static_cast<size_t>(n * 576 + d)]);
     for (int k = 0; k < 4; ++k) {
-      run(n + 1 + k, 1, k == 0 ? nullptr : f.data());
-      f.assign(model.f(k), model.f(k) + 576);
+      run(n + 1 + k, 1, k == 0 ? nullptr : model.f());
+      const float* f = model.f(k + 1);
       const auto& g = steps[static_cast<size_t>(k)];
       for (size_t i = 0; i < 8; ++i) {
-        EXPECT_NEAR(model.feature(k)[i], g["feature"][i].get<float>(), 2e-3)
+        EXPECT_NEAR(model.feature(k + 1)[i], g["feature"][i].get<float>(), 2e-3)
             << "start " << n << " step " << k;
         EXPECT_NEAR(f[i], g["f"][i].get<float>(), 5e-3) << "start " << n << " step " << k;
       }
-      const float* logits = model.logits(k, h.data());
+      model.run_head(model.pass(), k, h.data());
+      const float* logits = model.logits(k + 1);
       for (size_t i = 0; i < 8; ++i) {
         const auto& v = model.vocabulary();
         const auto at = std::find(v.begin(), v.end(), g["top_ids"][i].get<int32_t>()) - v.begin();

@@ -1,5 +1,6 @@
 #include "tools/drafters.h"
 
+#include "engine/resident_drafter.h"
 #include "loader/draft_file.h"
 #include "loader/text.h"
 #include "tools/tree_file.h"
@@ -39,10 +40,25 @@ std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFla
 std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
                                       const std::optional<DraftTensors>& draft, const Llama& target,
                                       int context) {
-  if (name == "none") return nullptr;
-  if (name == "ngram") return make_ngram_drafter({.nodes = flags.most_nodes()}, 1, context);
-  if (!draft)
+  const bool has_draft = name != "none" && name != "ngram";
+  if (has_draft && !draft)
     throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
+  const NgramOptions ngram{.nodes = flags.most_nodes()};
+  if (name != "static" && target.backend().tree_ops() != nullptr) {
+    ResidentOptions options{.nodes = name == "none" ? 0 : flags.most_nodes(),
+                            .depth = flags.depth,
+                            .width = flags.most_width()};
+    if (name == "ngram") {
+      options.min_match = ngram.min_match;
+      options.max_match = ngram.max_match;
+    } else if (name == "hybrid") {
+      options.min_match = kHybridMinMatch;
+      options.max_match = kHybridMaxMatch;
+    }
+    return make_resident_drafter(target, has_draft ? &*draft : nullptr, options, context);
+  }
+  if (name == "none") return nullptr;
+  if (name == "ngram") return make_ngram_drafter(ngram, 1, context);
   ChimeraOptions options{.nodes = flags.most_nodes(),
                          .depth = flags.depth,
                          .width = flags.most_width(),

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <functional>
 
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
@@ -17,10 +16,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kMostDepths = 32;
-constexpr int kBranch = 8;       // candidates taken from one expanded node
-constexpr int kTargetsBest = 8;  // tokens that the target found likely join the dynamic vocabulary
-constexpr int kMinMatch = 1, kMaxMatch = 6;
+constexpr int kMostDepths = DraftState::kMostDepths;
+constexpr int kBranch = DraftState::kBranch;  // candidates taken from one expanded node
+constexpr int kTargetsBest =
+    DraftState::kBranch;  // tokens that the target found likely join the dynamic vocabulary
 
 // Of what was expanded at a depth, how much was chosen below it. (Starts as if half of it were.)
 struct Yield {
@@ -38,10 +37,10 @@ class GrowingDrafter final : public ChimeraDrafter {
         sampled_(tensors.config.sampled),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    for (Sequence& s : sequences_)
-      for (auto* v : {&s.h, &s.f, &s.g}) v->resize(static_cast<size_t>(hidden_));
+    for (int s = 0; s < n_sequences; ++s) sequences_[static_cast<size_t>(s)].root = model_.root(s);
     if (options.ngrams)
-      indexes_.assign(static_cast<size_t>(n_sequences), NgramIndex(kMinMatch, kMaxMatch, context));
+      indexes_.assign(static_cast<size_t>(n_sequences),
+                      NgramIndex(kHybridMinMatch, kHybridMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
     const auto fixed = model_.vocabulary();
     for (const int32_t id : fixed) known_[static_cast<size_t>(id)] = 1;
@@ -50,7 +49,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     vocabulary_.assign(fixed.begin(), fixed.end());
     for (auto* v : {&noise_, &noisy_}) v->resize(n_fixed_ + DraftModel::kMaxDynamic);
     order_.reserve(1024);
-    probabilities_.reserve(1024);
   }
   std::string name() const override {
     return !options_.tree.empty() ? "static" : options_.ngrams ? "hybrid" : "chimera";
@@ -71,23 +69,23 @@ class GrowingDrafter final : public ChimeraDrafter {
       const int p = first + done;  // position of the state of the first row of this pass
       int32_t trigrams[3 * DraftModel::kMaxRows];
       for (int i = 0; i <= n; ++i) trigram(k.tokens, p + i, trigrams + 3 * i);
-      // Features of positions p .. p + n; row i stands for the token at p + 1 + i.
+      // Features of positions p .. p + n; row i stands for the token at p + i, i > 0.
       model_.features(0, n + 1, trigrams);
-      std::memcpy(model_.previous_feature(0), model_.feature(0), floats(n));
-      std::memmove(model_.feature(0), model_.feature(1), floats(n));
-      std::memcpy(model_.state(0), k.states + int64_t{done} * hidden_, floats(n));
       Step& step = model_.step();
       step.clear();
+      step.n_rows = step.first_new = 1;
       step.begin_sequence(k.sequence);
-      for (int i = 0, row = -1; i < n; ++i)
-        row = step.add_row(k.tokens[static_cast<size_t>(p + 1 + i)], row, false);
-      model_.forward();
+      for (int i = 1; i <= n; ++i) {
+        step.add_row(k.tokens[static_cast<size_t>(p + i)], i == 1 ? -1 : i - 1, false);
+        model_.link(i, i - 1, i - 1);
+      }
+      model_.forward(model_.pass(), k.states + int64_t{done} * hidden_);
       model_.set_committed(k.sequence, p + n);
       done += n;
       if (done == k.n_kept) {
-        seq.h.assign(k.states + int64_t{done - 1} * hidden_, k.states + int64_t{done} * hidden_);
-        seq.f.assign(model_.f(n - 1), model_.f(n - 1) + hidden_);
-        seq.g.assign(model_.feature(n - 1), model_.feature(n - 1) + hidden_);
+        std::memcpy(seq.root.h, k.states + int64_t{done - 1} * hidden_, row_bytes());
+        std::memcpy(seq.root.f, model_.f(n), row_bytes());
+        std::memcpy(seq.root.g, model_.feature(n), row_bytes());
         seq.expanded = k.committed;
       }
     }
@@ -111,8 +109,8 @@ class GrowingDrafter final : public ChimeraDrafter {
         Clock::now() - std::chrono::duration_cast<Clock::duration>(
                            std::chrono::duration<double>(observe_seconds_));
     if (options_.ngrams)
-      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kMinMatch,
-                     kMaxMatch, c.sampling.temperature, &tree_);
+      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
+                     kHybridMaxMatch, c.sampling.temperature, &tree_);
     if (ready(c, seq)) grow(c, seq, budget, start);
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
     learn_yields();
@@ -141,9 +139,8 @@ class GrowingDrafter final : public ChimeraDrafter {
  private:
   struct Sequence {
     int64_t text = -1;
-    std::vector<float> h;     // the last known state of the target
-    std::vector<float> f, g;  // the root's draft state and feature
-    int expanded = 0;         // committed length that observe() saw; 0: nothing to draft from
+    DraftModel::Root root{};
+    int expanded = 0;  // committed length that observe() saw; 0: nothing to draft from
   };
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
@@ -156,12 +153,9 @@ class GrowingDrafter final : public ChimeraDrafter {
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
     vocabulary_.resize(n_fixed_);
     oldest_ = 0;
-    model_.clear_dynamic();
   }
 
-  size_t floats(int rows) const {
-    return static_cast<size_t>(rows) * static_cast<size_t>(hidden_) * 4;
-  }
+  size_t row_bytes() const { return static_cast<size_t>(hidden_) * 4; }
 
   static void trigram(std::span<const int32_t> tokens, int position, int32_t* out) {
     for (int i = 0; i < 3; ++i) out[i] = tokens[static_cast<size_t>(std::max(0, position - 2 + i))];
@@ -254,33 +248,13 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
     const float sum = sum_of_exp(logits, width, largest, scale);
-    const float above = tree_.probability_of(parent), others = discount_matches(parent);
+    const float above = tree_.probability_of(parent), others = tree_.discount_matches(parent);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
       const float p =
           above * others * coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
-      const int32_t token = vocabulary_[static_cast<size_t>(best[i])];
-      int node = tree_.find(parent, token);
-      if (node == CandidateTree::kNone)
-        node = tree_.add(parent, token, p);
-      else
-        tree_.set_probability(node, tree_[node].probability + p);
-      added(i, node);
+      added(i, tree_.add_drafted(parent, vocabulary_[static_cast<size_t>(best[i])], p));
     }
-  }
-  // An n-gram match, the parent's child already, and the draft say two things about one token. The
-  // match holds on its own with `kTrust` of its probability, which knew nothing of the draft; else
-  // the draft's word counts. Returns the share of the parent's probability that is left for that.
-  float discount_matches(int parent) {
-    constexpr float kTrust = 0.2f;  // 0.15 and 0.3 were equal on held-out texts
-    const float above = tree_.probability_of(parent);
-    float left = above;
-    for (int i = parent + 1; i < tree_.size(); ++i) {
-      if (tree_[i].parent != parent) continue;
-      tree_.set_probability(i, kTrust * tree_[i].probability);
-      left -= tree_[i].probability;
-    }
-    return above > 0 ? std::max(left / above, 0.0f) : 1.0f;
   }
   void propose(int parent, int depth, const DraftContext& c, const float* logits) {
     propose(
@@ -297,14 +271,15 @@ class GrowingDrafter final : public ChimeraDrafter {
   // logits.
   const float* expand_root(const DraftContext& c, const Sequence& seq) {
     Step& step = model_.step();
-    std::memcpy(model_.f(0), seq.f.data(), floats(1));
-    std::memcpy(model_.feature(0), seq.g.data(), floats(1));
+    std::memcpy(model_.f(0), seq.root.f, row_bytes());
+    std::memcpy(model_.feature(0), seq.root.g, row_bytes());
     step.clear();
     step.n_rows = 1;
     step.token[0] = c.tokens.back();
     step.begin_sequence(c.sequence);
     draw_noise(c, 0);
-    return model_.logits(0, seq.h.data());
+    model_.run_head(model_.pass(), 0, seq.root.h);
+    return model_.logits(0);
   }
 
   // Adds a row for `token` after the token of row `parent`.
@@ -316,8 +291,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     t[1] = step.token[parent];
     t[0] = parent == 0 ? c.tokens[c.tokens.size() - std::min<size_t>(2, c.tokens.size())]
                        : step.token[std::max(0, step.parent[parent])];
-    std::memcpy(model_.previous_feature(row), model_.feature(parent), floats(1));
-    std::memcpy(model_.state(row), model_.f(parent), floats(1));
+    model_.link(row, parent, parent);
     return row;
   }
 
@@ -327,11 +301,11 @@ class GrowingDrafter final : public ChimeraDrafter {
     const int first = model_.step().first_new;
     const Clock::time_point start = Clock::now();
     model_.features(first, model_.step().n_rows - first, trigrams_);
-    model_.forward();
+    model_.forward(model_.pass(), model_.f());
     draw_noise(c, depth);
-    const float* logits = model_.logits(depth, seq.h.data());
+    model_.run_head(model_.pass(), depth, seq.root.h);
     average(seconds_since(start), &depth_seconds_);
-    return logits;
+    return model_.logits(first);
   }
 
   // Grows the tree depth by depth with the draft model.
@@ -340,44 +314,30 @@ class GrowingDrafter final : public ChimeraDrafter {
     propose(CandidateTree::kRoot, 0, c, expand_root(c, seq));
     const int depths = std::min({options_.depth, c.max_depth, kMostDepths});
     for (int depth = 1; depth < depths; ++depth) {
-      // Expand the most probable candidates of this depth, as far as the path to them was expanded
-      // and what comes below them can still be among the best.
-      const float least = probability_of_place(budget);
-      order_.clear();
-      for (int i = 0; i < tree_.size(); ++i) {
-        const CandidateTree::Node& node = tree_[i];
-        if (node.depth == depth && node.probability > least &&
-            (node.parent == CandidateTree::kRoot || tree_[node.parent].row >= 0))
-          order_.push_back(i);
-      }
-      const size_t width = std::min({order_.size(), static_cast<size_t>(options_.width),
-                                     static_cast<size_t>(DraftModel::kMaxRows - step.n_rows)});
-      if (width == 0) return;
-      std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(width),
-                        order_.end(), [this](int a, int b) {
-                          const float x = tree_[a].probability, y = tree_[b].probability;
-                          return x != y ? x > y : a < b;
-                        });
-      order_.resize(width);
-      if (c.cost != nullptr && !pays(c, depth, budget, seconds_since(start))) return;
+      const auto order = tree_.worth_expanding(
+          depth, budget,
+          static_cast<size_t>(std::min(options_.width, DraftModel::kMaxRows - step.n_rows)));
+      if (order.empty()) return;
+      if (c.cost != nullptr && !pays(c, depth, order, budget, seconds_since(start))) return;
       step.first_new = step.n_rows;
-      for (const int i : order_) {
+      for (const int i : order) {
         const int parent = tree_[i].parent;
         tree_[i].row =
             add_row(c, parent == CandidateTree::kRoot ? 0 : tree_[parent].row, tree_[i].token);
       }
       const float* logits = expand_rows(c, depth, seq);
-      for (size_t i = 0; i < width; ++i)
-        propose(order_[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
+      for (size_t i = 0; i < order.size(); ++i)
+        propose(order[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
     }
   }
 
-  // Whether drafting below the nodes in order_, `depth` below the root, is expected to give more
+  // Whether drafting below the nodes in order, `depth` below the root, is expected to give more
   // tokens for its time than the step gives without it.
-  bool pays(const DraftContext& c, int depth, int budget, double drafting) {
+  bool pays(const DraftContext& c, int depth, std::span<const int> order, int budget,
+            double drafting) {
     tree_.choose(budget, c.max_depth, c.cost, drafting);
     double mass = 0;
-    for (const int i : order_) mass += static_cast<double>(tree_[i].probability);
+    for (const int i : order) mass += static_cast<double>(tree_[i].probability);
     const double seconds = drafting + c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
     if (mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
         depth_seconds_ * tree_.expected_tokens())
@@ -441,16 +401,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     }
   }
 
-  // Of the n-th most probable candidate so far, 0 if there are fewer.
-  float probability_of_place(int n) {
-    if (tree_.size() < n) return 0;
-    probabilities_.clear();
-    for (int i = 0; i < tree_.size(); ++i) probabilities_.push_back(tree_[i].probability);
-    const auto place = probabilities_.begin() + (n - 1);
-    std::nth_element(probabilities_.begin(), place, probabilities_.end(), std::greater<>());
-    return *place;
-  }
-
   ChimeraOptions options_;
   int hidden_;
   DraftCalibration greedy_, sampled_;
@@ -463,7 +413,6 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
   std::vector<int> order_;
-  std::vector<float> probabilities_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
   std::vector<int> static_at_;                      // candidates of the given shape's nodes
   int declined_ = 0;                                // times that pays() said no

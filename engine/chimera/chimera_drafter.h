@@ -25,6 +25,8 @@
 
 namespace chimera {
 
+inline constexpr int kHybridMinMatch = 1, kHybridMaxMatch = 6;  // tokens of an n-gram match
+
 struct ChimeraOptions {
   int nodes = 16;      // candidates verified a step
   int depth = 8;       // of the tree

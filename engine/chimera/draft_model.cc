@@ -26,12 +26,13 @@ void round_row(DType type, const float* row, int64_t cols, std::byte* out) {
 }  // namespace
 
 DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequences, int context,
-                       DType weight_type)
+                       DType weight_type, Memory memory)
     : backend_(target.backend()),
       target_(target),
       config_(t.config),
       weight_type_(weight_type),
       head_type_(weight_type == DType::kF32 ? DType::kF32 : DType::kQ8_0),
+      memory_kind_(memory),
       head_scale_(t.head_scale) {
   const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
   if (d != target.config().hidden_size)
@@ -43,26 +44,25 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
       config_.q_size() % 32 != 0)
     throw Error("draft", "sizes that are multiples of 32", "others");
 
-  // Two Steps and the features' buffers, shared by all sequences: they draft one after the other.
-  const auto floats = [&](int64_t n) {
-    memory_.push_back(backend_.allocate(static_cast<size_t>(n) * 4));
-    return static_cast<float*>(memory_.back().get());
-  };
-  const auto new_step = [&] {
-    memory_.push_back(backend_.allocate(sizeof(Step)));
-    auto* step = static_cast<Step*>(memory_.back().get());
-    step->n_sequences = n_sequences;
-    return step;
-  };
-  step_ = new_step();
-  trigram_step_ = new_step();
+  // One pass and its buffers, shared by all sequences: they draft one after the other.
+  const auto floats = [&](int64_t n) { return allocate<float>(static_cast<size_t>(n)); };
+  if (memory == Memory::kShared) {
+    for (Step** step : {&pass_.rows, &pass_.features, &pass_.trigrams}) {
+      *step = allocate<Step>(1);
+      (*step)->n_sequences = n_sequences;
+    }
+    pass_.links = allocate<DraftLinks>(1);
+    new_features_ = floats(rows * d);
+    kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
+    kept_features_.resize(kKeptFeatures * static_cast<size_t>(d));
+  }
+  roots_ = floats(n_sequences * 3 * d);
   g_ = floats(rows * d);
   g_prev_ = floats(rows * d);
   state_ = floats(rows * d);
   f_ = floats(rows * d);
   trigrams_ = floats(rows * 3 * d);
   hidden_ = floats(rows * d);
-  new_features_ = floats(rows * d);
   qkv_ = floats(rows * (config_.q_size() + 2 * config_.kv_size()));
   attended_ = floats(rows * config_.q_size());
   gated_ = floats(rows * 2 * config_.ffn_size);
@@ -105,14 +105,14 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   vocabulary_ = t.vocabulary;
   const auto n_static = static_cast<int64_t>(vocabulary_.size());
   head_rows_.resize(static_cast<size_t>(n_static + kMaxDynamic) * row_bytes(head_type_, d));
-  for (int64_t i = 0; i < n_static; ++i)
-    embed_head_row(static_cast<int>(i), vocabulary_[static_cast<size_t>(i)]);
+  const auto scratch = backend_.allocate(sizeof(Step) + static_cast<size_t>(rows * d) * 4);
+  auto* scratch_step = static_cast<Step*>(scratch.get());
+  round_head_rows(0, vocabulary_, scratch_step, reinterpret_cast<float*>(scratch_step + 1));
   const TensorView head = view(head_type_, head_rows_, n_static + kMaxDynamic, d);
   head_ = backend_.prepare({&head, 1}, nullptr);
   weight_bytes_ += head_->bytes;
+  if (memory != Memory::kShared) std::vector<std::byte>().swap(head_rows_);
   logits_ = floats(rows * head_->rows);
-  kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
-  kept_features_.resize(kKeptFeatures * static_cast<size_t>(d));
 
   const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16,
                       1,
@@ -120,8 +120,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
                       config_.head_dim,
                       n_sequences,
                       context + kMaxRows};
-  memory_.push_back(backend_.allocate(backend_.kv_bytes(shape)));
-  kv_ = backend_.bind_kv(shape, memory_.back().get());
+  kv_ = backend_.bind_kv(shape, allocate<std::byte>(backend_.kv_bytes(shape)));
 
   LlamaConfig rope_config;
   rope_config.head_dim = config_.head_dim;
@@ -151,26 +150,53 @@ std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t
 }
 
 const float* DraftModel::place(const std::vector<float>& vector) {
-  memory_.push_back(backend_.allocate(vector.size() * 4));
-  backend_.upload(memory_.back().get(), vector.data(), vector.size() * 4);
-  return static_cast<const float*>(memory_.back().get());
+  float* to = allocate<float>(vector.size());
+  backend_.upload(to, vector.data(), vector.size() * 4);
+  return to;
 }
 
-// head_rows_[index] = the target's head row of a token.
-void DraftModel::embed_head_row(int index, int32_t token) {
-  trigram_step_->clear();
-  trigram_step_->n_rows = 1;
-  trigram_step_->token[0] = token;
-  backend_.embed(trigram_step_, target_.head(), x_);
+template <typename T>
+T* DraftModel::allocate(size_t n) {
+  memory_.push_back(backend_.allocate(n * sizeof(T), memory_kind_));
+  return static_cast<T*>(memory_.back().get());
+}
+
+DraftPass DraftModel::make_device_pass(int max_rows) {
+  const auto step = [&](int rows) {
+    const std::shared_ptr<Step> made = backend_.make_device_step(1, rows);
+    memory_.push_back(made);
+    return made.get();
+  };
+  DraftPass pass;
+  pass.rows = step(max_rows);
+  pass.features = step(max_rows);
+  pass.trigrams = step(3 * max_rows);
+  pass.root = step(1);
+  pass.links = allocate<DraftLinks>(1);
+  return pass;
+}
+
+// head_rows_[first + i] = the target's head row of tokens[i]. step, rows (kMaxRows, d): shared
+// memory.
+void DraftModel::round_head_rows(int first, std::span<const int32_t> tokens, Step* step,
+                                 float* rows) {
   const int64_t d = config_.hidden_size;
-  round_row(head_type_, x_, d,
-            head_rows_.data() + static_cast<size_t>(index) * row_bytes(head_type_, d));
+  std::byte* out = head_rows_.data() + static_cast<size_t>(first) * row_bytes(head_type_, d);
+  while (!tokens.empty()) {
+    const size_t n = std::min<size_t>(tokens.size(), kMaxRows);
+    step->clear();
+    step->n_rows = static_cast<int32_t>(n);
+    std::copy_n(tokens.begin(), n, step->token);
+    backend_.embed(step, target_.head(), rows);
+    for (size_t i = 0; i < n; ++i, out += row_bytes(head_type_, d))
+      round_row(head_type_, rows + static_cast<int64_t>(i) * d, d, out);
+    tokens = tokens.subspan(n);
+  }
 }
 
 void DraftModel::set_dynamic(int index, int32_t token) {
-  n_dynamic_ = std::max(n_dynamic_, index + 1);
   const int row = static_cast<int>(vocabulary_.size()) + index;
-  embed_head_row(row, token);
+  round_head_rows(row, {&token, 1}, pass_.trigrams, x_);
   backend_.replace_row(*head_, view(head_type_, head_rows_, head_->rows, config_.hidden_size), row);
 }
 
@@ -194,7 +220,12 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
     }
   }
   if (n_missing == 0) return;
-  compute_features(n_missing, tokens);
+  pass_.features->clear();
+  pass_.features->n_rows = n_missing;
+  pass_.trigrams->clear();
+  pass_.trigrams->n_rows = 3 * n_missing;
+  std::copy_n(tokens, 3 * n_missing, pass_.trigrams->token);
+  compute_features(pass_, new_features_);
   for (int j = 0; j < n_missing; ++j) {
     const Trigram t{{tokens[3 * j], tokens[3 * j + 1], tokens[3 * j + 2]}};
     const float* g = new_features_ + static_cast<size_t>(j) * d;
@@ -204,76 +235,68 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
   }
 }
 
-// new_features_ of n trigrams.
-void DraftModel::compute_features(int n, const int32_t* trigrams) {
+// clang-format off
+void DraftModel::compute_features(const DraftPass& pass, float* out) {
   const int64_t d = config_.hidden_size;
-  trigram_step_->clear();
-  trigram_step_->n_rows = 3 * n;
-  std::copy_n(trigrams, 3 * n, trigram_step_->token);
-  backend_.embed(trigram_step_, target_.embedding(), trigrams_);
-  backend_.rms_norm(trigram_step_, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
-  trigram_step_->n_rows = n;  // three embeddings in a row make a trigram
-  backend_.linear(trigram_step_, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
-  backend_.linear(
-      trigram_step_,
-      {.weights = w2_.get(), .x = hidden_, .y = new_features_, .input = Linear::Input::kSilu});
-  if (config_.skip) {
-    backend_.on_host([&] {
-      for (int64_t i = 0; i < n; ++i)
-        std::memcpy(x_ + i * d, trigrams_ + (3 * i + 2) * d, static_cast<size_t>(d) * 4);
-    });
-    backend_.linear(trigram_step_,
-                    {.weights = w3_.get(), .x = x_, .y = new_features_, .accumulate = true});
-  }
+  backend_.embed(pass.trigrams, target_.embedding(), trigrams_);
+  backend_.rms_norm(pass.trigrams, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
+  // Three embeddings in a row make a trigram.
+  backend_.linear(pass.features, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
+  backend_.linear(pass.features, {.weights = w2_.get(), .x = hidden_, .y = out, .input = Linear::Input::kSilu});
+  if (config_.skip)
+    backend_.linear(pass.features, {.weights = w3_.get(), .x = trigrams_ + 2 * d, .y = out, .x_stride = 3 * d,
+                                    .accumulate = true});
 }
 
-// clang-format off
-void DraftModel::forward() {
+void DraftModel::forward(const DraftPass& pass, const float* states) {
   using Input = Linear::Input;
+  const Step* step = pass.rows;
   const int64_t d = config_.hidden_size, width = config_.q_size() + 2 * config_.kv_size();
   const Heads heads{config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
   float *k = qkv_ + config_.q_size(), *v = k + config_.kv_size();
-  backend_.linear(step_, {.weights = wq_.get(), .x = g_, .y = qkv_, .y_stride = width,
+  backend_.gather_rows(step, pass.links->feature, g_, d, g_prev_);
+  backend_.gather_rows(step, pass.links->state, states, d, state_);
+  backend_.linear(step, {.weights = wq_.get(), .x = g_, .y = qkv_, .y_stride = width,
                           .input = Input::kRmsNorm, .norm_weight = attn_norm_, .eps = kEps});
   // Slots read [rms(state); rms(feature)]: of the previous token for the key, of the own one for the value.
-  backend_.linear(step_, {.weights = wkv_state_.get(), .x = state_, .y = k, .y_stride = width,
+  backend_.linear(step, {.weights = wkv_state_.get(), .x = state_, .y = k, .y_stride = width,
                           .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps});
-  backend_.linear(step_, {.weights = wk_feature_.get(), .x = g_prev_, .y = k, .y_stride = width,
+  backend_.linear(step, {.weights = wk_feature_.get(), .x = g_prev_, .y = k, .y_stride = width,
                           .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
-  backend_.linear(step_, {.weights = wv_feature_.get(), .x = g_, .y = v, .y_stride = width,
+  backend_.linear(step, {.weights = wv_feature_.get(), .x = g_, .y = v, .y_stride = width,
                           .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
-  backend_.rope_append(step_, qkv_, heads, rope_, kv_, 0);
-  backend_.attention(step_, qkv_, heads, kv_, 0, attended_);
-  backend_.copy_rows(step_, g_, d, x_);
-  backend_.linear(step_, {.weights = wo_.get(), .x = attended_, .y = x_, .accumulate = true});
-  backend_.linear(step_, {.weights = gate_up_.get(), .x = x_, .y = gated_,
+  backend_.rope_append(step, qkv_, heads, rope_, kv_, 0);
+  backend_.attention(step, qkv_, heads, kv_, 0, attended_);
+  backend_.copy_rows(step, g_, d, x_);
+  backend_.linear(step, {.weights = wo_.get(), .x = attended_, .y = x_, .accumulate = true});
+  backend_.linear(step, {.weights = gate_up_.get(), .x = x_, .y = gated_,
                           .input = Input::kRmsNorm, .norm_weight = ffn_norm_, .eps = kEps});
-  backend_.linear(step_, {.weights = down_.get(), .x = gated_, .y = x_, .input = Input::kSwiGlu, .accumulate = true});
-  backend_.rms_norm(step_, x_, out_norm_, kEps, d, f_);
+  backend_.linear(step, {.weights = down_.get(), .x = gated_, .y = x_, .input = Input::kSwiGlu, .accumulate = true});
+  backend_.rms_norm(step, x_, out_norm_, kEps, d, f_);
 }
 // clang-format on
 
-const float* DraftModel::logits(int k, const float* h) {
-  const int64_t d = config_.hidden_size, first = step_->first_new;
+void DraftModel::run_head(const DraftPass& pass, int k, const float* h) {
+  const int64_t d = config_.hidden_size;
+  const Step* step = pass.rows;
   const auto head = static_cast<size_t>(std::min(k, config_.n_steps - 1));
-  backend_.on_host([&] {
-    for (int64_t r = first; r < step_->n_rows; ++r) {
-      std::memcpy(head_in_ + 2 * r * d, h, static_cast<size_t>(d) * 4);
-      std::memcpy(head_in_ + (2 * r + 1) * d, f(static_cast<int>(r)), static_cast<size_t>(d) * 4);
-      for (int64_t i = 0; i < d; ++i)
-        z_[r * d + i] = head_scale_[head] * h[i] + f(static_cast<int>(r))[i];
-    }
-  });
+  backend_.join_rows(step, h, head_scale_[head], f_, d, head_in_, z_);
   if (config_.head_rank > 0) {
-    backend_.linear(step_, {.weights = head_down_[head].get(), .x = head_in_, .y = rank_});
-    backend_.linear(step_, {.weights = head_up_[head].get(),
-                            .x = rank_,
-                            .y = z_,
-                            .input = Linear::Input::kSilu,
-                            .accumulate = true});
+    backend_.linear(step, {.weights = head_down_[head].get(), .x = head_in_, .y = rank_});
+    backend_.linear(step, {.weights = head_up_[head].get(),
+                           .x = rank_,
+                           .y = z_,
+                           .input = Linear::Input::kSilu,
+                           .accumulate = true});
   }
-  backend_.linear(step_, {.weights = head_.get(), .x = z_, .y = logits_});
-  return logits_ + first * head_->rows;
+  backend_.linear(step, {.weights = head_.get(), .x = z_, .y = logits_});
+}
+
+void DraftModel::keep_root(const DraftPass& pass, const float* states) {
+  const int64_t d = config_.hidden_size;
+  backend_.gather_rows(pass.root, &pass.links->root, f_, d, f_);
+  backend_.gather_rows(pass.root, &pass.links->root, g_, d, g_);
+  backend_.gather_rows(pass.root, &pass.links->root_state, states, d, root(0).h);
 }
 
 }  // namespace chimera

@@ -5,6 +5,10 @@
 // x_p", made from the state of position p - 1 (the target's h, or the f of its parent row where
 // that is not known yet). So a row sees the slots of its ancestors and its own, exactly as
 // attention() has it, and the rows of a depth go through in one batch under the tree mask.
+//
+// Row 0 of a pass is no row of the sequence: it holds what the first rows need of the token before
+// them, its feature, and, where a tree is drafted, f. The rows are written by the host (step(),
+// features(), link()) or by ops (tree_ops.h); the formulas are the same.
 #pragma once
 
 #include <memory>
@@ -12,56 +16,84 @@
 #include <vector>
 
 #include "engine/chimera/draft_tensors.h"
+#include "engine/draft_state.h"
 #include "engine/llama.h"
 
 namespace chimera {
 
 class DraftModel {
  public:
-  static constexpr int kMaxRows = 64;  // of a draft step
+  static constexpr int kMaxRows = DraftLinks::kMaxRows;  // of a pass
 
   // weight_type: what the weights are rounded to: 4 bits (which costs no acceptance that could be
   // measured, and half the bytes of 8), or f32, to compare with exact values. The rows of the
-  // target's head are kept in 8 bits, or f32.
+  // target's head are kept in 8 bits, or f32. memory: kShared where the host writes the rows and
+  // reads logits, kDevice where ops do.
   DraftModel(const Llama& target, const DraftTensors& tensors, int n_sequences, int context,
-             DType weight_type = DType::kQ4_1);
+             DType weight_type = DType::kQ4_1, Memory memory = Memory::kShared);
 
   const DraftConfig& config() const { return config_; }
   std::span<const int32_t> vocabulary() const { return vocabulary_; }
   size_t weight_bytes() const { return weight_bytes_; }  // read by one pass
 
-  // The rows of the current draft step. To use: step().clear(), begin_sequence(), then rows; set
-  // tokens (trigram), state and previous feature of every new row; forward(); read f and feature.
-  Step& step() { return *step_; }
+  // ---- Ops, whoever wrote the rows ----
 
+  // Rows of `out` (rows, d) for those of pass.features, from the three tokens of each in
+  // pass.trigrams.
+  void compute_features(const DraftPass& pass, float* out);
+  // Fills f for the new rows [first_new, n_rows) and appends their slots. Their own features are in
+  // g(); the others come by pass.links, from g() and from states: the target's, or f() itself.
+  void forward(const DraftPass& pass, const float* states);
+  // logits() of head `k` for the new rows; h: (d) the last known state of the target.
+  void run_head(const DraftPass& pass, int k, const float* h);
+  // After forward() over kept rows: the last of them is the next root. Its f and feature go to row
+  // 0, the last state to root(0).h.
+  void keep_root(const DraftPass& pass, const float* states);
+
+  float* g() { return g_; }  // features, (rows, d)
+  float* f() { return f_; }  // (rows, d)
+  // (rows, logits_stride): over vocabulary(), then over the dynamic rows.
+  const float* logits() const { return logits_; }
+  int64_t logits_stride() const { return head_->rows; }
+  Matrix* head() { return head_.get(); }  // (static + kMaxDynamic, d)
+  // What drafting starts from: the target's last known state, the root's f and feature, (d) each.
+  struct Root {
+    float *h, *f, *g;
+  };
+  Root root(int sequence) {
+    float* h = roots_ + int64_t{3} * sequence * config_.hidden_size;
+    return {h, h + config_.hidden_size, h + 2 * config_.hidden_size};
+  }
+  // The Steps and links of a pass over up to max_rows new rows that ops write.
+  DraftPass make_device_pass(int max_rows);
+
+  // ---- Rows that the host writes ----
+
+  // To use: step().clear(), one row before begin_sequence(), then rows, with features() and link()
+  // for each; forward().
+  const DraftPass& pass() const { return pass_; }
+  Step& step() { return *pass_.rows; }
   // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n,
   // 3). A feature depends on its trigram alone: those of the last few hundred are kept, since the
   // tree of a step mostly holds the trigrams of the one before.
   void features(int first, int n, const int32_t* trigrams);
-  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }  // g_p
-  float* previous_feature(int row) {
-    return g_prev_ + int64_t{row} * config_.hidden_size;
-  }                                                                              // g_{p-1}
-  float* state(int row) { return state_ + int64_t{row} * config_.hidden_size; }  // h_{p-1} or f
+  // The feature of the token before is that of row `feature`; the state is row `state` of
+  // forward()'s states.
+  void link(int row, int feature, int state) {
+    pass_.links->feature[row] = feature;
+    pass_.links->state[row] = state;
+  }
+  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }
   float* f(int row) { return f_ + int64_t{row} * config_.hidden_size; }
-
-  // Fills f for the step's new rows [first_new, n_rows) and appends their slots.
-  void forward();
-  // Logits of head `k` for new rows: over vocabulary(), then over the dynamic rows; h: (hidden) the
-  // last known state of the target. Rows logits_stride floats apart; row i belongs to row first_new
-  // + i.
-  const float* logits(int k, const float* h);
-  int logits_stride() const { return static_cast<int>(head_->rows); }
+  const float* logits(int row) const { return logits_ + row * logits_stride(); }
 
   // The dynamic part of the vocabulary: up to kMaxDynamic tokens, replaced oldest first.
-  static constexpr int kMaxDynamic = 512;
+  static constexpr int kMaxDynamic = DraftState::kMostDynamic;
   void set_dynamic(int index, int32_t token);  // index <= number of dynamic tokens
-  int n_dynamic() const { return n_dynamic_; }
-  void clear_dynamic() { n_dynamic_ = 0; }
 
   // Slots of the draft's own cache.
-  int committed(int sequence) const { return step_->sequences[sequence].committed; }
-  void set_committed(int sequence, int n) { step_->sequences[sequence].committed = n; }
+  int committed(int sequence) { return step().sequences[sequence].committed; }
+  void set_committed(int sequence, int n) { step().sequences[sequence].committed = n; }
 
  private:
   std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols) {
@@ -70,16 +102,17 @@ class DraftModel {
   std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
                                   DType type);
   const float* place(const std::vector<float>& vector);
-  void compute_features(int n, const int32_t* trigrams);
-  void embed_head_row(int index, int32_t token);
+  void round_head_rows(int first, std::span<const int32_t> tokens, Step* step, float* rows);
+  template <typename T>
+  T* allocate(size_t n);
 
   Backend& backend_;
   const Llama& target_;
   DraftConfig config_;
   DType weight_type_, head_type_;
+  Memory memory_kind_;
   std::vector<int32_t> vocabulary_;
   size_t weight_bytes_ = 0;
-  int n_dynamic_ = 0;
 
   std::unique_ptr<Matrix> w1_, w2_, w3_;
   // The slots' products, taken apart by what they read; the norms' weights are multiplied in.
@@ -88,7 +121,7 @@ class DraftModel {
   std::unique_ptr<Matrix> wo_, gate_up_, down_;
   std::vector<std::unique_ptr<Matrix>> head_down_, head_up_;
   std::unique_ptr<Matrix> head_;      // (static + kMaxDynamic, d), from the target's head
-  std::vector<std::byte> head_rows_;  // the same in rows, for replace_row()
+  std::vector<std::byte> head_rows_;  // the same in rows, for replace_row(); host only
   std::vector<float> head_scale_;
   const float *ones_, *attn_norm_, *ffn_norm_, *out_norm_;
   std::vector<std::shared_ptr<void>> memory_;
@@ -102,12 +135,13 @@ class DraftModel {
   std::vector<Trigram> kept_trigrams_;
   std::vector<float> kept_features_;  // (kKeptFeatures, d)
 
-  Step *step_, *trigram_step_;
+  DraftPass pass_;  // the host's
   KvCache kv_;
   RopeTable rope_;
   float *g_, *g_prev_, *state_, *f_;  // (rows, d)
   float *trigrams_, *hidden_;         // (rows, 3 d), (rows, d)
-  float* new_features_;               // (rows, d)
+  float* new_features_ = nullptr;     // (rows, d); host only
+  float* roots_;                      // (sequences, 3, d)
   float *qkv_, *attended_, *gated_;   // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
   float *x_, *head_in_, *rank_, *z_;  // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
   float* logits_;                     // (rows, static + kMaxDynamic)

@@ -121,9 +121,11 @@ class CpuBackend final : public Backend {
   }
   int contract_version() const override { return kContractVersion; }
 
-  std::shared_ptr<void> allocate(size_t bytes) override { return map_memory(bytes); }
+  std::shared_ptr<void> allocate(size_t bytes, Memory /*memory*/) override {
+    return map_memory(bytes);
+  }
   std::shared_ptr<Step> make_step(int n_sequences) override {
-    const auto memory = allocate(sizeof(Step));
+    const auto memory = map_memory(sizeof(Step));
     auto* step = static_cast<Step*>(memory.get());
     step->n_sequences = n_sequences;
     return {memory, step};
@@ -267,6 +269,20 @@ class CpuBackend final : public Backend {
   void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
     const int64_t first = step->first_new * width;
     std::memcpy(y + first, x + first, static_cast<size_t>(step->n_rows * width - first) * 4);
+  }
+  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
+                   float* y) override {
+    for (int r = step->first_new; r < step->n_rows; ++r)
+      std::memcpy(y + r * width, x + from[r] * width, static_cast<size_t>(width) * 4);
+  }
+  void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
+                 float* joined, float* sum) override {
+    for (int r = step->first_new; r < step->n_rows; ++r) {
+      const float* row = f + r * width;
+      std::memcpy(joined + 2 * r * width, h, static_cast<size_t>(width) * 4);
+      std::memcpy(joined + (2 * r + 1) * width, row, static_cast<size_t>(width) * 4);
+      for (int64_t i = 0; i < width; ++i) sum[r * width + i] = scale * h[i] + row[i];
+    }
   }
 
   void linear(const Step* step, const Linear& op) override {
@@ -599,7 +615,8 @@ class CpuBackend final : public Backend {
   void prepare_input(const Linear& op, const CpuMatrix& w, int64_t from, int64_t to,
                      const InputScratch& s) {
     const int64_t n = w.cols;
-    const float* x = op.x + from * (op.input == Linear::Input::kSwiGlu ? 2 * n : n);
+    const int64_t width = op.input == Linear::Input::kSwiGlu ? 2 * n : n;
+    const float* x = op.x + from * (op.x_stride > 0 ? op.x_stride : width);
     float* f = s.f32 + to * n;
     switch (op.input) {
       case Linear::Input::kPlain:

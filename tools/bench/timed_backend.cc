@@ -77,6 +77,17 @@ void TimedBackend::copy_rows(const Step* step, const float* x, int64_t width, fl
   timed(Part::kRest, "copy rows", 0, [&] { backend_->copy_rows(step, x, width, y); });
 }
 
+void TimedBackend::gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
+                               float* y) {
+  timed(Part::kRest, "copy rows", 0, [&] { backend_->gather_rows(step, from, x, width, y); });
+}
+
+void TimedBackend::join_rows(const Step* step, const float* h, float scale, const float* f,
+                             int64_t width, float* joined, float* sum) {
+  timed(Part::kRest, "copy rows", 0,
+        [&] { backend_->join_rows(step, h, scale, f, width, joined, sum); });
+}
+
 void TimedBackend::accept(Step* step, const float* logits, int32_t vocab) {
   timed(Part::kRest, "sample, accept", 0, [&] { backend_->accept(step, logits, vocab); });
 }

@@ -39,9 +39,14 @@ class TimedBackend final : public Backend {
   std::string isa() const override { return backend_->isa(); }
   int contract_version() const override { return backend_->contract_version(); }
 
-  std::shared_ptr<void> allocate(size_t bytes) override { return backend_->allocate(bytes); }
+  std::shared_ptr<void> allocate(size_t bytes, Memory memory) override {
+    return backend_->allocate(bytes, memory);
+  }
   std::shared_ptr<Step> make_step(int n_sequences) override {
     return backend_->make_step(n_sequences);
+  }
+  std::shared_ptr<Step> make_device_step(int n_sequences, int max_rows) override {
+    return backend_->make_device_step(n_sequences, max_rows);
   }
   void upload(void* device, const void* host, size_t bytes) override {
     backend_->upload(device, host, bytes);
@@ -65,9 +70,14 @@ class TimedBackend final : public Backend {
 
   // A part is another list of ops: the key says which, in bits that no address has.
   void submit(uint64_t key, FunctionRef<void()> ops) override {
-    backend_->submit(key == 0 ? 0 : key | static_cast<uint64_t>(only_) << 56, ops);
+    backend_->submit(key_of_part(key), ops);
   }
   void on_host(FunctionRef<void()> op) override { backend_->on_host(op); }
+  uint64_t launch(uint64_t key, FunctionRef<void()> ops) override {
+    return backend_->launch(key_of_part(key), ops);
+  }
+  void wait(uint64_t ticket) override { backend_->wait(ticket); }
+  TreeOps* tree_ops() override { return backend_->tree_ops(); }  // these are not timed
 
   void embed(const Step* step, const Matrix& table, float* out) override;
   void rms_norm(const Step* step, const float* x, const float* weight, float eps, int64_t n,
@@ -78,11 +88,18 @@ class TimedBackend final : public Backend {
   void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv,
                  int layer, float* out) override;
   void copy_rows(const Step* step, const float* x, int64_t width, float* y) override;
+  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
+                   float* y) override;
+  void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
+                 float* joined, float* sum) override;
   void accept(Step* step, const float* logits, int32_t vocab) override;
   void keep(const Step* step, const KvCache& kv) override;
   void keep_rows(const Step* step, int64_t width, float* x) override;
 
  private:
+  uint64_t key_of_part(uint64_t key) const {
+    return key == 0 ? 0 : key | static_cast<uint64_t>(only_) << 56;
+  }
   template <typename F>
   void timed(Part part, const std::string& name, size_t weight_bytes, const F& call);
 
