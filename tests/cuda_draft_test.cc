@@ -708,6 +708,9 @@ TEST(CudaDraft, EndsInTime) {
                        static_cast<Drafter*>(drafter.get())}) {
       session.step(d);
       ASSERT_TRUE(check()) << device;
+      if (d == nullptr) {
+        EXPECT_EQ(session.last_step().n_rows, 1) << "nothing is run again";
+      }
     }
     session.truncate(0, static_cast<int>(kPrompt.size()) + 3);
     for (int i = 0; i < 3; ++i) {
