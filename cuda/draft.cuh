@@ -49,15 +49,14 @@ KERNEL(kDraftThreads, 1) void advance_kernel(AdvanceParams p) {
   const Kept kept = kept_of(step);
   const int committed = seq.committed, t = thread_index();
   if (kept.n > 0) {
-    const bool sampled = seq.root >= 0;
-    const int root = sampled ? step->position[seq.root] : committed;
+    const bool sampled = seq.root >= 0;  // else a piece of a prompt, which is in the text already
+    const int root = sampled ? step->position[seq.root] : 0, end = seq.first_row + seq.n_rows;
     PassResult* result = s->results + s->n_passes % 2;
     // A kept row's position is its place in the text, so no row needs to know of another.
-    for (int row = seq.first_row + t; row < seq.first_row + seq.n_rows; row += kDraftThreads) {
+    for (int row = sampled ? seq.root + 1 + t : end; row < end; row += kDraftThreads) {
       const int at = step->kept_at[row];
       if (at < 0) continue;
-      s->text[at] = step->token[row];
-      if (at > root) result->token[at - root - 1] = step->token[row];
+      s->text[at] = result->token[at - root - 1] = step->token[row];
     }
     sync_threads();
     if (t == 0 && sampled) {
