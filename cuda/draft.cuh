@@ -66,7 +66,7 @@ KERNEL(kDraftThreads, 1) void advance_kernel(AdvanceParams p) {
       result->emitted = committed - root;
       result->drafted = seq.first_row + seq.n_rows - seq.root - 1;
       result->number = s->n_passes++;
-      s->trust.observe(kept.n - 1);
+      s->trust.observe(committed - root - 1);
     }
     sync_threads();
   } else if (t == 0) {

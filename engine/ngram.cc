@@ -27,8 +27,9 @@ class NgramDrafter final : public TreeDrafter {
   }
 
   void observe(const KeptRows& kept) override {
-    if (kept.step->sequences[kept.sequence].root < 0) return;  // a piece of the prompt
-    trust_.observe(kept.n_kept - 1);
+    const Step::Sequence& s = kept.step->sequences[kept.sequence];
+    if (s.root < 0) return;                                    // a piece of the prompt
+    trust_.observe(kept.n_kept - 1 - (s.root - s.first_row));  // the prompt's rows were no guesses
   }
 
  private:

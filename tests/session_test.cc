@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "engine/candidate_tree.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/cpu/work_shares.h"
 #include "engine/error.h"
@@ -291,6 +292,34 @@ TEST(NgramTest, DraftsWhatFollowedBefore) {
             (Nodes{{0, 3}, {1, 5}, {2, 7}, {3, 1}, {4, 2}, {1, 4}}));
   EXPECT_EQ(drafted({1, 2, 3, 4, 5, 9, 1, 2}, {.nodes = 3}, 2),
             (Nodes{{0, 3}, {1, 4}}));  // depth left in the context
+}
+
+TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
+  const auto backend = backend_of("scalar", 1);
+  const std::vector<int32_t> text = {1, 2, 3, 4, 5, 9, 1, 2};
+  // The probability of the first match, after a prompt of that many rows and guesses that failed.
+  const auto believed = [&](int prompt_rows, int failed) {
+    const auto drafter = make_ngram_drafter({.nodes = 3}, 1, 64);
+    auto step = std::make_unique<Step>();
+    step->n_sequences = 1;
+    const auto observe = [&](int rows) {
+      step->clear();
+      step->begin_sequence(0);
+      int row = -1;
+      for (int i = 0; i < rows; ++i) row = step->add_row(7, row, i + 1 == rows);
+      step->set_root(row);
+      drafter->observe({*backend, 0, 1, text, rows, rows, nullptr, step.get(), nullptr, 16});
+    };
+    observe(prompt_rows);
+    for (int i = 0;; ++i) {
+      const CandidateTree& tree =
+          drafter->candidates({*backend, 0, 1, text, 0, 3, 100, nullptr, {}});
+      if (i == failed) return tree[0].probability;
+      observe(1);
+    }
+  };
+  EXPECT_LT(believed(1, 8), 0.7f * believed(1, 0));
+  EXPECT_EQ(believed(40, 8), believed(1, 8));
 }
 
 TEST(RopeTable, IsWhatItSays) {
