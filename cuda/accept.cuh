@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/numeric.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/runtime.cuh"
 #include "engine/philox.h"
 #include "engine/step.h"
@@ -35,20 +36,6 @@ struct AcceptShared {
   uint64_t histogram[256];
   uint64_t result[2];
 };
-
-// The largest of the threads' values.
-DEVICE uint64_t block_max(AcceptShared* s, uint64_t x) {
-  const int t = thread_index();
-  s->value[t] = x;
-  for (int width = kAcceptThreads / 2; width > 0; width /= 2) {
-    sync_threads();
-    if (t < width) s->value[t] = most(s->value[t], s->value[t + width]);
-  }
-  sync_threads();
-  const uint64_t result = s->value[0];
-  sync_threads();
-  return result;
-}
 
 // The sum of the values of the threads up to and including this one; total: of all.
 DEVICE uint64_t block_scan(AcceptShared* s, uint64_t x, uint64_t* total) {
@@ -164,7 +151,7 @@ DEVICE int32_t block_argmax(AcceptShared* s, int32_t vocab, const Value& value) 
     best = most(best,
                 static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
   }
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(block_max(s, best)));
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(block_max<kAcceptThreads>(s->value, best)));
 }
 
 DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,
@@ -219,7 +206,7 @@ KERNEL(kAcceptThreads, 1) void accept_kernel(AcceptParams p) {
       for (int row = node + 1 + thread_index(); row < end; row += kAcceptThreads)
         if (step->parent[row] == node && step->token[row] == next)
           child = most(child, static_cast<uint64_t>(Step::kMaxRows - row));
-      child = block_max(s, child);
+      child = block_max<kAcceptThreads>(s->value, child);
       if (child == 0) break;
       node = Step::kMaxRows - static_cast<int>(child);
       if (thread_index() == 0) step->kept_at[node] = step->position[node];

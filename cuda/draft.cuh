@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/numeric.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/runtime.cuh"
 #include "cuda/tape.cuh"
 #include "engine/draft_state.h"
@@ -12,17 +13,6 @@ namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
 inline constexpr int kDraftThreads = 256, kDraftWarps = kDraftThreads / kLanes;
-
-// The largest of the values of a block of kDraftThreads, for all of them. scratch: (kDraftWarps).
-DEVICE uint32_t block_max(uint32_t* scratch, uint32_t x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) x = most(x, shuffle_xor(x, width));
-  if (lane_index() == 0) scratch[warp_index()] = x;
-  sync_threads();
-  x = scratch[0];
-  for (int i = 1; i < kDraftWarps; ++i) x = most(x, scratch[i]);
-  sync_threads();
-  return x;
-}
 
 // Rows that accept() kept, and the position of the first of them.
 struct Kept {
@@ -138,7 +128,7 @@ KERNEL(kDraftThreads, 1) void learn_matches_kernel(LearnMatchesParams p) {
     const int n = match_length(s->text, i, at, s->max_match);
     if (n >= s->min_match) best = most(best, match_key(n, i));
   }
-  best = block_max(scratch, best);
+  best = block_max<kDraftThreads>(scratch, best);
   if (thread_index() > 0 || best == 0) return;
   const int n = least(static_cast<int>(best >> 24), kLongestMatch);
   atomic_add(&s->matched[n], 1);
@@ -238,7 +228,7 @@ KERNEL(kDraftThreads, 1) void propose_kernel(ProposeParams p) {
       uint32_t best = 0;
       for (uint32_t i = static_cast<uint32_t>(t); i < shared->n_keys; i += kDraftThreads)
         if (shared->key[i] < below) best = most(best, shared->key[i]);
-      best = block_max(shared->scratch, best);
+      best = block_max<kDraftThreads>(shared->scratch, best);
       if (best == 0) break;
       const int n = static_cast<int>(best >> 24);
       looked = n == length ? looked + 1 : 1;

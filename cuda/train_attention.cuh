@@ -80,14 +80,14 @@ KERNEL(kReduceThreads, 1) void rollout_step_kernel(RolloutParams p) {
   float largest = -infinity();
   for (int64_t i = thread_index(); i < seen; i += kReduceThreads)
     largest = most(largest, scores[i]);
-  largest = block_largest(shared, largest);
+  largest = block_max<kReduceThreads>(shared, largest);
   for (int j = 0; j < p.step; ++j) largest = most(largest, own[j]);
   float sum = 0;
   for (int64_t i = thread_index(); i < seen; i += kReduceThreads) {
     w[i] = exp_contract(scores[i] - largest);
     sum = sum + w[i];
   }
-  sum = block_sum(shared, sum);
+  sum = block_sum<kReduceThreads>(shared, sum);
   for (int j = 0; j < p.step; ++j) sum = sum + exp_contract(own[j] - largest);
   for (int64_t i = thread_index(); i < t.n_slots; i += kReduceThreads)
     w[i] = i < seen ? divide(w[i], sum) : 0.0f;
@@ -133,7 +133,7 @@ KERNEL(kReduceThreads, 1) void rollout_step_grad_kernel(RolloutParams p) {
       }
       float mean = 0;
       for (int d = thread_index(); d < dim; d += kReduceThreads) mean = fma(dout[d], out[d], mean);
-      mean = block_sum(shared, mean);  // (its barriers are those of dw_own, too)
+      mean = block_sum<kReduceThreads>(shared, mean);  // (its barriers are those of dw_own, too)
       for (int64_t i = thread_index(); i < t.first_start + start + 1; i += kReduceThreads)
         dscores[i] += w[i] * (dw[i] - mean);
       for (int j = 1; j <= p.step; ++j) {

@@ -54,11 +54,11 @@ KERNEL(kReduceThreads, 1) void cross_entropy_kernel(CrossEntropyParams p) {
   }
   float largest = -infinity();
   for (int64_t c = thread_index(); c < p.vocab; c += kReduceThreads) largest = most(largest, x[c]);
-  largest = block_largest(shared, largest);
+  largest = block_max<kReduceThreads>(shared, largest);
   float sum = 0;
   for (int64_t c = thread_index(); c < p.vocab; c += kReduceThreads)
     sum = sum + exp_contract(x[c] - largest);
-  sum = block_sum(shared, sum);
+  sum = block_sum<kReduceThreads>(shared, sum);
   const float mass = shared[4];
   if (thread_index() == 0) {
     p.loss[row] = mass * (largest + ::logf(sum)) - shared[5];

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/numeric.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/runtime.cuh"
 
 namespace chimera::cuda {
@@ -197,24 +198,7 @@ struct Rotate {
 
 // ---- Sums over a row ---------------------------------------------------------------------------
 
-// The sum, or the largest, of a block's threads, whose number is 128; every thread gets it. shared:
-// (4), free again after it.
 inline constexpr int kReduceThreads = 128;
-template <typename F>
-DEVICE float block_reduce(float* shared, float x, const F& f) {
-  for (int width = kLanes / 2; width > 0; width /= 2) x = f(x, shuffle_xor(x, width));
-  if (lane_index() == 0) shared[warp_index()] = x;
-  sync_threads();
-  x = f(f(shared[0], shared[1]), f(shared[2], shared[3]));
-  sync_threads();
-  return x;
-}
-DEVICE float block_sum(float* shared, float x) {
-  return block_reduce(shared, x, [](float a, float b) { return a + b; });
-}
-DEVICE float block_largest(float* shared, float x) {
-  return block_reduce(shared, x, [](float a, float b) { return most(a, b); });
-}
 
 struct RmsParams {
   int64_t n;
@@ -231,7 +215,7 @@ KERNEL(kReduceThreads, 1) void rms_kernel(RmsParams p) {
   float squares = 0;
   for (int64_t i = thread_index(); i < p.n; i += block_threads())
     squares = fma(x[i], x[i], squares);
-  squares = block_sum(shared, squares);
+  squares = block_sum<kReduceThreads>(shared, squares);
   const float inverse = divide(1.0f, square_root(divide(squares, static_cast<float>(p.n)) + p.eps));
   for (int64_t i = thread_index(); i < p.n; i += block_threads())
     p.y[block_x() * p.n + i] = x[i] * inverse;
@@ -255,7 +239,7 @@ KERNEL(kReduceThreads, 1) void rms_grad_kernel(RmsGradParams p) {
   float mean = 0;
   for (int64_t i = thread_index(); i < p.n; i += block_threads())
     mean = fma(p.y[row + i], p.dy[row + i], mean);
-  mean = divide(block_sum(shared, mean), static_cast<float>(p.n));
+  mean = divide(block_sum<kReduceThreads>(shared, mean), static_cast<float>(p.n));
   const float inverse = p.inverse[block_x()];
   for (int64_t i = thread_index(); i < p.n; i += block_threads()) {
     const float g = inverse * (p.dy[row + i] - p.y[row + i] * mean);

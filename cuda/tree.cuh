@@ -32,31 +32,6 @@ DEVICE int32_t key_index(uint64_t key) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
-DEVICE uint64_t block_max(uint64_t* scratch, uint64_t x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    const uint64_t other = static_cast<uint64_t>(shuffle_xor(static_cast<uint32_t>(x >> 32), width))
-                               << 32 |
-                           shuffle_xor(static_cast<uint32_t>(x), width);
-    x = most(x, other);
-  }
-  if (lane_index() == 0) scratch[warp_index()] = x;
-  sync_threads();
-  x = scratch[0];
-  for (int i = 1; i < kDraftWarps; ++i) x = most(x, scratch[i]);
-  sync_threads();
-  return x;
-}
-// In a fixed order.
-DEVICE float block_sum(float* scratch, float x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) x = x + shuffle_xor(x, width);
-  if (lane_index() == 0) scratch[warp_index()] = x;
-  sync_threads();
-  x = scratch[0];
-  for (int i = 1; i < kDraftWarps; ++i) x = x + scratch[i];
-  sync_threads();
-  return x;
-}
-
 // The kBranch largest of value(0 .. n - 1), largest first, as keys; 0 where there are fewer. Each
 // thread keeps the best of its own share in registers; then kBranch times the block's best is taken
 // from the thread that has it.
@@ -73,7 +48,7 @@ DEVICE void block_top(uint64_t* scratch, int n, const Value& value, uint64_t (&t
     }
   }
   UNROLLED_FOR (int r = 0; r < kBranch; ++r) {
-    top[r] = block_max(scratch, own[0]);
+    top[r] = block_max<kDraftThreads>(scratch, own[0]);
     if (own[0] == top[r]) {
       UNROLLED_FOR (int j = 0; j + 1 < kBranch; ++j) own[j] = own[j + 1];
       own[kBranch - 1] = 0;
@@ -115,7 +90,7 @@ KERNEL(kDraftThreads, 1) void top_k_kernel(TopKParams p) {
   float sum = 0;
   for (int i = thread_index(); i < n; i += kDraftThreads)
     sum = sum + exp_contract((value(i) - largest) * scale);
-  sum = block_sum(reinterpret_cast<float*>(scratch), sum);
+  sum = block_sum<kDraftThreads>(reinterpret_cast<float*>(scratch), sum);
   if (thread_index() == 0) {
     s->n_best = least(n, kBranch);
     UNROLLED_FOR (int r = 0; r < kBranch; ++r) {
