@@ -43,7 +43,7 @@ FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
 # -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).
-NVCCFLAGS := -std=c++20 -I. -O3 -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
+NVCCFLAGS := -std=c++20 -I. -O3 --compress-mode=size -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
              -Werror all-warnings -Xptxas -warn-spills -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
              -DCHIMERA_CUDA_ARCHS='"$(CUDA_ARCHS), PTX 90"' -gencode arch=compute_90,code=compute_90 \
              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
