@@ -57,7 +57,7 @@ struct DraftState {
   int32_t nodes;                 // candidates verified at most
   int32_t depth, width;          // of the draft's tree; 0: no draft model
   int32_t min_match, max_match;  // of n-gram matches; max_match 0: none
-  int32_t trusts_less;           // matches alone: their probabilities are scaled by `trust`
+  int32_t trusts_less;           // matches alone, costs known: probabilities are scaled by `trust`
   // seconds[m]: of a pass over m rows of the target. has_costs 0: as many nodes as there are.
   int32_t has_costs;
   float seconds[Step::kMaxRows + 1];

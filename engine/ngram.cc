@@ -20,9 +20,12 @@ class NgramDrafter final : public TreeDrafter {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
                    options_.max_match, c.sampling.temperature, &tree_);
-    for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust_.share();
+    // It says how large a tree pays, so it counts where that is asked for.
+    if (c.cost != nullptr)
+      for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust_.share();
     tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
-    for (const int i : tree_.chosen()) trust_.expected += tree_[i].probability;
+    if (c.cost != nullptr)
+      for (const int i : tree_.chosen()) trust_.expected += tree_[i].probability;
     return tree_;
   }
 

@@ -61,7 +61,6 @@ class Resident final : public ResidentDrafter {
     initial_.width = options.width;
     initial_.min_match = options.min_match;
     initial_.max_match = options.max_match;
-    initial_.trusts_less = model_ == nullptr;
     initial_.vocabulary = static_cast<int32_t*>(vocabulary_memory_.get());
     initial_.known = static_cast<uint8_t*>(known_memory_.get());
     initial_.n_static = static_cast<int32_t>(vocabulary_.size());
@@ -83,6 +82,7 @@ class Resident final : public ResidentDrafter {
     initial_.sampling = sampling;
     initial_.nodes = std::min(options_.nodes, target.max_nodes);
     initial_.has_costs = cost != nullptr;
+    initial_.trusts_less = !model_ && cost != nullptr;
     for (int rows = 1; cost != nullptr && rows <= Step::kMaxRows; ++rows)
       initial_.seconds[rows] = static_cast<float>(cost->seconds(rows));
     for (const auto& [values, greedy, sampled] :

@@ -297,6 +297,8 @@ TEST(NgramTest, DraftsWhatFollowedBefore) {
 TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
   const auto backend = backend_of("scalar", 1);
   const std::vector<int32_t> text = {1, 2, 3, 4, 5, 9, 1, 2};
+  CostCurve cost;
+  for (const int rows : {1, 64}) cost.set(rows, 1);  // so that all are tried
   // The probability of the first match, after a prompt of that many rows and guesses that failed.
   const auto believed = [&](int prompt_rows, int failed) {
     const auto drafter = make_ngram_drafter({.nodes = 3}, 1, 64);
@@ -313,7 +315,7 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
     observe(prompt_rows);
     for (int i = 0;; ++i) {
       const CandidateTree& tree =
-          drafter->candidates({*backend, 0, 1, text, 0, 3, 100, nullptr, {}});
+          drafter->candidates({*backend, 0, 1, text, 0, 3, 100, &cost, {}});
       if (i == failed) return tree[0].probability;
       observe(1);
     }
