@@ -492,8 +492,10 @@ TEST_F(CliTest, PackedAndMappedWeights) {
     const json o = object(with);
     if (ids.is_null()) ids = o["ids"];
     EXPECT_EQ(o["ids"], ids);
+#if !defined(__SANITIZE_ADDRESS__)  // whose own books are counted as well
     EXPECT_LE(o["peak_memory_bytes"].get<double>(), 1.1 * plan["total_bytes"].get<double>())
         << weights;
+#endif
   }
 }
 
