@@ -510,6 +510,7 @@ TEST_F(CliTest, BenchOfAShape) {
   ASSERT_EQ(o["steps"].size(), 3u);
   for (const json& step : o["steps"])
     for (const char* part : {"seconds", "products", "attention", "rest"}) EXPECT_GT(step[part], 0);
+  EXPECT_GT(o["decoding"]["drafting_seconds"], o["decoding"]["plain_seconds"]);
   const Output table = chimera({"bench", "--shape", "tiny", "--rounds", "1", "--device", "cpu"});
   EXPECT_EQ(table.code, 0);
   EXPECT_NE(table.out.find("tiny in bf16, random weights, on cpu"), std::string::npos) << table.out;

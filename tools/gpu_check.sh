@@ -44,16 +44,18 @@ say ""
 say "$(printf '%-13s %-5s %5s %10s %10s %10s %10s %6s' shape type rows ms products attention rest share)"
 for run in llama-2-7b:bf16 llama-2-7b:q8_0 llama-2-7b:q4_0 smollm2-135m:bf16 smollm2-135m:q8_0; do
   shape=${run%:*} type=${run#*:}
-  part step 40 ./chimera bench --device cuda --shape "$shape" --type "$type" --json || continue
+  part step 55 ./chimera bench --device cuda --shape "$shape" --type "$type" --json || continue
   steps="$steps${steps:+,}$(cat "$work/step")"
   tr '{' '\n' <"$work/step" | awk -v shape="$shape" -v type="$type" -F'[,:]' '/^"rows"/ {
     for (i = 1; i < NF; ++i) { gsub(/[^a-z_]/, "", $i); if (!($i in v)) v[$i] = $(i + 1) }
     printf "%-13s %-5s %5d %10.3f %10.3f %10.3f %10.3f %6.2f\n", shape, type, v["rows"],
            1e3 * v["seconds"], 1e3 * v["products"], 1e3 * v["attention"], 1e3 * v["rest"], v["bandwidth_share"]
     delete v }' | tee -a $table
+  sed -n 's/.*"plain_seconds":\([^,]*\),.*"drafting_seconds":\([^}]*\)}.*/\1 \2/p' "$work/step" |
+    awk '{ printf "decoding, whole steps: plain %.3f ms, with a draft model %.3f ms\n", 1e3 * $1, 1e3 * $2 }' | tee -a $table
 done
 
-model=null
+model=null training=
 if [ -f model.gguf.0 ]; then
   cat model.gguf.* >"$work/model.gguf"
   draft=$(ls ./*.chimera.safetensors 2>/dev/null | head -n 1)
@@ -68,7 +70,8 @@ if [ -f model.gguf.0 ]; then
       part fit 45 ./chimera train fit --device cuda -m "$work/model.gguf" --data "$work/texts.jsonl" --batch 4096 \
         --minutes 0.4 -o "$work/draft"
   fi
-  say "training: $(grep 'positions/s' "$work/fit.err" 2>/dev/null | tail -n 1)"
+  training=$(grep -o '[0-9]* positions/s' "$work/fit.err" 2>/dev/null | tail -n 1)
+  say "training: $training"
 fi
 
 cat >"$work/all.json" <<END
@@ -77,7 +80,8 @@ cat >"$work/all.json" <<END
 "tests":$(value "$work/tests.json"),
 "kernels":$(value "$work/kernels.json"),
 "steps":[$steps],
-"model":$model}
+"model":$model,
+"training":"$training"}
 END
 mv "$work/all.json" gpu_check.json
 say ""

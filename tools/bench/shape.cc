@@ -3,10 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 
+#include "engine/chimera/chimera_drafter.h"
 #include "engine/error.h"
 #include "engine/model_shapes.h"
+#include "engine/resident_drafter.h"
 #include "engine/session.h"
+#include "engine/train/parameters.h"
 #include "tools/bench/series.h"
 #include "tools/bench/timed_backend.h"
 #include "tools/machine.h"
@@ -109,6 +113,49 @@ double pass_seconds(Session* session, int context, int rows) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+constexpr int kDraftNodes = 24, kDraftDepth = 8, kDraftWidth = 4;
+
+// A draft model of random weights, as `train fit` would begin with for this target.
+DraftTensors random_draft(const LlamaConfig& target, const std::vector<float>& norm) {
+  DraftConfig c;
+  c.hidden_size = target.hidden_size;
+  c.n_heads = target.n_heads;
+  c.n_kv_heads = target.n_kv_heads;
+  c.head_dim = target.head_dim;
+  c.ffn_size = 512;
+  DraftTensors draft = training::initial_draft(c, norm, 1);
+  draft.vocabulary.resize(static_cast<size_t>(std::min(target.vocab_size, 2048)));
+  std::iota(draft.vocabulary.begin(), draft.vocabulary.end(), 0);
+  return draft;
+}
+
+// As `run` would make it: on the device where that can draft. draft: nullptr: plain decoding.
+std::unique_ptr<Drafter> drafter_for(const Llama& llama, const DraftTensors* draft, int context) {
+  if (llama.backend().tree_ops() != nullptr)
+    return make_resident_drafter(
+        llama, draft,
+        {.nodes = draft ? kDraftNodes : 0, .depth = kDraftDepth, .width = kDraftWidth}, context);
+  if (draft == nullptr) return nullptr;
+  return make_chimera_drafter(
+      llama, *draft,
+      {.nodes = kDraftNodes, .depth = kDraftDepth, .width = kDraftWidth, .ngrams = false}, 1,
+      context);
+}
+
+// The median of a few whole steps behind a text, drafting included.
+double decoding_seconds(Session* session, Drafter* drafter, int context) {
+  session->start(0, std::vector<int32_t>(static_cast<size_t>(context), 1), {});
+  while (session->emitted(0) == 0) session->step(drafter);
+  session->step(drafter);  // on a device: is under way already
+  Series seconds;
+  for (int i = 0; i < 12 && !session->full(0); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    session->step(drafter);
+    seconds.add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds.median();
+}
+
 }  // namespace
 
 std::vector<std::string> shape_names() {
@@ -142,7 +189,12 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
   weights = {};
 
   Tree trees[] = {{1, {}}, {25, {}}, {64, {}}};
-  Session session(llama, {.context = o.context + 128, .max_nodes = 63});
+  const int context = o.context + 256;
+  Session session(llama, {.context = context, .max_nodes = 63});
+  const DraftTensors draft = random_draft(llama.config(), norm);
+  const auto plain = drafter_for(llama, nullptr, context),
+             drafting = drafter_for(llama, &draft, context);
+  Series plain_seconds, drafting_seconds;
   Series bandwidth;
   for (int round = -1; round < o.rounds; ++round) {  // the first one warms up
     const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), o.threads);
@@ -155,6 +207,12 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
           seconds = std::min(seconds, pass_seconds(&session, o.context, tree.rows));
         if (round >= 0) tree.seconds[part].add(seconds);
       }
+    backend.only(Part::kAll);
+    for (const auto& [drafter, seconds] :
+         {std::pair{plain.get(), &plain_seconds}, {drafting.get(), &drafting_seconds}}) {
+      const double median = decoding_seconds(&session, drafter, o.context);
+      if (round >= 0) seconds->add(median);
+    }
   }
 
   const auto bytes = static_cast<double>(llama.weight_bytes());
@@ -178,7 +236,12 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
                 {"rounds", o.rounds},
                 {"weight_bytes", llama.weight_bytes()},
                 {"read_bandwidth_gb_s", bandwidth.median()},
-                {"steps", list}});
+                {"steps", list},
+                {"decoding",
+                 {{"plain_seconds", plain_seconds.median()},
+                  {"draft_nodes", kDraftNodes},
+                  {"draft_depth", kDraftDepth},
+                  {"drafting_seconds", drafting_seconds.median()}}}});
     return 0;
   }
   std::string table;
@@ -206,7 +269,11 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
         "first\n" +
         table + "\nshare: of reading the " + bytes_text(llama.weight_bytes()) +
         " of weights once at " + bandwidth.text(1) +
-        " GB/s, measured between the steps. Parts are run by themselves.\n");
+        " GB/s, measured between the steps. Parts are run by themselves.\n" +
+        "decoding, whole steps: plain " + fixed_text(1e3 * plain_seconds.median(), 3) +
+        " ms; with a draft model, " + std::to_string(kDraftNodes) + " nodes, " +
+        std::to_string(kDraftDepth) + " deep: " + fixed_text(1e3 * drafting_seconds.median(), 3) +
+        " ms\n");
   return 0;
 }
 
