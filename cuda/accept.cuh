@@ -2,8 +2,8 @@
 // sample there, and so on (backend.h). A block has a sequence.
 //
 // # Sampling in parallel, one answer
-// The token is the one with the largest logit / temperature + noise (sampler.h): a maximum, exact in
-// any order. Cuts are defined by sums over the vocabulary, and sampler.h makes them exact: e =
+// The token is the one with the largest logit / temperature + noise (sampler.h): a maximum, exact
+// in any order. Cuts are defined by sums over the vocabulary, and sampler.h makes them exact: e =
 // exp(..) in [0, 1] is rounded down to a multiple of 2^-34, so a sum of 2^19 of them fits the 53
 // bits of a double, or here a 64-bit integer, in any order.
 //
@@ -137,21 +137,15 @@ DEVICE void cut(AcceptShared* s, Distribution* d, double wanted) {
   sync_threads();
 }
 
-// The id in [0, vocab) with the largest value(id), the lowest of equal ones; NaN and -infinity never
-// win; 0 if there is none. As one integer: floats in an order-preserving form, then ids inverted.
+// The id in [0, vocab) with the largest value(id), the lowest of equal ones; NaN and -infinity
+// never win; 0 if there is none.
 template <typename Value>
 DEVICE int32_t block_argmax(AcceptShared* s, int32_t vocab, const Value& value) {
-  uint64_t best = 0xffffffffu;  // id 0
-  for (int32_t id = thread_index(); id < vocab; id += kAcceptThreads) {
-    const float x = value(id) + 0.0f;  // -0 is 0
-    const uint32_t u = bits_of(x);
-    const uint32_t order = is_nan(x) || x == -infinity() ? 0u
-                           : (u & 0x80000000u) != 0      ? ~u
-                                                         : u | 0x80000000u;
-    best = most(best,
-                static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(id)));
-  }
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(block_max<kAcceptThreads>(s->value, best)));
+  uint64_t best = order_key(-infinity(), 0);
+  for (int32_t id = thread_index(); id < vocab; id += kAcceptThreads)
+    if (const float x = value(id); x > -infinity())
+      best = most(best, order_key(x, static_cast<uint32_t>(id)));
+  return key_index(block_max<kAcceptThreads>(s->value, best));
 }
 
 DEVICE int32_t sample_row(AcceptShared* s, const float* logits, int32_t vocab,

@@ -1,5 +1,5 @@
 // One value for all threads of a block, folded in a fixed order: within each warp by halves, then
-// the warps' in turn.
+// the warps' in turn. And what makes "the largest, of equal ones the first" a plain maximum.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -31,6 +31,17 @@ DEVICE T block_sum(T* scratch, T x) {
 template <int kThreads, typename T>
 DEVICE T block_max(T* scratch, T x) {
   return block_fold<kThreads>(scratch, x, [](T a, T b) { return most(a, b); });
+}
+
+// A number and its index as one integer: the larger number is the larger integer, of equal numbers
+// the one with the lower index; NaN is the least. Never 0.
+DEVICE uint64_t order_key(float x, uint32_t index) {
+  const uint32_t u = bits_of(x + 0.0f);  // -0 is 0
+  const uint32_t order = is_nan(x) ? 0u : (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
+  return static_cast<uint64_t>(order) << 32 | (0xffffffffu - index);
+}
+DEVICE int32_t key_index(uint64_t key) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
 }  // namespace CHIMERA_CUDA_BODY

@@ -14,9 +14,7 @@ namespace {
 
 bool cuda_available() { return false; }
 
-std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& /*options*/) {
-  refuse();
-}
+std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& /*options*/) { refuse(); }
 
 std::unique_ptr<training::Ops<float>> training::make_cuda_training_ops(Precision /*precision*/) {
   refuse();

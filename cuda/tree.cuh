@@ -21,17 +21,6 @@ inline constexpr int kBranch = DraftState::kBranch;
 
 // ---- The best of a row -------------------------------------------------------------------------
 
-// A number and its index as one integer: the larger number is the larger integer, of equal numbers
-// the one with the lower index; NaN is the least. Never 0.
-DEVICE uint64_t order_key(float x, uint32_t index) {
-  const uint32_t u = bits_of(x + 0.0f);  // -0 is 0
-  const uint32_t order = is_nan(x) ? 0u : (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
-  return static_cast<uint64_t>(order) << 32 | (0xffffffffu - index);
-}
-DEVICE int32_t key_index(uint64_t key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-}
-
 // The kBranch largest of value(0 .. n - 1), largest first, as keys; 0 where there are fewer. Each
 // thread keeps the best of its own share in registers; then kBranch times the block's best is taken
 // from the thread that has it.

@@ -98,8 +98,8 @@ class NgramIndex {
   int min_, max_;
   int64_t text_ = -1;
   size_t mask_, stride_, indexed_ = 0;
-  std::vector<int32_t> head_;                                // (lengths, buckets)
-  std::vector<int32_t> previous_;                            // (lengths, context)
+  std::vector<int32_t> head_;                                     // (lengths, buckets)
+  std::vector<int32_t> previous_;                                 // (lengths, context)
   std::array<float, kLongestMatch + 1> matched_{}, came_true_{};  // by length: tokens of this text
 };
 

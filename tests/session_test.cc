@@ -314,8 +314,7 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
     };
     observe(prompt_rows);
     for (int i = 0;; ++i) {
-      const CandidateTree& tree =
-          drafter->candidates({*backend, 0, 1, text, 0, 3, 100, &cost, {}});
+      const CandidateTree& tree = drafter->candidates({*backend, 0, 1, text, 0, 3, 100, &cost, {}});
       if (i == failed) return tree[0].probability;
       observe(1);
     }

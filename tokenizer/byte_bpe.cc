@@ -104,9 +104,8 @@ void ByteBpe::encode(std::string_view text, std::vector<int32_t>& out) const {
     for (size_t i = 0; i < word.size(); ++i) {
       queue.add(byte_ids_[static_cast<unsigned char>(word[i])], static_cast<uint32_t>(i), 1);
     }
-    queue.run([&](const Symbol& left, const Symbol& right) {
-      return find_merge(left.id, right.id);
-    });
+    queue.run(
+        [&](const Symbol& left, const Symbol& right) { return find_merge(left.id, right.id); });
     queue.for_each([&](const Symbol& symbol) {
       if (symbol.id >= 0) out.push_back(symbol.id);
     });

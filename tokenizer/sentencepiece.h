@@ -46,7 +46,7 @@ class SentencePiece {
   int32_t unknown_;
   std::array<int32_t, 256> byte_ids_;
   TokenTable piece_texts_;
-  std::vector<Piece> pieces_;  // in the order of piece_texts_
+  std::vector<Piece> pieces_;        // in the order of piece_texts_
   size_t longest_piece_ = 0;         // bytes
   bool spaces_start_pieces_ = true;  // no piece has a space behind anything but a space
 };

@@ -9,7 +9,8 @@ namespace chimera {
 std::string StreamDecoder::push(int32_t id) {
   std::string bytes = tokenizer_->token_bytes(id);
   if (bytes.empty()) return "";
-  if (at_text_start_ && tokenizer_->adds_space_prefix() && bytes.starts_with(' ')) bytes.erase(0, 1);
+  if (at_text_start_ && tokenizer_->adds_space_prefix() && bytes.starts_with(' '))
+    bytes.erase(0, 1);
   at_text_start_ = false;
   pending_ += bytes;
   return take_whole_characters();

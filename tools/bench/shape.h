@@ -21,8 +21,8 @@ std::vector<std::string> shape_names();
 std::vector<std::string> shape_types();
 
 // Times steps of a root alone and with trees of 25 and 64 nodes, whole and by parts, beside the
-// speed of reading memory; and steps of decoding, plain and with a draft model. Speed does not depend on what the weights say, so no file is needed.
-// Throws Error if there is not enough memory.
+// speed of reading memory; and steps of decoding, plain and with a draft model. Speed does not
+// depend on what the weights say, so no file is needed. Throws Error if there is not enough memory.
 int bench_shape(std::unique_ptr<Backend> backend, const ShapeBenchOptions& options);
 
 }  // namespace chimera
