@@ -1,5 +1,6 @@
-// The texts of a vocabulary in one block of memory, and the way back from a text to its id. A third
-// of what strings in a map take: a vocabulary is most of what the program keeps besides the model.
+// The texts of a vocabulary in one block of memory, and the way back from a text to its id. With
+// strings in maps SmolLM2's 49,152 tokens took a run 7 to 9 MB more (peak_memory_bytes of run
+// --json).
 #pragma once
 
 #include <cstddef>
