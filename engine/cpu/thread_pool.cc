@@ -69,8 +69,8 @@ void ThreadPool::run(Job job, void* context) {
     job_ = job;
     context_ = context;
     busy_.store(size_ - 1, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
+    generation_.fetch_add(1);
+    if (asleep_.load() > 0) generation_.notify_all();
   }
   job(context, 0);
   if (size_ > 1) spin_until(0, [this] { return busy_.load(std::memory_order_acquire) == 0; });
@@ -82,7 +82,11 @@ void ThreadPool::work(int thread) {
     for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen;
          ++spins)
       wait_a_little(thread);
-    generation_.wait(seen, std::memory_order_acquire);
+    if (generation_.load(std::memory_order_acquire) == seen) {
+      asleep_.fetch_add(1);    // before the last look at the generation, and run() looks here after
+      generation_.wait(seen);  // it has written that: one of the two sees the other
+      asleep_.fetch_sub(1);
+    }
     ++seen;
     if (stop_) return;
     job_(context_, thread);

@@ -49,14 +49,15 @@ class ThreadPool {
   const Job idle_;
   void* const idle_context_;
   std::vector<std::thread> workers_;
+  // Each group on its own cache line: they are written by different threads.
+  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs; the job comes on the same line
   Job job_ = nullptr;
   void* context_ = nullptr;
   bool stop_ = false;
-  // Each on its own cache line: they are written by different threads.
-  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs
-  alignas(64) std::atomic<int> busy_{0};             // workers still in the current job
-  alignas(64) std::atomic<int> arrived_{0};          // threads at the barrier
-  alignas(64) std::atomic<uint32_t> barriers_{0};    // counts barriers passed
+  alignas(64) std::atomic<int> asleep_{0};         // workers that have to be woken
+  alignas(64) std::atomic<int> busy_{0};           // workers still in the current job
+  alignas(64) std::atomic<int> arrived_{0};        // threads at the barrier
+  alignas(64) std::atomic<uint32_t> barriers_{0};  // counts barriers passed
 };
 
 }  // namespace chimera::cpu
