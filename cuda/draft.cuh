@@ -239,12 +239,11 @@ KERNEL(kDraftThreads, 1) void propose_kernel(ProposeParams p) {
     }
   }
   const MatchTree& tree = shared->tree;
-  const float trust = s->trusts_less != 0 ? s->trust.share() : 1.0f;
   for (int i = t; i < tree.n; i += kDraftThreads) {
     s->token[i] = tree.token[i];
     s->parent[i] = tree.parent[i];
     s->depth_of[i] = tree.depth[i];
-    s->probability[i] = tree.probability[i] * trust;
+    s->probability[i] = tree.probability[i];
     s->row[i] = -1;
   }
   if (t > 0) return;

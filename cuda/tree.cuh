@@ -448,11 +448,12 @@ KERNEL(kDraftThreads, 1) void choose_kernel(ChooseParams p) {
   if (t == 0) {
     int chosen = static_cast<int>(tree.n_chosen);
     if (s->has_costs != 0) {  // CandidateTree::worthwhile(); some 31 candidates as a rule
-      const double drafting = static_cast<double>(s->drafting_seconds);
+      const double drafting = static_cast<double>(s->drafting_seconds),
+                   trust = static_cast<double>(s->trust.share());
       double tokens = 1, best = 1 / (drafting + static_cast<double>(s->seconds[1]));
       int worthwhile = 0;
       for (int i = 0; i < chosen; ++i) {
-        tokens += static_cast<double>(shared->sorted[i]);
+        tokens += trust * static_cast<double>(shared->sorted[i]);
         const double rate = tokens / (drafting + static_cast<double>(s->seconds[i + 2]));
         if (rate > best) {
           best = rate;
@@ -462,8 +463,7 @@ KERNEL(kDraftThreads, 1) void choose_kernel(ChooseParams p) {
       chosen = worthwhile;
     }
     tree.n_chosen = static_cast<uint32_t>(chosen);
-    if (s->trusts_less != 0)
-      for (int i = 0; i < chosen; ++i) s->trust.expected += shared->sorted[i];
+    for (int i = 0; i < chosen; ++i) s->trust.promised += shared->sorted[i];
 
     const bool live = max_depth > 0;
     Step::Sequence& q = step->sequences[0];

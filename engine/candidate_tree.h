@@ -3,7 +3,7 @@
 // Drafters put in guesses with the probability that the text takes the path to them; paths that
 // begin alike share nodes. The most probable ones go into the step. How many: a fixed number, or,
 // where the cost of a pass is known, the number n that makes the most of it,
-//   max over n of (1 + p_1 + .. + p_n) / (drafting + seconds(1 + n)),   p_1 >= p_2 >= ..,
+//   max over n of (1 + trust (p_1 + .. + p_n)) / (drafting + seconds(1 + n)),   p_1 >= p_2 >= ..,
 // the tokens that the pass is expected to give for each second.
 //
 // A choice of n is the beginning of a choice of more, so that one tree measures all sizes.
@@ -140,8 +140,9 @@ class CandidateTree {
   }
 
   // Chooses the candidates to verify, as many as fit into max_nodes where cost is nullptr.
-  // drafting: seconds spent on these candidates.
-  void choose(int max_nodes, int max_depth, const CostCurve* cost, double drafting) {
+  // drafting: seconds spent on these candidates. trust: what a probability is worth (Trust).
+  void choose(int max_nodes, int max_depth, const CostCurve* cost, double drafting, float trust) {
+    trust_ = static_cast<double>(trust);
     chosen_.clear();
     for (int i = 0; i < size(); ++i)
       if ((*this)[i].depth <= max_depth) chosen_.push_back(i);
@@ -154,12 +155,14 @@ class CandidateTree {
   // What choose() chose, the most probable first.
   std::span<const int> chosen() const { return chosen_; }
 
-  // Tokens that a pass over the chosen ones is expected to give, the root's own included.
-  double expected_tokens() const {
-    double tokens = 1;
-    for (const int i : chosen_) tokens += static_cast<double>((*this)[i].probability);
+  // Sum of their probabilities: tokens that the target will accept of them, if they are right.
+  float promised() const {
+    float tokens = 0;
+    for (const int i : chosen_) tokens += (*this)[i].probability;
     return tokens;
   }
+  // Tokens that a pass over them is expected to give, the root's own included.
+  double expected_tokens() const { return 1 + trust_ * static_cast<double>(promised()); }
 
   // Writes the chosen candidates into the step, as rows below `root`.
   void write(Step* step, int root) {
@@ -193,7 +196,7 @@ class CandidateTree {
     double tokens = 1, best = 1 / (drafting + cost.seconds(1));
     size_t n = 0;
     for (size_t i = 0; i < chosen_.size(); ++i) {
-      tokens += static_cast<double>(nodes_[static_cast<size_t>(chosen_[i])].probability);
+      tokens += trust_ * static_cast<double>(nodes_[static_cast<size_t>(chosen_[i])].probability);
       const double rate = tokens / (drafting + cost.seconds(static_cast<int>(i) + 2));
       if (rate > best) {
         best = rate;
@@ -206,6 +209,7 @@ class CandidateTree {
   std::vector<Node> nodes_;
   std::vector<int> chosen_, row_of_, order_;
   std::vector<float> probabilities_;
+  double trust_ = 1;
 };
 
 }  // namespace chimera

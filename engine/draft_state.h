@@ -57,7 +57,6 @@ struct DraftState {
   int32_t nodes;                 // candidates verified at most
   int32_t depth, width;          // of the draft's tree; 0: no draft model
   int32_t min_match, max_match;  // of n-gram matches; max_match 0: none
-  int32_t trusts_less;           // matches alone, costs known: probabilities are scaled by `trust`
   // seconds[m]: of a pass over m rows of the target. has_costs 0: as many nodes as there are.
   int32_t has_costs;
   float seconds[Step::kMaxRows + 1];
@@ -65,9 +64,9 @@ struct DraftState {
 
   // ---- N-gram matches ----
   uint32_t matched[kLongestMatch + 1], came_true[kLongestMatch + 1];  // by length
-  MatchTrust trust;
 
   // ---- The candidates: as CandidateTree::Node; the first n_matches are those of the n-grams ----
+  Trust trust;  // where costs are known
   int32_t n_candidates, n_matches;
   int32_t token[kMostCandidates];
   int32_t parent[kMostCandidates];

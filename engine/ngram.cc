@@ -20,12 +20,10 @@ class NgramDrafter final : public TreeDrafter {
     tree_.clear();
     propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, options_.min_match,
                    options_.max_match, c.sampling.temperature, &tree_);
-    // It says how large a tree pays, so it counts where that is asked for.
-    if (c.cost != nullptr)
-      for (int i = 0; i < tree_.size(); ++i) tree_[i].probability *= trust_.share();
-    tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0);
-    if (c.cost != nullptr)
-      for (const int i : tree_.chosen()) trust_.expected += tree_[i].probability;
+    if (c.text != text_) trust_ = {};
+    text_ = c.text;
+    tree_.choose(std::min(c.max_nodes, options_.nodes), c.max_depth, c.cost, 0, trust_.share());
+    trust_.promised += tree_.promised();
     return tree_;
   }
 
@@ -36,7 +34,8 @@ class NgramDrafter final : public TreeDrafter {
   }
 
  private:
-  MatchTrust trust_;
+  int64_t text_ = -1;
+  Trust trust_;
   NgramOptions options_;
   std::vector<NgramIndex> indexes_;
   CandidateTree tree_;

@@ -82,7 +82,6 @@ class Resident final : public ResidentDrafter {
     initial_.sampling = sampling;
     initial_.nodes = std::min(options_.nodes, target.max_nodes);
     initial_.has_costs = cost != nullptr;
-    initial_.trusts_less = !model_ && cost != nullptr;
     for (int rows = 1; cost != nullptr && rows <= Step::kMaxRows; ++rows)
       initial_.seconds[rows] = static_cast<float>(cost->seconds(rows));
     for (const auto& [values, greedy, sampled] :

@@ -44,7 +44,7 @@ TEST(CandidateTree, NoChildIsMoreProbableThanItsParent) {
     }
     for (int i = 0; i < tree.size(); ++i)
       ASSERT_LE(tree[i].probability, tree.probability_of(tree[i].parent)) << round << " " << i;
-    tree.choose(10, 40, nullptr, 0);
+    tree.choose(10, 40, nullptr, 0, 1);
     std::vector<int> chosen(tree.chosen().begin(), tree.chosen().end());
     for (const int i : chosen) {
       const int parent = tree[i].parent;

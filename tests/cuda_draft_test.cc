@@ -339,6 +339,8 @@ TEST(CudaDraft, Choice) {
       CostCurve cost;
       s.has_costs = repeat % 2;
       s.drafting_seconds = 0.25f;
+      s.trust = {static_cast<float>(random() % 20), 10.0f};
+      const Trust trust = s.trust;
       for (int m = 1; m <= 64; ++m) {
         if (s.has_costs) cost.set(m, 1 + 0.02 * m * m);
         s.seconds[m] = static_cast<float>(1 + 0.02 * m * m);
@@ -357,7 +359,8 @@ TEST(CudaDraft, Choice) {
       expected.clear();
       expected.begin_sequence(0);
       expected.set_root(expected.add_row(s.text[s.length - 1], -1, true));
-      tree.choose(s.nodes, s.context - s.length, &cost, 0.25);
+      tree.choose(s.nodes, s.context - s.length, &cost, 0.25, trust.share());
+      ASSERT_EQ(s.trust.promised, trust.promised + tree.promised());
       tree.write(&expected, 0);
       ASSERT_EQ(got.n_rows, expected.n_rows);
       ASSERT_EQ(got.n_logits, expected.n_logits);

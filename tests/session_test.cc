@@ -299,7 +299,7 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
   const std::vector<int32_t> text = {1, 2, 3, 4, 5, 9, 1, 2};
   CostCurve cost;
   for (const int rows : {1, 64}) cost.set(rows, 1);  // so that all are tried
-  // The probability of the first match, after a prompt of that many rows and guesses that failed.
+  // What the matches are worth, after a prompt of that many rows and guesses that failed.
   const auto believed = [&](int prompt_rows, int failed) {
     const auto drafter = make_ngram_drafter({.nodes = 3}, 1, 64);
     auto step = std::make_unique<Step>();
@@ -315,11 +315,11 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
     observe(prompt_rows);
     for (int i = 0;; ++i) {
       const CandidateTree& tree = drafter->candidates({*backend, 0, 1, text, 0, 3, 100, &cost, {}});
-      if (i == failed) return tree[0].probability;
+      if (i == failed) return tree.expected_tokens() - 1;
       observe(1);
     }
   };
-  EXPECT_LT(believed(1, 8), 0.7f * believed(1, 0));
+  EXPECT_LT(believed(1, 8), 0.7 * believed(1, 0));
   EXPECT_EQ(believed(40, 8), believed(1, 8));
 }
 

@@ -91,7 +91,9 @@ class GrowingDrafter final : public ChimeraDrafter {
     }
     learn_vocabulary(k, first);
     const Step::Sequence& rows = k.step->sequences[k.sequence];
-    if (rows.root == rows.first_row) average(seconds_since(start), &observe_seconds_);  // no prompt
+    if (rows.root != rows.first_row) return;  // a prompt
+    trust_.observe(k.n_kept - 1);
+    average(seconds_since(start), &observe_seconds_);
   }
 
   CandidateTree& candidates(const DraftContext& c) override {
@@ -101,7 +103,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     if (budget <= 0 || c.max_depth <= 0) return tree_;
     if (!options_.tree.empty()) {
       if (ready(c, seq)) grow_static(c, seq);
-      tree_.choose(budget, c.max_depth, nullptr, 0);  // all of it: its shape was the choice
+      tree_.choose(budget, c.max_depth, nullptr, 0, 1);  // all of it: its shape was the choice
       return tree_;
     }
     // As if observe() had been part of it: the step pays for both.
@@ -112,7 +114,8 @@ class GrowingDrafter final : public ChimeraDrafter {
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
                      kHybridMaxMatch, c.sampling.temperature, &tree_);
     if (ready(c, seq)) grow(c, seq, budget, start);
-    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start));
+    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), trust_.share());
+    trust_.promised += tree_.promised();
     learn_yields();
     return tree_;
   }
@@ -148,6 +151,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   void start_text(Sequence& seq, int64_t text) {
     seq.text = text;
     seq.expanded = 0;
+    trust_ = {};
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
     for (size_t i = n_fixed_; i < vocabulary_.size(); ++i)
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
@@ -335,11 +339,12 @@ class GrowingDrafter final : public ChimeraDrafter {
   // tokens for its time than the step gives without it.
   bool pays(const DraftContext& c, int depth, std::span<const int> order, int budget,
             double drafting) {
-    tree_.choose(budget, c.max_depth, c.cost, drafting);
+    const float trust = trust_.share();
+    tree_.choose(budget, c.max_depth, c.cost, drafting, trust);
     double mass = 0;
     for (const int i : order) mass += static_cast<double>(tree_[i].probability);
     const double seconds = drafting + c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
-    if (mass * yields_[static_cast<size_t>(depth)].share() * seconds >=
+    if (mass * static_cast<double>(trust) * yields_[static_cast<size_t>(depth)].share() * seconds >=
         depth_seconds_ * tree_.expected_tokens())
       return true;
     // Now and then it is tried all the same: what is not done is not measured, and one slow pass
@@ -412,6 +417,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<uint8_t> known_;        // by token: in the vocabulary
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
+  Trust trust_;  // in all sequences together
   std::vector<int> order_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
   std::vector<int> static_at_;                      // candidates of the given shape's nodes
