@@ -45,7 +45,8 @@ struct Sampling {
 // 0 < top_p <= 1, 0 <= min_p <= 1; NaN is out of range).
 void check(const Sampling& sampling);
 
-// The parts of sampling that a backend has faster ways to compute; each has one definition.
+// The parts of sampling, and of drafting from logits, that a CPU has faster ways to compute; each
+// has one definition.
 struct SamplingOps {
   // Index of the largest value, lowest index first; NaN never wins; 0 if there is none.
   int32_t (*argmax)(const float* x, int64_t n);
@@ -53,6 +54,11 @@ struct SamplingOps {
   void (*exp_scaled)(const float* x, int64_t n, float max, float divisor, float* out);
   // out[i] = Gumbel noise of token ids[i] (ids null: token i) at a position; -2.9 to 21.5.
   void (*gumbel)(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out);
+  // Indices of the k largest of x, largest first, of equal ones the lower index first. Returns how
+  // many there are: k, or n if that is less. Where x holds NaN, some of them.
+  int (*top_k)(const float* x, int64_t n, int k, int32_t* index);
+  // Sum over i of exp((x[i] - shift) * scale): 16 sums, of the i that are equal modulo 16, folded.
+  float (*sum_of_exp)(const float* x, int64_t n, float shift, float scale);
 };
 // The fastest of them on this machine (engine/cpu).
 const SamplingOps& sampling_ops();

@@ -9,7 +9,6 @@
 #include "engine/error.h"
 #include "engine/ngram_index.h"
 #include "engine/resident_drafter.h"
-#include "engine/top_k.h"
 #include "tests/cuda_devices.h"
 #include "tests/cuda_support.h"
 
@@ -198,10 +197,10 @@ TEST(CudaDraft, TopKOfARow) {
                 logits[row * stride + i] +
                 (temperature > 0 ? temperature * noise[static_cast<size_t>(i)] : 0.0f);
           int32_t best[8];
-          const int found = top_k(noisy.data(), n, 8, best);
+          const int found = sampling_ops().top_k(noisy.data(), n, 8, best);
           ASSERT_EQ(b.state->n_best, found);
           const float largest = noisy[static_cast<size_t>(best[0])];
-          const float sum = sum_of_exp(noisy.data(), n, largest, 1 / 0.8f);
+          const float sum = sampling_ops().sum_of_exp(noisy.data(), n, largest, 1 / 0.8f);
           for (int r = 0; r < found; ++r) {
             ASSERT_EQ(b.state->best[row][r], best[r]) << device << " " << n << " rank " << r;
             ASSERT_NEAR(
@@ -427,7 +426,7 @@ TEST(CudaDraft, Vocabulary) {
           if (step.kept_at[r] < 0) continue;
           learn(text[static_cast<size_t>(step.kept_at[r]) + 1]);
           if (step.logits_index[r] < 0) continue;
-          top_k(logits + step.logits_index[r] * kVocab, kVocab, 8, best);
+          sampling_ops().top_k(logits + step.logits_index[r] * kVocab, kVocab, 8, best);
           for (const int32_t token : best) learn(token);
         }
         b.ops.advance(&step, b.state, b.draft);

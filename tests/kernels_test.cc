@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "engine/philox.h"
 #include "tests/support.h"
@@ -192,6 +193,46 @@ TEST(RowKernels, ExpAndArgmax) {
   ties[40] = ties[77] = 2.0f;
   for (const Kernels* k : fast_kernels()) EXPECT_EQ(k->sampling.argmax(ties.data(), 100), 40);
   EXPECT_EQ(kScalarKernels.sampling.argmax(ties.data(), 100), 40);
+}
+
+TEST(RowKernels, TopKIsWhatSortingGives) {
+  std::mt19937 random(9);
+  std::vector<const Kernels*> tables = fast_kernels();
+  tables.push_back(&kScalarKernels);
+  for (const int n : {1, 3, 16, 63, 64, 65, 100, 130, 5000})
+    for (const int k : {1, 2, 8, 32}) {
+      std::vector<float> x(static_cast<size_t>(n));
+      for (float& v : x) v = static_cast<float>(static_cast<int>(random() % 400) - 200);  // ties
+      std::vector<int32_t> order(x.size());
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)];
+      });
+      order.resize(std::min(order.size(), static_cast<size_t>(k)));
+      for (const Kernels* kernels : tables) {
+        std::vector<int32_t> found(static_cast<size_t>(k), -1);
+        found.resize(
+            static_cast<size_t>(kernels->sampling.top_k(x.data(), n, k, found.data())));
+        EXPECT_EQ(found, order) << kernels->name << " " << n << " " << k;
+      }
+    }
+}
+
+TEST(RowKernels, SumOfExponentials) {
+  std::mt19937 random(10);
+  for (const int n : {1, 4, 16, 17, 2311}) {
+    std::vector<float> x = random_floats(random, static_cast<size_t>(n), 5.0f);
+    if (n > 1) x[0] = -1000;
+    const float largest = *std::max_element(x.begin(), x.end());
+    for (const float scale : {1.0f, 0.7f}) {
+      double exact = 0;
+      for (const float v : x) exact += std::exp(double{scale} * (double{v} - double{largest}));
+      const float sum = kScalarKernels.sampling.sum_of_exp(x.data(), n, largest, scale);
+      EXPECT_NEAR(sum, exact, 1e-5 * exact) << n;
+      for (const Kernels* k : fast_kernels())
+        EXPECT_EQ(k->sampling.sum_of_exp(x.data(), n, largest, scale), sum) << k->name << " " << n;
+    }
+  }
 }
 
 TEST(RowKernels, Gumbel) {

@@ -9,7 +9,6 @@
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
 #include "engine/sampler.h"
-#include "engine/top_k.h"
 
 namespace chimera {
 namespace {
@@ -176,7 +175,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       if (k.step->logits_index[r] < 0) continue;
       const float* logits = k.logits + int64_t{k.step->logits_index[r]} * k.vocab;
       int32_t best[kTargetsBest] = {};
-      const int n = top_k(logits, k.vocab, kTargetsBest, best);
+      const int n = ops_.top_k(logits, k.vocab, kTargetsBest, best);
       for (int i = 0; i < n; ++i) learn(best[i]);
     }
   }
@@ -205,7 +204,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // The noise that the target will add where it chooses the tokens `depth` + 1 below the root.
   void draw_noise(const DraftContext& c, int depth) {
     if (c.sampling.temperature >= kLeastTemperature)
-      sampling_ops().gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()),
+      ops_.gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()),
                             c.sampling.seed, static_cast<int64_t>(c.tokens.size()) + depth,
                             noise_.data());
   }
@@ -241,7 +240,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float* logits = with_noise(c, plain_logits);
     const auto width = static_cast<int64_t>(vocabulary_.size());
     int32_t best[StaticTree::kMostRanks] = {};
-    n = top_k(logits, width, n, best);
+    n = ops_.top_k(logits, width, n, best);
     // In between for temperatures between.
     const float mix = std::min(c.sampling.temperature, 1.0f);
     const auto mixed = [&](const std::vector<float>& greedy, const std::vector<float>& sampled) {
@@ -251,7 +250,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     const float scale = 1 / mixed(greedy_.temperature, sampled_.temperature);
     const float coverage = mixed(greedy_.coverage, sampled_.coverage);
     const float largest = logits[best[0]];
-    const float sum = sum_of_exp(logits, width, largest, scale);
+    const float sum = ops_.sum_of_exp(logits, width, largest, scale);
     const float above = tree_.probability_of(parent), others = tree_.discount_matches(parent);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
@@ -407,6 +406,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
   ChimeraOptions options_;
+  const SamplingOps& ops_ = sampling_ops();
   int hidden_;
   DraftCalibration greedy_, sampled_;
   DraftModel model_;

@@ -218,6 +218,11 @@ inline uint32_t equal_mask(Lanes x, float y) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.lo, b, _CMP_EQ_OQ))) |
          static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.hi, b, _CMP_EQ_OQ))) << 8;
 }
+inline uint32_t greater_mask(Lanes x, float y) {
+  const __m256 b = _mm256_set1_ps(y);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.lo, b, _CMP_GT_OQ))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.hi, b, _CMP_GT_OQ))) << 8;
+}
 
 }  // namespace
 }  // namespace chimera::cpu

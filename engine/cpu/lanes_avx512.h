@@ -184,6 +184,10 @@ inline void store_bf16(uint16_t* p, Lanes a) {
 inline uint32_t equal_mask(Lanes x, float y) {
   return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(y), _CMP_EQ_OQ);
 }
+// Bit i: x[i] > y.
+inline uint32_t greater_mask(Lanes x, float y) {
+  return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(y), _CMP_GT_OQ);
+}
 
 }  // namespace
 }  // namespace chimera::cpu

@@ -2,6 +2,7 @@
 // must be included first. reference.cc says the same in plain loops.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "engine/cpu/exp.h"
@@ -421,6 +422,45 @@ int32_t argmax(const float* x, int64_t n) {
   for (; i < n; ++i)
     if (x[i] == largest) return static_cast<int32_t>(i);
   return 0;
+}
+
+int top_k(const float* x, int64_t n, int k, int32_t* index) {
+  int found = 0;
+  float least = -kInfinity;  // of the k
+  const auto take = [&](int64_t i) {
+    if (found == k && !(x[i] > least)) return;
+    int at = found < k ? found++ : k - 1;
+    for (; at > 0 && x[index[at - 1]] < x[i]; --at) index[at] = index[at - 1];
+    index[at] = static_cast<int32_t>(i);
+    if (found == k) least = x[index[k - 1]];
+  };
+  int64_t i = 0;
+  while (i < std::min<int64_t>(k, n)) take(i++);
+  // Nearly all runs of 64 hold nothing that is large enough.
+  for (; i + 64 <= n; i += 64) {
+    const Lanes largest =
+        max(max(load(x + i), load(x + i + 16)), max(load(x + i + 32), load(x + i + 48)));
+    if (greater_mask(largest, least) == 0) continue;
+    for (int64_t j = i; j < i + 64; j += 16)
+      for (uint32_t larger = greater_mask(load(x + j), least); larger != 0; larger &= larger - 1)
+        take(j + __builtin_ctz(larger));
+  }
+  for (; i < n; ++i) take(i);
+  return found;
+}
+
+float sum_of_exp(const float* x, int64_t n, float shift, float scale) {
+  const Lanes by = broadcast(scale), from = broadcast(shift);
+  Lanes sum = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) sum = sum + exp((load(x + i) - from) * by);
+  if (i < n) {
+    float last[16];
+    store(last, broadcast(-kInfinity));
+    std::copy(x + i, x + n, last);
+    sum = sum + exp((load(last) - from) * by);
+  }
+  return fold(sum);
 }
 
 void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {

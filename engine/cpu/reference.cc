@@ -166,6 +166,23 @@ int32_t argmax(const float* x, int64_t n) {
   return best;
 }
 
+int top_k(const float* x, int64_t n, int k, int32_t* index) {
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (found == k && !(x[i] > x[index[k - 1]])) continue;
+    int at = found < k ? found++ : k - 1;
+    for (; at > 0 && x[index[at - 1]] < x[i]; --at) index[at] = index[at - 1];
+    index[at] = static_cast<int32_t>(i);
+  }
+  return found;
+}
+
+float sum_of_exp(const float* x, int64_t n, float shift, float scale) {
+  float lane[16] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i % 16] += exp((x[i] - shift) * scale);
+  return fold(lane);
+}
+
 void exp_scaled(const float* x, int64_t n, float largest, float divisor, float* out) {
   for (int64_t i = 0; i < n; ++i) {
     const float e = std::floor(exp(x[i] / divisor - largest / divisor) * 0x1p34f) * 0x1p-34f;
@@ -207,6 +224,6 @@ const Kernels kScalarKernels = {Isa::kScalar,
                                 rotate,
                                 attention,
                                 combine,
-                                {argmax, exp_scaled, gumbel}};
+                                {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
 
 }  // namespace chimera::cpu

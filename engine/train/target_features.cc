@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "engine/error.h"
-#include "engine/top_k.h"
+#include "engine/sampler.h"
 
 namespace chimera::training {
 namespace {
@@ -13,8 +13,8 @@ constexpr int kRows = 128;  // of a pass
 
 // The most probable tokens of softmax(logits), most probable first.
 void soft_target(const float* logits, int64_t vocab, SoftTarget* target) {
-  const int n = top_k(logits, vocab, SoftTarget::kMost, target->token);
-  const float largest = logits[target->token[0]], sum = sum_of_exp(logits, vocab, largest, 1);
+  const int n = sampling_ops().top_k(logits, vocab, SoftTarget::kMost, target->token);
+  const float largest = logits[target->token[0]], sum = sampling_ops().sum_of_exp(logits, vocab, largest, 1);
   for (int j = 0; j < SoftTarget::kMost; ++j) {
     if (j >= n) target->token[j] = -1;
     target->probability[j] = j < n ? std::exp(logits[target->token[j]] - largest) / sum : 0.0f;
