@@ -311,17 +311,8 @@ class CudaBackend final : public Backend, public TreeOps {
     });
   }
 
-  void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
-    op(step, [&](const Sight& s) {
-      cuda::copy_rows(stream_, {s.device, x, width, y}, s.max_rows);
-    });
-  }
-
-  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
-                   float* y) override {
-    op(step, [&](const Sight& s) {
-      cuda::gather_rows(stream_, {s.device, from, x, width, y}, s.max_rows);
-    });
+  void copy_rows(const Step* step, const RowCopy& copy) override {
+    op(step, [&](const Sight& s) { cuda::copy_rows(stream_, {s.device, copy}, s.max_rows); });
   }
   void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
                  float* joined, float* sum) override {

@@ -117,38 +117,20 @@ inline void rope_append(Stream stream, const RopeAppendParams& p, int max_rows) 
 
 struct CopyRowsParams {
   const Step* step;
-  const float* x;  // (rows, width)
-  int64_t width;
-  float* y;  // (rows, width)
+  RowCopy op;
 };
 KERNEL(kRowThreads, 1) void copy_rows_kernel(CopyRowsParams p) {
   wait_for_previous();
   const int row = p.step->first_new + block_x();
   if (row >= p.step->n_rows) return;
-  for (int64_t i = thread_index(); i < p.width; i += block_threads())
-    p.y[row * p.width + i] = p.x[row * p.width + i];
+  const RowCopy& op = p.op;
+  const int from = op.from != nullptr ? op.from[row] : row;
+  const float* x = op.x + from * (op.x_stride > 0 ? op.x_stride : op.width);
+  float* y = op.y + row * (op.y_stride > 0 ? op.y_stride : op.width);
+  for (int64_t i = thread_index(); i < op.width; i += block_threads()) y[i] = x[i];
 }
 inline void copy_rows(Stream stream, const CopyRowsParams& p, int max_rows) {
   launch("copy_rows", copy_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
-}
-
-// y[r] = x[from[r]]
-struct GatherRowsParams {
-  const Step* step;
-  const int32_t* from;  // (rows)
-  const float* x;       // (rows, width)
-  int64_t width;
-  float* y;  // (rows, width)
-};
-KERNEL(kRowThreads, 1) void gather_rows_kernel(GatherRowsParams p) {
-  wait_for_previous();
-  const int row = p.step->first_new + block_x();
-  if (row >= p.step->n_rows) return;
-  const float* x = p.x + p.from[row] * p.width;
-  for (int64_t i = thread_index(); i < p.width; i += block_threads()) p.y[row * p.width + i] = x[i];
-}
-inline void gather_rows(Stream stream, const GatherRowsParams& p, int max_rows) {
-  launch("gather_rows", gather_rows_kernel, stream, {max_rows}, kRowThreads, 0, p);
 }
 
 // joined[r] = [h; f[r]], sum[r] = scale * h + f[r]

@@ -111,6 +111,15 @@ enum class Memory : uint8_t {
 
 class TreeOps;
 
+// y[r] = x[from[r]] for the live rows r.
+struct RowCopy {
+  const float* x;
+  int64_t width;                       // floats of a row
+  float* y;                            // may be x if no row is both read and written
+  const int32_t* from = nullptr;       // (rows); nullptr: row r itself
+  int64_t x_stride = 0, y_stride = 0;  // 0: width
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -185,12 +194,7 @@ class Backend {
   // ancestors, itself included.
   virtual void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv,
                          int layer, float* out) = 0;
-  // Copies the live rows; width floats each.
-  virtual void copy_rows(const Step* step, const float* x, int64_t width, float* y) = 0;
-  // y[r] = x[from[r]]; width floats each. x and y may be the same if no row is both read and
-  // written.
-  virtual void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
-                           float* y) = 0;
+  virtual void copy_rows(const Step* step, const RowCopy& op) = 0;
   // What the residual heads of a draft model read, of every row f[r] and of one row h: joined[r] =
   // [h; f[r]], (rows, 2 width), and sum[r] = scale * h + f[r], two roundings.
   virtual void join_rows(const Step* step, const float* h, float scale, const float* f,

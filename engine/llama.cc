@@ -60,7 +60,7 @@ void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) c
     backend_.linear(step, {.weights = layer.down.get(), .x = a.gate_up, .y = a.hidden,
                            .input = Input::kSwiGlu, .accumulate = true});
     if (tap < a.tap_layers.size() && a.tap_layers[tap] == i) {
-      backend_.copy_rows(step, a.hidden, config_.hidden_size, a.taps + static_cast<int64_t>(tap) * a.tap_stride);
+      backend_.copy_rows(step, {a.hidden, config_.hidden_size, a.taps + static_cast<int64_t>(tap) * a.tap_stride});
       ++tap;
     }
   }

@@ -181,7 +181,7 @@ class Resident final : public ResidentDrafter {
     ops_.advance(step, state_, pass);
     if (options_.max_match > 0) ops_.learn_matches(step, state_);
     if (!model_) return;
-    model_->compute_features(pass, model_->g());
+    model_->compute_features(pass, model_->features());
     model_->forward(pass, target.states);
     model_->keep_root(pass, target.states);
     ops_.learn_vocabulary(step, target.logits, target_.config().vocab_size, state_, target_.head(),
@@ -192,7 +192,7 @@ class Resident final : public ResidentDrafter {
     if (options_.nodes > 0) ops_.propose(state_, grown_);
     for (int depth = 0; depth < initial_.depth; ++depth) {
       if (depth > 0) {
-        model_->compute_features(grown_, model_->g());
+        model_->compute_features(grown_, model_->features());
         model_->forward(grown_, model_->f());
       }
       model_->run_head(grown_, depth, model_->root(0).h);

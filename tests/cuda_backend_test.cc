@@ -291,15 +291,19 @@ TEST(CudaBackend, OpsAreTheCpus) {
       backend.rope_append(&step, f(qkv), heads, rope, kv, 1);
       backend.attention(&step, f(qkv), heads, kv, 1, f(attended));
       backend.rms_norm(&step, f(x), f(norm), 1e-6f, kHidden, f(y));
-      backend.copy_rows(&step, f(y), kHidden, f(x));
+      backend.copy_rows(&step, {f(y), kHidden, f(x)});
     }
     const auto from_memory = backend.allocate(kRows * sizeof(int32_t));
     for (int r = 0; r < kRows; ++r)
       static_cast<int32_t*>(from_memory.get())[r] = (5 * r + 2) % kRows;
     const auto gathered = floats(kRows * kHidden), joined = floats(2 * kRows * kHidden),
                sum = floats(kRows * kHidden);
-    backend.gather_rows(&step, static_cast<int32_t*>(from_memory.get()), f(x), kHidden,
-                        f(gathered));
+    backend.copy_rows(&step, {.x = f(x),
+                              .width = kHidden - 16,
+                              .y = f(gathered) + 16,
+                              .from = static_cast<int32_t*>(from_memory.get()),
+                              .x_stride = kHidden,
+                              .y_stride = kHidden});
     backend.join_rows(&step, f(norm), 0.7f, f(x), kHidden, f(joined), f(sum));
     // The second of two inputs that stand side by side.
     const auto beside = floats(kRows * kVocab);

@@ -36,7 +36,7 @@ TEST(CudaRows, NormEmbedCopy) {
         w(random_input(random, static_cast<size_t>(n), false));
     Buffer<float> y(static_cast<size_t>(5 * n)), copied(static_cast<size_t>(5 * n));
     rms_norm(nullptr, {step.get(), x.get(), w.get(), 1e-5f, n, y.get()}, 7);
-    copy_rows(nullptr, {step.get(), x.get(), n, copied.get()}, 7);
+    copy_rows(nullptr, {step.get(), {x.get(), n, copied.get()}}, 7);
     finish();
     std::vector<float> expected(static_cast<size_t>(n));
     for (int64_t r = 0; r < 5; ++r) {

@@ -211,8 +211,7 @@ TEST(RowKernels, TopKIsWhatSortingGives) {
       order.resize(std::min(order.size(), static_cast<size_t>(k)));
       for (const Kernels* kernels : tables) {
         std::vector<int32_t> found(static_cast<size_t>(k), -1);
-        found.resize(
-            static_cast<size_t>(kernels->sampling.top_k(x.data(), n, k, found.data())));
+        found.resize(static_cast<size_t>(kernels->sampling.top_k(x.data(), n, k, found.data())));
         EXPECT_EQ(found, order) << kernels->name << " " << n << " " << k;
       }
     }

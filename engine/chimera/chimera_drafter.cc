@@ -84,7 +84,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       if (done == k.n_kept) {
         std::memcpy(seq.root.h, k.states + int64_t{done - 1} * hidden_, row_bytes());
         std::memcpy(seq.root.f, model_.f(n), row_bytes());
-        std::memcpy(seq.root.g, model_.feature(n), row_bytes());
+        std::memcpy(seq.root.feature, model_.feature(n), feature_bytes());
         seq.expanded = k.committed;
       }
     }
@@ -159,6 +159,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
   size_t row_bytes() const { return static_cast<size_t>(hidden_) * 4; }
+  size_t feature_bytes() const { return static_cast<size_t>(model_.feature_size()) * 4; }
 
   static void trigram(std::span<const int32_t> tokens, int position, int32_t* out) {
     for (int i = 0; i < 3; ++i) out[i] = tokens[static_cast<size_t>(std::max(0, position - 2 + i))];
@@ -204,9 +205,8 @@ class GrowingDrafter final : public ChimeraDrafter {
   // The noise that the target will add where it chooses the tokens `depth` + 1 below the root.
   void draw_noise(const DraftContext& c, int depth) {
     if (c.sampling.temperature >= kLeastTemperature)
-      ops_.gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()),
-                            c.sampling.seed, static_cast<int64_t>(c.tokens.size()) + depth,
-                            noise_.data());
+      ops_.gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()), c.sampling.seed,
+                  static_cast<int64_t>(c.tokens.size()) + depth, noise_.data());
   }
   // A row of logits with that noise. Cuts of the distribution are the target's business: a token
   // that it cuts has little probability here as well.
@@ -275,7 +275,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   const float* expand_root(const DraftContext& c, const Sequence& seq) {
     Step& step = model_.step();
     std::memcpy(model_.f(0), seq.root.f, row_bytes());
-    std::memcpy(model_.feature(0), seq.root.g, row_bytes());
+    std::memcpy(model_.feature(0), seq.root.feature, feature_bytes());
     step.clear();
     step.n_rows = 1;
     step.token[0] = c.tokens.back();

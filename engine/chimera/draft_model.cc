@@ -52,18 +52,17 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
       (*step)->n_sequences = n_sequences;
     }
     pass_.links = allocate<DraftLinks>(1);
-    new_features_ = floats(rows * d);
+    new_features_ = floats(rows * feature_size());
     kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
-    kept_features_.resize(kKeptFeatures * static_cast<size_t>(d));
+    kept_features_.resize(kKeptFeatures * static_cast<size_t>(feature_size()));
   }
-  roots_ = floats(n_sequences * 3 * d);
-  g_ = floats(rows * d);
-  g_prev_ = floats(rows * d);
+  roots_ = floats(n_sequences * root_size());
+  features_ = floats(rows * feature_size());
   state_ = floats(rows * d);
   f_ = floats(rows * d);
   trigrams_ = floats(rows * 3 * d);
   hidden_ = floats(rows * d);
-  qkv_ = floats(rows * (config_.q_size() + 2 * config_.kv_size()));
+  qkv_ = floats(rows * qkv_size());
   attended_ = floats(rows * config_.q_size());
   gated_ = floats(rows * 2 * config_.ffn_size);
   x_ = floats(rows * d);
@@ -74,22 +73,22 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   w1_ = prepare(t.w1, d, 3 * d);
   w2_ = prepare(t.w2, d, d);
   if (config_.skip) w3_ = prepare(t.w3, d, d);
-  wq_ = prepare(t.wq, config_.q_size(), d);
-  // Half of a matrix that reads [state; feature], its input's norm included.
-  const auto half = [&](const std::vector<float>& w, const std::vector<float>& norm, int64_t part,
+  // The columns [first, first + d) of a matrix, its input's norm included.
+  const auto part = [&](const std::vector<float>& w, const std::vector<float>& norm, int64_t first,
                         std::vector<float>* out) {
-    for (int64_t r = 0; r < config_.kv_size(); ++r)
-      for (int64_t i = part * d; i < (part + 1) * d; ++i)
-        out->push_back(w[static_cast<size_t>(r * 2 * d + i)] * norm[static_cast<size_t>(i)]);
+    const auto cols = static_cast<int64_t>(norm.size());
+    for (int64_t r = 0; r < static_cast<int64_t>(w.size()) / cols; ++r)
+      for (int64_t i = first; i < first + d; ++i)
+        out->push_back(w[static_cast<size_t>(r * cols + i)] * norm[static_cast<size_t>(i)]);
   };
-  std::vector<float> of_state, key_of_feature, value_of_feature;
-  half(t.wk, t.key_norm, 0, &of_state);
-  half(t.wv, t.value_norm, 0, &of_state);
-  half(t.wk, t.key_norm, 1, &key_of_feature);
-  half(t.wv, t.value_norm, 1, &value_of_feature);
+  std::vector<float> of_state, of_feature;
+  part(t.wk, t.key_norm, 0, &of_state);
+  part(t.wv, t.value_norm, 0, &of_state);
+  part(t.wq, t.attn_norm, 0, &of_feature);
+  part(t.wk, t.key_norm, d, &of_feature);
+  part(t.wv, t.value_norm, d, &of_feature);
+  wqkv_feature_ = prepare(of_feature, qkv_size(), d);
   wkv_state_ = prepare(of_state, 2 * config_.kv_size(), d);
-  wk_feature_ = prepare(key_of_feature, config_.kv_size(), d);
-  wv_feature_ = prepare(value_of_feature, config_.kv_size(), d);
   wo_ = prepare(t.wo, d, config_.q_size());
   gate_up_ = prepare(t.gate_up, 2 * config_.ffn_size, d);
   down_ = prepare(t.down, d, config_.ffn_size);
@@ -98,7 +97,6 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
     head_up_.push_back(prepare(t.head_up[static_cast<size_t>(k)], d, config_.head_rank));
   }
   ones_ = place(std::vector<float>(static_cast<size_t>(d), 1.0f));
-  attn_norm_ = place(t.attn_norm);
   ffn_norm_ = place(t.ffn_norm);
   out_norm_ = place(t.out_norm);
 
@@ -201,7 +199,7 @@ void DraftModel::set_dynamic(int index, int32_t token) {
 }
 
 void DraftModel::features(int first, int n, const int32_t* trigrams) {
-  const auto d = static_cast<size_t>(config_.hidden_size);
+  const auto size = static_cast<size_t>(feature_size());
   const auto place_of = [](const Trigram& t) {
     uint32_t h = 0;
     for (const int32_t token : t.token) h = (h ^ static_cast<uint32_t>(token)) * 0x9E3779B1u;
@@ -213,7 +211,7 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
     const Trigram t{{trigrams[3 * i], trigrams[3 * i + 1], trigrams[3 * i + 2]}};
     const size_t at = place_of(t);
     if (kept_trigrams_[at] == t) {
-      std::memcpy(feature(first + i), kept_features_.data() + at * d, d * 4);
+      std::memcpy(feature(first + i), kept_features_.data() + at * size, size * 4);
     } else {
       std::copy_n(t.token, 3, tokens + 3 * n_missing);
       missing[n_missing++] = i;
@@ -228,46 +226,45 @@ void DraftModel::features(int first, int n, const int32_t* trigrams) {
   compute_features(pass_, new_features_);
   for (int j = 0; j < n_missing; ++j) {
     const Trigram t{{tokens[3 * j], tokens[3 * j + 1], tokens[3 * j + 2]}};
-    const float* g = new_features_ + static_cast<size_t>(j) * d;
+    const float* g = new_features_ + static_cast<size_t>(j) * size;
     kept_trigrams_[place_of(t)] = t;
-    std::memcpy(kept_features_.data() + place_of(t) * d, g, d * 4);
-    std::memcpy(feature(first + missing[j]), g, d * 4);
+    std::memcpy(kept_features_.data() + place_of(t) * size, g, size * 4);
+    std::memcpy(feature(first + missing[j]), g, size * 4);
   }
 }
 
 // clang-format off
 void DraftModel::compute_features(const DraftPass& pass, float* out) {
+  const Step* step = pass.features;
   const int64_t d = config_.hidden_size;
   backend_.embed(pass.trigrams, target_.embedding(), trigrams_);
   backend_.rms_norm(pass.trigrams, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
   // Three embeddings in a row make a trigram.
-  backend_.linear(pass.features, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
-  backend_.linear(pass.features, {.weights = w2_.get(), .x = hidden_, .y = out, .input = Linear::Input::kSilu});
+  backend_.linear(step, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
+  backend_.linear(step, {.weights = w2_.get(), .x = hidden_, .y = out, .y_stride = feature_size(),
+                         .input = Linear::Input::kSilu});
   if (config_.skip)
-    backend_.linear(pass.features, {.weights = w3_.get(), .x = trigrams_ + 2 * d, .y = out, .x_stride = 3 * d,
-                                    .accumulate = true});
+    backend_.linear(step, {.weights = w3_.get(), .x = trigrams_ + 2 * d, .y = out,
+                           .y_stride = feature_size(), .x_stride = 3 * d, .accumulate = true});
+  backend_.linear(step, {.weights = wqkv_feature_.get(), .x = out, .y = out + d, .y_stride = feature_size(),
+                         .x_stride = feature_size(), .input = Linear::Input::kRmsNorm, .norm_weight = ones_,
+                         .eps = kEps});
 }
 
 void DraftModel::forward(const DraftPass& pass, const float* states) {
   using Input = Linear::Input;
   const Step* step = pass.rows;
-  const int64_t d = config_.hidden_size, width = config_.q_size() + 2 * config_.kv_size();
+  const int64_t d = config_.hidden_size, q = config_.q_size(), kv = config_.kv_size(), size = feature_size();
   const Heads heads{config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
-  float *k = qkv_ + config_.q_size(), *v = k + config_.kv_size();
-  backend_.gather_rows(step, pass.links->feature, g_, d, g_prev_);
-  backend_.gather_rows(step, pass.links->state, states, d, state_);
-  backend_.linear(step, {.weights = wq_.get(), .x = g_, .y = qkv_, .y_stride = width,
-                          .input = Input::kRmsNorm, .norm_weight = attn_norm_, .eps = kEps});
-  // Slots read [rms(state); rms(feature)]: of the previous token for the key, of the own one for the value.
-  backend_.linear(step, {.weights = wkv_state_.get(), .x = state_, .y = k, .y_stride = width,
-                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps});
-  backend_.linear(step, {.weights = wk_feature_.get(), .x = g_prev_, .y = k, .y_stride = width,
-                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
-  backend_.linear(step, {.weights = wv_feature_.get(), .x = g_, .y = v, .y_stride = width,
-                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
+  // A row's own feature asks and gives its value; the feature of the token before it gives the key.
+  backend_.copy_rows(step, {features_ + d, qkv_size(), qkv_, nullptr, size});
+  backend_.copy_rows(step, {features_ + d + q, kv, qkv_ + q, pass.links->feature, size, qkv_size()});
+  backend_.copy_rows(step, {states, d, state_, pass.links->state});
+  backend_.linear(step, {.weights = wkv_state_.get(), .x = state_, .y = qkv_ + q, .y_stride = qkv_size(),
+                         .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
   backend_.rope_append(step, qkv_, heads, rope_, kv_, 0);
   backend_.attention(step, qkv_, heads, kv_, 0, attended_);
-  backend_.copy_rows(step, g_, d, x_);
+  backend_.copy_rows(step, {features_, d, x_, nullptr, size});
   backend_.linear(step, {.weights = wo_.get(), .x = attended_, .y = x_, .accumulate = true});
   backend_.linear(step, {.weights = gate_up_.get(), .x = x_, .y = gated_,
                           .input = Input::kRmsNorm, .norm_weight = ffn_norm_, .eps = kEps});
@@ -294,9 +291,9 @@ void DraftModel::run_head(const DraftPass& pass, int k, const float* h) {
 
 void DraftModel::keep_root(const DraftPass& pass, const float* states) {
   const int64_t d = config_.hidden_size;
-  backend_.gather_rows(pass.root, &pass.links->root, f_, d, f_);
-  backend_.gather_rows(pass.root, &pass.links->root, g_, d, g_);
-  backend_.gather_rows(pass.root, &pass.links->root_state, states, d, root(0).h);
+  backend_.copy_rows(pass.root, {f_, d, f_, &pass.links->root});
+  backend_.copy_rows(pass.root, {features_, feature_size(), features_, &pass.links->root});
+  backend_.copy_rows(pass.root, {states, d, root(0).h, &pass.links->root_state});
 }
 
 }  // namespace chimera

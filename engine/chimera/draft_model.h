@@ -6,8 +6,11 @@
 // that is not known yet). So a row sees the slots of its ancestors and its own, exactly as
 // attention() has it, and the rows of a depth go through in one batch under the tree mask.
 //
+// A feature depends on the last three tokens alone, and so does what is made of it: a feature row
+// is [g; its part of q; of k; of v], all that a trigram ever needs to have computed.
+//
 // Row 0 of a pass is no row of the sequence: it holds what the first rows need of the token before
-// them, its feature, and, where a tree is drafted, f. The rows are written by the host (step(),
+// them, its feature row, and, where a tree is drafted, f. The rows are written by the host (step(),
 // features(), link()) or by ops (tree_ops.h); the formulas are the same.
 #pragma once
 
@@ -38,30 +41,32 @@ class DraftModel {
 
   // ---- Ops, whoever wrote the rows ----
 
-  // Rows of `out` (rows, d) for those of pass.features, from the three tokens of each in
-  // pass.trigrams.
+  // Feature rows, in `out` (rows, feature_size), for those of pass.features, from the three tokens
+  // of each in pass.trigrams.
   void compute_features(const DraftPass& pass, float* out);
-  // Fills f for the new rows [first_new, n_rows) and appends their slots. Their own features are in
-  // g(); the others come by pass.links, from g() and from states: the target's, or f() itself.
+  // Fills f for the new rows [first_new, n_rows) and appends their slots. Their own feature rows
+  // are in features(); what else they read comes by pass.links, from there and from states: the
+  // target's, or f() itself.
   void forward(const DraftPass& pass, const float* states);
   // logits() of head `k` for the new rows; h: (d) the last known state of the target.
   void run_head(const DraftPass& pass, int k, const float* h);
-  // After forward() over kept rows: the last of them is the next root. Its f and feature go to row
-  // 0, the last state to root(0).h.
+  // After forward() over kept rows: the last of them is the next root. Its f and feature row go to
+  // row 0, the last state to root(0).h.
   void keep_root(const DraftPass& pass, const float* states);
 
-  float* g() { return g_; }  // features, (rows, d)
+  float* features() { return features_; }  // (rows, feature_size)
+  int64_t feature_size() const { return config_.hidden_size + qkv_size(); }
   float* f() { return f_; }  // (rows, d)
   // (rows, logits_stride): over vocabulary(), then over the dynamic rows.
   const float* logits() const { return logits_; }
   int64_t logits_stride() const { return head_->rows; }
   Matrix* head() { return head_.get(); }  // (static + kMaxDynamic, d)
-  // What drafting starts from: the target's last known state, the root's f and feature, (d) each.
+  // What drafting starts from: the target's last known state (d), the root's f (d) and feature row.
   struct Root {
-    float *h, *f, *g;
+    float *h, *f, *feature;
   };
   Root root(int sequence) {
-    float* h = roots_ + int64_t{3} * sequence * config_.hidden_size;
+    float* h = roots_ + sequence * root_size();
     return {h, h + config_.hidden_size, h + 2 * config_.hidden_size};
   }
   // The Steps and links of a pass over up to max_rows new rows that ops write.
@@ -74,16 +79,15 @@ class DraftModel {
   const DraftPass& pass() const { return pass_; }
   Step& step() { return *pass_.rows; }
   // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n,
-  // 3). A feature depends on its trigram alone: those of the last few hundred are kept, since the
-  // tree of a step mostly holds the trigrams of the one before.
+  // 3). Those of the last few hundred trigrams are kept, since the tree of a step mostly holds the
+  // trigrams of the one before.
   void features(int first, int n, const int32_t* trigrams);
-  // The feature of the token before is that of row `feature`; the state is row `state` of
-  // forward()'s states.
+  // The token before is that of row `feature`; the state is row `state` of forward()'s states.
   void link(int row, int feature, int state) {
     pass_.links->feature[row] = feature;
     pass_.links->state[row] = state;
   }
-  float* feature(int row) { return g_ + int64_t{row} * config_.hidden_size; }
+  float* feature(int row) { return features_ + row * feature_size(); }
   float* f(int row) { return f_ + int64_t{row} * config_.hidden_size; }
   const float* logits(int row) const { return logits_ + row * logits_stride(); }
 
@@ -105,6 +109,8 @@ class DraftModel {
   void round_head_rows(int first, std::span<const int32_t> tokens, Step* step, float* rows);
   template <typename T>
   T* allocate(size_t n);
+  int64_t qkv_size() const { return config_.q_size() + 2 * config_.kv_size(); }
+  int64_t root_size() const { return 2 * int64_t{config_.hidden_size} + feature_size(); }
 
   Backend& backend_;
   const Llama& target_;
@@ -115,33 +121,33 @@ class DraftModel {
   size_t weight_bytes_ = 0;
 
   std::unique_ptr<Matrix> w1_, w2_, w3_;
-  // The slots' products, taken apart by what they read; the norms' weights are multiplied in.
-  std::unique_ptr<Matrix> wq_, wkv_state_;           // (q, d), (2 kv, d): of h or f
-  std::unique_ptr<Matrix> wk_feature_, wv_feature_;  // (kv, d): of g_{p-1}, of g_p
+  // The block's products, taken apart by what they read; the norms' weights are multiplied in.
+  std::unique_ptr<Matrix> wqkv_feature_, wkv_state_;  // (q + 2 kv, d): of g; (2 kv, d): of h or f
   std::unique_ptr<Matrix> wo_, gate_up_, down_;
   std::vector<std::unique_ptr<Matrix>> head_down_, head_up_;
   std::unique_ptr<Matrix> head_;      // (static + kMaxDynamic, d), from the target's head
   std::vector<std::byte> head_rows_;  // the same in rows, for replace_row(); host only
   std::vector<float> head_scale_;
-  const float *ones_, *attn_norm_, *ffn_norm_, *out_norm_;
+  const float *ones_, *ffn_norm_, *out_norm_;
   std::vector<std::shared_ptr<void>> memory_;
 
-  // Features of trigrams, by hash.
+  // Feature rows of trigrams, by hash.
   static constexpr size_t kKeptFeatures = 512;
   struct Trigram {
     int32_t token[3];
     bool operator==(const Trigram&) const = default;
   };
   std::vector<Trigram> kept_trigrams_;
-  std::vector<float> kept_features_;  // (kKeptFeatures, d)
+  std::vector<float> kept_features_;  // (kKeptFeatures, feature_size)
 
   DraftPass pass_;  // the host's
   KvCache kv_;
   RopeTable rope_;
-  float *g_, *g_prev_, *state_, *f_;  // (rows, d)
+  float* features_;                   // (rows, feature_size)
+  float* new_features_ = nullptr;     // the same; host only
+  float *state_, *f_;                 // (rows, d)
   float *trigrams_, *hidden_;         // (rows, 3 d), (rows, d)
-  float* new_features_ = nullptr;     // (rows, d); host only
-  float* roots_;                      // (sequences, 3, d)
+  float* roots_;                      // (sequences, root_size)
   float *qkv_, *attended_, *gated_;   // (rows, q + 2 kv), (rows, q), (rows, 2 ffn)
   float *x_, *head_in_, *rank_, *z_;  // (rows, d), (rows, 2 d), (rows, rank), (rows, d)
   float* logits_;                     // (rows, static + kMaxDynamic)

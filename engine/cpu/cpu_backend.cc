@@ -266,14 +266,12 @@ class CpuBackend final : public Backend {
     for_new_rows(step, [&](int r) { kernels_.rms_norm(x + r * n, weight, eps, n, y + r * n); });
   }
 
-  void copy_rows(const Step* step, const float* x, int64_t width, float* y) override {
-    const int64_t first = step->first_new * width;
-    std::memcpy(y + first, x + first, static_cast<size_t>(step->n_rows * width - first) * 4);
-  }
-  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
-                   float* y) override {
+  void copy_rows(const Step* step, const RowCopy& op) override {
+    const int64_t x_stride = op.x_stride > 0 ? op.x_stride : op.width,
+                  y_stride = op.y_stride > 0 ? op.y_stride : op.width;
     for (int r = step->first_new; r < step->n_rows; ++r)
-      std::memcpy(y + r * width, x + from[r] * width, static_cast<size_t>(width) * 4);
+      std::memcpy(op.y + r * y_stride, op.x + (op.from != nullptr ? op.from[r] : r) * x_stride,
+                  static_cast<size_t>(op.width) * 4);
   }
   void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
                  float* joined, float* sum) override {

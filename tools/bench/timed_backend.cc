@@ -73,13 +73,8 @@ void TimedBackend::attention(const Step* step, const float* qkv, const Heads& he
         [&] { backend_->attention(step, qkv, heads, kv, layer, out); });
 }
 
-void TimedBackend::copy_rows(const Step* step, const float* x, int64_t width, float* y) {
-  timed(Part::kRest, "copy rows", 0, [&] { backend_->copy_rows(step, x, width, y); });
-}
-
-void TimedBackend::gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
-                               float* y) {
-  timed(Part::kRest, "copy rows", 0, [&] { backend_->gather_rows(step, from, x, width, y); });
+void TimedBackend::copy_rows(const Step* step, const RowCopy& op) {
+  timed(Part::kRest, "copy rows", 0, [&] { backend_->copy_rows(step, op); });
 }
 
 void TimedBackend::join_rows(const Step* step, const float* h, float scale, const float* f,

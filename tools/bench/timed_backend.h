@@ -87,9 +87,7 @@ class TimedBackend final : public Backend {
                    const KvCache& kv, int layer) override;
   void attention(const Step* step, const float* qkv, const Heads& heads, const KvCache& kv,
                  int layer, float* out) override;
-  void copy_rows(const Step* step, const float* x, int64_t width, float* y) override;
-  void gather_rows(const Step* step, const int32_t* from, const float* x, int64_t width,
-                   float* y) override;
+  void copy_rows(const Step* step, const RowCopy& op) override;
   void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
                  float* joined, float* sum) override;
   void accept(Step* step, const float* logits, int32_t vocab) override;
