@@ -187,7 +187,7 @@ int run(const std::vector<std::string>& args) {
       choose_context(model.file.tensors.config, o.ctx, prompt.size(), o.n.value_or(kTokensUnasked));
 
   start = Clock::now();
-  const std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
+  std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
   if (o.drafter == "best")
     o.drafter = !o.drafting.tree.empty() ? "static" : draft ? "hybrid" : "ngram";
   const Llama llama = prepare_weights(*backend, &model, o.weights == "mapped");
@@ -196,6 +196,7 @@ int run(const std::vector<std::string>& args) {
                           .max_nodes = plain ? 0 : o.drafting.most_nodes(),
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
+  draft.reset();  // its weights are packed by now
   const CostCache costs(model, llama);
   if (!plain && o.drafter != "static" && !o.drafting.nodes) costs.tune(&session, o.drafting.tune);
   load_seconds += seconds_since(start);
