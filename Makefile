@@ -36,6 +36,7 @@ LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE)) \
 
 # Files of one instruction set carry its name; nothing else is compiled with its flags.
 FLAGS_avx2   := -mavx2 -mfma -mf16c
+FLAGS_avxvnni := $(FLAGS_avx2) -mavxvnni
 # (g++ 12 warns inside its own AVX-512 headers.)
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512 \
                 -Wno-uninitialized -Wno-maybe-uninitialized

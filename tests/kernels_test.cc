@@ -13,7 +13,7 @@ namespace {
 
 std::vector<const Kernels*> fast_kernels() {
   std::vector<const Kernels*> tables;
-  for (const Kernels* k : {&kAvx2Kernels, &kAvx512Kernels, &kAmxKernels})
+  for (const Kernels* k : {&kAvx2Kernels, &kAvxVnniKernels, &kAvx512Kernels, &kAmxKernels})
     if (machine_has(k->isa)) tables.push_back(k);
   return tables;
 }

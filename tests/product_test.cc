@@ -34,6 +34,7 @@ std::vector<InstructionSet> instruction_sets() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   return {{"avx2", kProductsAvx2, avx2},
+          {"avxvnni", kProductsAvxVnni, avx2 && __builtin_cpu_supports("avxvnni")},
           {"avx512", kProductsAvx512, avx512},
           {"amx", kProductsAmx, avx512 && amx_available()}};
 #else

@@ -56,6 +56,7 @@ inline std::unique_ptr<Backend> backend_of(const std::string& isa, int threads) 
 inline std::vector<std::string> isas() {
   std::vector<std::string> names = {"scalar"};
   if (cpu::machine_has(cpu::Isa::kAvx2)) names.push_back("avx2");
+  if (cpu::machine_has(cpu::Isa::kAvxVnni)) names.push_back("avxvnni");
   if (cpu::machine_has(cpu::Isa::kAvx512)) names.push_back("avx512");
   if (cpu::machine_has(cpu::Isa::kAmx)) names.push_back("amx");
   return names;

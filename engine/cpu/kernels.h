@@ -46,7 +46,7 @@ namespace chimera::cpu {
 
 inline constexpr int kContractVersion = 2;
 
-enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAmx };
+enum class Isa : uint8_t { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
 
 // ---- Products ---------------------------------------------------------------------------------
 
@@ -82,8 +82,8 @@ void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
                        const Activations& x, int m, float* y, int64_t y_stride, bool accumulate);
 
 // The products over panels of one instruction set, by DType; nullptr where there is none (yet).
-// The amx table falls back to the avx512 one, that to avx2.
 extern const ProductFunction kProductsAvx2[kDTypeCount];
+extern const ProductFunction kProductsAvxVnni[kDTypeCount];
 extern const ProductFunction kProductsAvx512[kDTypeCount];
 extern const ProductFunction kProductsAmx[kDTypeCount];
 
@@ -156,9 +156,9 @@ struct Kernels {
   SamplingOps sampling;
 };
 
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAmxKernels;
 
-// The best table that this machine can run, or the one that CHIMERA_ISA=scalar|avx2|avx512|amx asks
+// The best table that this machine can run, or the one that CHIMERA_ISA=scalar|avx2|avxvnni|avx512|amx asks
 // for. Throws Error if the name is unknown or the machine cannot run it.
 const Kernels& select_kernels();
 bool machine_has(Isa isa);

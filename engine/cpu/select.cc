@@ -15,6 +15,7 @@ struct Entry {
 // Best first.
 constexpr Entry kEntries[] = {{"amx", &kAmxKernels},
                               {"avx512", &kAvx512Kernels},
+                              {"avxvnni", &kAvxVnniKernels},
                               {"avx2", &kAvx2Kernels},
                               {"scalar", &kScalarKernels}};
 
@@ -30,6 +31,7 @@ bool machine_has(Isa isa) {
   switch (isa) {
     case Isa::kScalar: return true;
     case Isa::kAvx2: return avx2;
+    case Isa::kAvxVnni: return avx2 && __builtin_cpu_supports("avxvnni");
     case Isa::kAvx512: return avx512;
     case Isa::kAmx: return avx512 && amx_available();
   }
@@ -48,7 +50,7 @@ const Kernels& select_kernels() {
                   "unset it to use the best one");
     }
   }
-  throw Error("CHIMERA_ISA", "scalar, avx2, avx512 or amx", std::string("'") + wanted + "'");
+  throw Error("CHIMERA_ISA", "scalar, avx2, avxvnni, avx512 or amx", std::string("'") + wanted + "'");
 }
 
 }  // namespace chimera::cpu
