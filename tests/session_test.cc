@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <tuple>
 
 #include "engine/candidate_tree.h"
 #include "engine/cpu/thread_pool.h"
@@ -363,20 +364,41 @@ TEST(WorkSharesTest, EveryUnitIsTakenOnce) {
     for (const int64_t n : {0, 1, 2, 7, 100}) {
       cpu::ThreadPool pool(threads);
       cpu::WorkShares work(threads);
-      for (const bool alone : {false, true}) {  // alone: thread 0 has to take the others' shares
+      for (const bool late : {false, true}) {  // late: the others come when thread 0 is done
         std::vector<std::atomic<int>> taken(static_cast<size_t>(n));
-        work.reset(n);
-        pool.run([&](int t) {
-          if (alone && t > 0) return;
+        const cpu::WorkShares::Deal deal = work.deal(n);
+        const auto take_all = [&](int t) {
           for (;;) {
-            const auto [begin, end] = work.take(t);
+            const auto [begin, end] = work.take(deal, t);
             if (begin == end) break;
             for (int64_t i = begin; i < end; ++i) ++taken[static_cast<size_t>(i)];
           }
-        });
+        };
+        if (late) {
+          take_all(0);
+          const auto done = std::count(taken.begin(), taken.end(), 1);
+          EXPECT_GE(done, n / threads);
+          EXPECT_GE(done, n < 100 ? 0 : 75) << "most of the others' shares, too";
+        }
+        pool.run([&](int t) { take_all(t); });
         for (const auto& times : taken) EXPECT_EQ(times, 1) << threads << " threads, " << n;
       }
     }
+  // Deals are told apart by a number of 16 bits; a share may lie untouched for as many of them.
+  for (const int between : {65534, 65535, 65536}) {
+    cpu::WorkShares work(2);
+    const auto take_all = [&](const cpu::WorkShares::Deal& deal) {
+      int64_t taken = 0;
+      for (const int t : {1, 0})
+        for (auto [begin, end] = work.take(deal, t); begin < end;
+             std::tie(begin, end) = work.take(deal, t))
+          taken += end - begin;
+      return taken;
+    };
+    EXPECT_EQ(take_all(work.deal(2)), 2);
+    for (int i = 0; i < between; ++i) EXPECT_EQ(take_all(work.deal(0)), 0);
+    EXPECT_EQ(take_all(work.deal(2)), 2) << between;
+  }
 }
 
 }  // namespace

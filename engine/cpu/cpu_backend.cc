@@ -288,7 +288,7 @@ class CpuBackend final : public Backend {
     const bool all = op.rows == Rows::kAll;
     const int m = all ? step->n_rows - step->first_new : step->n_logits;
     if (m == 0) return;
-    work_.reset(w.n_panels);
+    const WorkShares::Deal panels = work_.deal(w.n_panels);
     pool_.run([&](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
       // each other; many are divided.
@@ -304,7 +304,7 @@ class CpuBackend final : public Backend {
       const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
       float* y = op.y + (all ? step->first_new * y_stride : 0);
       for (;;) {
-        const auto [begin, end] = work_.take(thread);
+        const auto [begin, end] = work_.take(panels, thread);
         if (begin == end) break;
         multiply(w, begin, end, x, m, y, y_stride, op.accumulate,
                  scratch_panels_ + static_cast<size_t>(thread) * scratch_panel_bytes_);
@@ -347,13 +347,14 @@ class CpuBackend final : public Backend {
     }
     // Rows that follow each other write to the same cache lines of a head's keys, so they stay with
     // one thread.
-    work_.reset(static_cast<int64_t>(h.n_kv_heads) * ((n + kKeyBlock - 1) / kKeyBlock));
+    const WorkShares::Deal units =
+        work_.deal(static_cast<int64_t>(h.n_kv_heads) * ((n + kKeyBlock - 1) / kKeyBlock));
     pool_.run([&](int thread) {
-      for (auto [unit, end] = work_.take(thread); unit < end;) {
+      for (auto [unit, end] = work_.take(units, thread); unit < end;) {
         const int head = static_cast<int>(unit) % h.n_kv_heads;
         const int row = first + static_cast<int>(unit) / h.n_kv_heads * kKeyBlock;
         for (int r = row; r < std::min(row + kKeyBlock, step->n_rows); ++r) one(r, head);
-        if (++unit == end) std::tie(unit, end) = work_.take(thread);
+        if (++unit == end) std::tie(unit, end) = work_.take(units, thread);
       }
     });
   }
@@ -451,22 +452,25 @@ class CpuBackend final : public Backend {
     };
 
     const auto tiles_in = [&](int wave) { return std::min(wave_tiles_, total - wave); };
-    work_.reset(int64_t{tiles_in(0)} * chunks);
+    WorkShares::Deal deal = work_.deal(int64_t{tiles_in(0)} * chunks);
     pool_.run([&](int thread) {
       for (int wave = 0; wave < total; wave += wave_tiles_) {
         const int units = tiles_in(wave) * chunks;
         const auto tile_of = [&](int unit) { return tile_at(wave + unit / chunks); };
-        for (auto [begin, end] = work_.take(thread); begin < end;
-             std::tie(begin, end) = work_.take(thread))
+        for (auto [begin, end] = work_.take(deal, thread); begin < end;
+             std::tie(begin, end) = work_.take(deal, thread))
           for (int unit = static_cast<int>(begin); unit < end; ++unit) {
             const int next = std::min(unit + 1, units - 1);  // the thread's own, nearly always
             attend(tile_of(unit), unit / chunks, unit % chunks,
                    keys_of(tile_of(next), next % chunks));
+            if (chunks == 1) finish(tile_of(unit), unit);
           }
-        pool_.barrier(thread);
         const bool last = wave + wave_tiles_ >= total;
-        if (thread == 0 && !last) work_.reset(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
-        for (int i = thread; i < tiles_in(wave); i += pool_.size()) finish(tile_at(wave + i), i);
+        if (chunks == 1 && last) break;  // nobody waits for another's chunks
+        pool_.barrier(thread);
+        if (thread == 0 && !last) deal = work_.deal(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
+        for (int i = thread; i < tiles_in(wave) && chunks > 1; i += pool_.size())
+          finish(tile_at(wave + i), i);
         if (!last) pool_.barrier(thread);
       }
     });
