@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "engine/error.h"
 #include "engine/resident_drafter.h"
@@ -188,11 +189,7 @@ bool Session::step(Drafter* drafter) {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     cost_.learn(step_->n_rows, seconds);
     --until_plain_;
-    if (step_->n_rows == 1) {  // or the drafter had nothing to propose
-      until_plain_ = kPlainEvery;
-      plain_seconds_ += seconds;
-      ++n_plain_;
-    }
+    if (step_->n_rows == 1) until_plain_ = kPlainEvery;  // or the drafter had nothing to propose
   }
   for (int s = 0; s < options_.n_sequences; ++s) {
     read_back(s);
@@ -236,24 +233,32 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   return true;
 }
 
-double Session::time_pass(int rows) {
-  const int32_t committed = step_->sequences[0].committed;
-  step_->sequences[0].committed = 0;
-  double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
+void Session::time_passes(int rows, std::span<double> seconds) {
+  for (double& s : seconds) {
     step_->clear();
     step_->begin_sequence(0);
     for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
     const auto start = std::chrono::steady_clock::now();
     model_.backend().submit(reinterpret_cast<uintptr_t>(step_) + 1, [this] { forward(); });
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    // The first two warm up: caches, or a graph.
-    if (repeat == 2 || (repeat > 2 && seconds < best)) best = seconds;
+    s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
-  step_->sequences[0].committed = committed;
   step_->clear();
-  return best;
+}
+
+double Session::time_pass(int rows) {
+  int32_t& committed = step_->sequences[0].committed;
+  const int32_t before = std::exchange(committed, 0);
+  double seconds[5];
+  time_passes(rows, seconds);
+  committed = before;
+  return *std::min_element(seconds + 2, std::end(seconds));
+}
+
+double Session::plain_seconds() {
+  double seconds[9];
+  time_passes(1, seconds);
+  std::sort(seconds + 2, std::end(seconds));
+  return seconds[5];
 }
 
 void Session::measure_cost() {

@@ -86,9 +86,9 @@ class Session {
   double time_pass(int rows);
   void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
-  // Seconds of a pass over one row, the mean of those since the session was made; where the costs
-  // are known, at least one step in kPlainEvery is one. 0: there was none.
-  double plain_seconds() const { return n_plain_ > 0 ? plain_seconds_ / n_plain_ : 0; }
+  // Seconds of a plain step at this point of the text: the median of a few that are run for it and
+  // add nothing.
+  double plain_seconds();
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
   // states() and taps(). (Not with a resident drafter, whose next pass is under way.)
@@ -122,14 +122,16 @@ class Session {
   void fill_step(Drafter* drafter, int most_rows);
   void read_back(int sequence);
   bool step_resident(ResidentDrafter& drafter);
+  // Runs passes over `rows` rows behind the committed ones, accepts nothing, and says how long each
+  // took; the first ones warm up caches, or make a graph.
+  void time_passes(int rows, std::span<double> seconds);
 
   const Llama& model_;
   SessionOptions options_;
   int max_rows_ = 0;
   std::function<int32_t(int, int32_t)> instead_;
   CostCurve cost_;
-  int until_plain_ = kFirstPlain, n_plain_ = 0;
-  double plain_seconds_ = 0;  // sum
+  int until_plain_ = kFirstPlain;
   std::vector<Text> texts_;
   int64_t texts_started_ = 0;
   std::shared_ptr<void> memory_;

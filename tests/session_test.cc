@@ -211,13 +211,24 @@ TEST_F(SessionTest, PlainStepsNowAndThen) {
   for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1e-3 * (1 + 1e-6 * rows));
   session.set_cost(cost);
   Eager drafter;
-  EXPECT_EQ(session.plain_seconds(), 0);
   const Generation g = generate(session, &drafter, prompt, {250, {}, {}});
-  EXPECT_GT(session.plain_seconds(), 0);
   EXPECT_GE(g.steps - drafter.calls, 2);
   EXPECT_LE(g.steps - drafter.calls, 6);
   Session plain(model(), {.context = 320});
   EXPECT_EQ(generate(plain, nullptr, prompt, {250, {}, {}}).ids, g.ids);
+}
+
+TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
+  const std::vector<int32_t> prompt(40, 100);
+  Session plain(model(), {.context = 100}), timed(model(), {.context = 100});
+  plain.start(0, prompt, {});
+  timed.start(0, prompt, {});
+  while (!plain.full(0)) {
+    plain.step(nullptr);
+    timed.step(nullptr);
+    EXPECT_GT(timed.plain_seconds(), 0);
+    ASSERT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
+  }
 }
 
 TEST_F(SessionTest, StatesAndTaps) {

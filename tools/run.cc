@@ -144,7 +144,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// plain_seconds: of a plain step, as measured between the others; 0: unknown.
+// plain_seconds: of a plain step; 0: this was plain decoding.
 std::string figures(const Generation& g, double plain_seconds) {
   std::string speedup;
   if (plain_seconds > 0 && g.tokens_per_second() > 0)

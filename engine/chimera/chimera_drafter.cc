@@ -132,9 +132,11 @@ class GrowingDrafter final : public ChimeraDrafter {
       const int32_t token = next[static_cast<size_t>(depth - 1)];
       visit(depth, {with_noise(c, logits), vocabulary_.size()}, index_of(token));
       if (static_cast<size_t>(depth) == next.size() || depth == options_.depth) return;
+      const Clock::time_point start = Clock::now();
       model_.step().first_new = model_.step().n_rows;
       add_row(c, depth - 1, token);
       logits = expand_rows(c, depth, seq);
+      average(seconds_since(start), &depth_seconds_);
     }
   }
 
@@ -302,12 +304,10 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Draws the noise of what comes below them.
   const float* expand_rows(const DraftContext& c, int depth, const Sequence& seq) {
     const int first = model_.step().first_new;
-    const Clock::time_point start = Clock::now();
     model_.features(first, model_.step().n_rows - first, trigrams_);
     model_.forward(model_.pass(), model_.f());
     draw_noise(c, depth);
     model_.run_head(model_.pass(), depth, seq.root.h);
-    average(seconds_since(start), &depth_seconds_);
     return model_.logits(first);
   }
 
@@ -322,6 +322,7 @@ class GrowingDrafter final : public ChimeraDrafter {
           static_cast<size_t>(std::min(options_.width, DraftModel::kMaxRows - step.n_rows)));
       if (order.empty()) return;
       if (c.cost != nullptr && !pays(c, depth, order, budget, seconds_since(start))) return;
+      const Clock::time_point depth_start = Clock::now();
       step.first_new = step.n_rows;
       for (const int i : order) {
         const int parent = tree_[i].parent;
@@ -331,6 +332,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       const float* logits = expand_rows(c, depth, seq);
       for (size_t i = 0; i < order.size(); ++i)
         propose(order[i], depth, c, logits + static_cast<int64_t>(i) * model_.logits_stride());
+      average(seconds_since(depth_start), &depth_seconds_);
     }
   }
 

@@ -43,7 +43,7 @@ class ChimeraDrafter : public TreeDrafter {
   virtual void follow(
       const DraftContext& context, std::span<const int32_t> next,
       FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;
-  // What a pass of the draft model took, averaged over the last ones.
+  // What a further depth took, proposals included, averaged over the last ones.
   virtual double depth_seconds() const = 0;
   // ... and what observe() took, which every step pays whatever its tree.
   virtual double observe_seconds() const = 0;
