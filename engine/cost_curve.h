@@ -16,7 +16,9 @@ class CostCurve {
 
   bool known() const { return known_; }
 
-  // A measurement. Points between measured ones are interpolated; costs never fall with more rows.
+  // A measurement. Whatever disturbs one only adds, and a pass over more rows never costs less: so
+  // one of more rows that took less time is the better word on fewer rows, too. Points between
+  // measured ones are interpolated.
   void set(int rows, double seconds) {
     known_ = true;
     measured_[static_cast<size_t>(rows)] = seconds;
@@ -49,11 +51,16 @@ class CostCurve {
  private:
   double at(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
   void interpolate() {
+    std::array<double, kMaxRows + 1> least = measured_;  // 0 where nothing was measured
+    double lowest = 0;                                   // of those with as many rows or more
+    for (int m = kMaxRows; m >= 1; --m) {
+      double& l = least[static_cast<size_t>(m)];
+      if (l > 0) lowest = l = lowest > 0 ? std::min(l, lowest) : l;
+    }
     int last = 0;
     for (int m = 1; m <= kMaxRows; ++m) {
-      if (measured_[static_cast<size_t>(m)] <= 0) continue;
-      const double to = std::max(measured_[static_cast<size_t>(m)],
-                                 last > 0 ? seconds_[static_cast<size_t>(last)] : 0.0);
+      const double to = least[static_cast<size_t>(m)];
+      if (to <= 0) continue;
       const double from = last > 0 ? seconds_[static_cast<size_t>(last)] : to;
       for (int i = last + 1; i <= m; ++i)
         seconds_[static_cast<size_t>(i)] = from + (to - from) * (i - last) / (m - last);

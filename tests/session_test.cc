@@ -191,6 +191,18 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
   EXPECT_LT(curve.seconds(8), 2.4);
 }
 
+// A measurement that was disturbed must not make the next larger tree look as cheap.
+TEST(CostCurve, FewerRowsNeverCostMore) {
+  CostCurve curve;
+  for (const auto& [rows, seconds] : {std::pair{1, 2.2}, {2, 3.0}, {3, 1.8}, {4, 2.0}, {8, 3.6}})
+    curve.set(rows, seconds);
+  EXPECT_EQ(curve.measured(2), 3.0);
+  for (const int rows : {1, 2, 3}) EXPECT_DOUBLE_EQ(curve.seconds(rows), 1.8);
+  EXPECT_DOUBLE_EQ(curve.seconds(4), 2.0);
+  EXPECT_DOUBLE_EQ(curve.seconds(6), 2.8);
+  EXPECT_DOUBLE_EQ(curve.seconds(16), 7.2) << "beyond the last: in proportion";
+}
+
 // Always has something to propose.
 class Eager final : public Drafter {
  public:
