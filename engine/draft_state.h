@@ -11,6 +11,7 @@
 #include "engine/ngram_match.h"
 #include "engine/sampler.h"
 #include "engine/step.h"
+#include "engine/trust.h"
 
 namespace chimera {
 

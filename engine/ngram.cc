@@ -4,6 +4,7 @@
 #include "engine/candidate_tree.h"
 #include "engine/drafter.h"
 #include "engine/ngram_index.h"
+#include "engine/trust.h"
 
 namespace chimera {
 namespace {

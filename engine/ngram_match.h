@@ -28,21 +28,4 @@ constexpr float match_probability(int n, float temperature, float matched, float
   return (kWeight * usual + came_true) / (kWeight + matched);
 }
 
-// Probabilities were measured on other texts. In this one candidates are worth what came of them
-// lately: tokens accepted for each one promised. Where that is so little that none are tried, it is
-// forgotten step by step, and some are tried again.
-struct Trust {
-  static constexpr float kMemory = 0.98f, kPrior = 8.0f;
-  float accepted = 0, promised = 0;
-
-  constexpr float share() const {
-    const float s = (accepted + kPrior) / (promised + kPrior);
-    return s < 1.0f ? s : 1.0f;
-  }
-  constexpr void observe(int n_accepted) {
-    accepted = kMemory * (accepted + static_cast<float>(n_accepted));
-    promised *= kMemory;
-  }
-};
-
 }  // namespace chimera

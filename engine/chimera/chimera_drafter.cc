@@ -9,6 +9,7 @@
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
 #include "engine/sampler.h"
+#include "engine/trust.h"
 
 namespace chimera {
 namespace {
