@@ -32,8 +32,13 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
           "1 to " + std::to_string(Step::kMaxRows), o.prefill_rows);
   require(o.kv_type == DType::kF16 || o.kv_type == DType::kF32, "KV type", "F16 or F32",
           static_cast<int64_t>(o.kv_type));
-  for (int layer : o.tap_layers)
+  require(c.head_dim <= kMaxHeadDim, "head_dim", "at most " + std::to_string(kMaxHeadDim),
+          c.head_dim);
+  for (int layer : o.tap_layers) {
     require(layer >= 0 && layer < c.n_layers, "tap layer", "a layer of the model", layer);
+    require(std::count(o.tap_layers.begin(), o.tap_layers.end(), layer) == 1, "tap layer",
+            "each layer once", layer);
+  }
 
   Layout l;
   l.max_logits = o.n_sequences * (o.max_nodes + 1);
@@ -189,7 +194,7 @@ bool Session::step(Drafter* drafter) {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     cost_.learn(step_->n_rows, seconds);
     --until_plain_;
-    if (step_->n_rows == 1) until_plain_ = kPlainEvery;  // or the drafter had nothing to propose
+    if (plain || step_->n_rows == 1) until_plain_ = kPlainEvery;  // 1: nothing was proposed
   }
   for (int s = 0; s < options_.n_sequences; ++s) {
     read_back(s);

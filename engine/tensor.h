@@ -10,6 +10,9 @@
 
 namespace chimera {
 
+// Elements of an attention head at most: the kernels hold one on the stack.
+inline constexpr int kMaxHeadDim = 1024;
+
 struct TensorView {
   std::string name;  // for messages and `info`
   DType type = DType::kF32;

@@ -116,7 +116,7 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
   c.hidden_size = take("hidden_size", 1, 1 << 16);
   c.n_heads = take("n_heads", 1, 1 << 10);
   c.n_kv_heads = take("n_kv_heads", 1, c.n_heads);
-  c.head_dim = take("head_dim", 2, 1 << 10);
+  c.head_dim = take("head_dim", 2, kMaxHeadDim);
   c.ffn_size = take("ffn_size", 1, 1 << 18);
   c.n_steps = take("n_steps", 1, 8);
   c.head_rank = take("head_rank", 0, 1 << 14);

@@ -14,7 +14,6 @@ inline constexpr int64_t kMaxHidden = int64_t{1} << 20;
 inline constexpr int64_t kMaxFfn = int64_t{1} << 22;
 inline constexpr int64_t kMaxLayers = 1024;
 inline constexpr int64_t kMaxHeads = 4096;
-inline constexpr int64_t kMaxHeadDim = 1024;  // the kernels hold a head on the stack
 inline constexpr int64_t kMaxVocab = int64_t{1} << 24;
 inline constexpr int64_t kMaxContext = int64_t{1} << 28;
 

@@ -11,6 +11,9 @@ namespace chimera {
 namespace {
 
 constexpr char kConvert[] = "convert the model again";
+// Of RoPE's frequencies. Real ones are 1 or more; smaller ones turn a head so fast that an angle is
+// no longer exact (rope.cc).
+constexpr double kLeastDivisor = 0.001;
 
 int size_of(const GgufFile& file, const char* key, int64_t max) {
   return checked_size(file.where(key), file.get<int64_t>(key), max);
@@ -76,7 +79,7 @@ float read_rope_factor(const GgufFile& file) {
                 "this RoPE scaling is not supported");
   }
   if (type == "none" || (!type && !file.has(key))) return 1.0f;
-  return static_cast<float>(number_between(file, key, file.get<double>(key), 0.0, 1e6));
+  return static_cast<float>(number_between(file, key, file.get<double>(key), kLeastDivisor, 1e6));
 }
 
 LlamaConfig read_config(const GgufFile& file) {
@@ -96,7 +99,7 @@ LlamaConfig read_config(const GgufFile& file) {
       static_cast<float>(number_between(file, eps_key, file.get<double>(eps_key), 0.0, 0.1));
   const char* base_key = "llama.rope.freq_base";
   c.rope_base =
-      number_between(file, base_key, file.find<double>(base_key).value_or(10000.0), 0.0, 1e12);
+      number_between(file, base_key, file.find<double>(base_key).value_or(10000.0), 1.0, 1e12);
   return c;
 }
 
@@ -189,9 +192,9 @@ std::vector<float> read_rope_divisors(const GgufFile& file, TensorReader& tensor
     divisors.resize(static_cast<size_t>(view.cols));
     dequantize_row(view.type, view.data, view.cols, divisors.data());
     for (const float d : divisors) {
-      if (d <= 0.0f) {
-        throw Error(file.name() + ": tensor " + quoted(name), "factors above 0", std::to_string(d),
-                    kConvert);
+      if (d < static_cast<float>(kLeastDivisor)) {
+        throw Error(file.name() + ": tensor " + quoted(name), "factors of 0.001 or more",
+                    std::to_string(d), kConvert);
       }
     }
   } else if (factor != 1.0f) {

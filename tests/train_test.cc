@@ -427,7 +427,7 @@ TEST(Train, ResumedRunGivesTheSameBits) {
     std::vector<std::string> args = {
         "-m",           model, "--data",      shard, "-o",      folder(name),
         "--threads",    "2",   "--positions", "600", "--batch", "20",
-        "--vocabulary", "30",  "--ffn",       "16",  "--rank",  "4"};
+        "--vocabulary", "30",  "--ffn",       "32",  "--rank",  "32"};
     args.insert(args.end(), more.begin(), more.end());
     EXPECT_EQ(train_fit(args), 0);
     return test::read_text(folder(name));
@@ -446,11 +446,11 @@ TEST(Train, ResumedRunGivesTheSameBits) {
       train_fit({"-m",      model,       "--data",       shard,
                  "-o",      folder("x"), "--positions",  "600",
                  "--batch", "20",        "--vocabulary", "30",
-                 "--ffn",   "16",        "--rank",       "4",
+                 "--ffn",   "32",        "--rank",       "32",
                  "--seed",  "2",         "--resume",     folder("half.safetensors.checkpoint")}),
       Error);
   EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--positions", "600",
-                          "--batch", "20", "--vocabulary", "30", "--ffn", "24", "--rank", "4",
+                          "--batch", "20", "--vocabulary", "30", "--ffn", "64", "--rank", "32",
                           "--resume", folder("half.safetensors.checkpoint")}),
                Error);
   EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--resume", shard}),

@@ -35,14 +35,7 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
       memory_kind_(memory),
       head_scale_(t.head_scale) {
   const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
-  if (d != target.config().hidden_size)
-    throw Error(
-        "draft",
-        "a hidden size of " + std::to_string(target.config().hidden_size) + " (the target's)",
-        std::to_string(d));
-  if (d % 32 != 0 || config_.ffn_size % 32 != 0 || config_.head_rank % 32 != 0 ||
-      config_.q_size() % 32 != 0)
-    throw Error("draft", "sizes that are multiples of 32", "others");
+  check(t, target.config());
 
   // One pass and its buffers, shared by all sequences: they draft one after the other.
   const auto floats = [&](int64_t n) { return allocate<float>(static_cast<size_t>(n)); };
@@ -127,9 +120,10 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   std::vector<float> cos(static_cast<size_t>(positions * config_.head_dim / 2)), sin(cos.size());
   fill_rope_table(rope_config, positions, cos.data(), sin.data());
   rope_ = {place(cos), place(sin), /*query_shift=*/1};
-  backend_.reserve(3 * kMaxRows, shape.capacity, std::max<int64_t>(3 * d, config_.ffn_size),
-                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads},
-                   0);
+  backend_.reserve(
+      3 * kMaxRows, shape.capacity,
+      std::max<int64_t>({3 * d, config_.ffn_size, config_.q_size(), config_.head_rank}),
+      {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads}, 0);
 }
 
 std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols,

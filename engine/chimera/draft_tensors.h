@@ -6,34 +6,41 @@
 // known whenever h_i is. rms(x) = x / sqrt(mean(x^2) + 1e-5). W x is a product with W of shape
 // (out, in).
 //
+// clang-format off
 // Trigram encoder: the feature of position i
 //   e_j = E[x_j] / sqrt(mean(E[x_j]^2) + 1.2e-7)
 //   t   = [e_{i-2}; e_{i-1}; e_i]; the first two positions repeat e_0 for what is not there
-//   g_i = w2 SiLU(w1 t) + w3 e_i                                (w3 may be absent: the paper's
-//   form)
+//   g_i = w2 SiLU(w1 t) + w3 e_i                       (w3 may be absent: the paper's form)
 //
 // Slot of position i, what the full-context encoder attends to. It knows which token stood here
 // (g_i) and what came after it (g_{i+1}), so attention can copy:
-//   K_i = wk ([rms(h_i); rms(g_i)] * key_norm)      RoPE at position i, on the first rope_kv_heads
-//   V_i = wv ([rms(h_i); rms(g_{i+1})] * value_norm)  KV heads (and their query heads) only
+//   K_i = wk ([rms(h_i); rms(g_i)] * key_norm)         RoPE at position i, on the first
+//   V_i = wv ([rms(h_i); rms(g_{i+1})] * value_norm)   rope_kv_heads KV heads (and their query
+//                                                      heads) only
 //
 // Step k = 0, 1, ... below the root x_{n+1}, whose state is not known yet (the last known is h_n):
-//   x = g_{n+1+k}
-//   q = wq (rms(x) * attn_norm), RoPE at position n+1+k, times 1 / sqrt(head_dim)
+//   x  = g_{n+1+k}
+//   q  = wq (rms(x) * attn_norm)                       RoPE at position n+1+k, / sqrt(head_dim)
 //   attention over the slots 0..n and, for each earlier step j = 1..k, a slot at position n+j made
-//   in the same way, with f_{j-1} in the place of h_{n+j} x += wo attention x += down (SiLU(gate y)
-//   * (up y)), y = rms(x) * ffn_norm; gate_up holds gate, then up f_k = rms(x) * out_norm
+//   in the same way, with f_{j-1} in the place of h_{n+j}
+//   x += wo attention
+//   y  = rms(x) * ffn_norm
+//   x += down (SiLU(gate y) * (up y))                  gate_up holds gate, then up
+//   f_k = rms(x) * out_norm
 //
 // Residual heads: logits of step k, for the token at position n+2+k, over a part of the vocabulary
 //   LM . (head_scale[k] h_n + f_k + head_up[k] SiLU(head_down[k] [h_n; f_k]))
 // Steps past the last head use the last head.
 //
 // RoPE rotates the pairs (i, i + head_dim / 2), as the engine does everywhere.
+// clang-format on
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "engine/llama_tensors.h"
 
 namespace chimera {
 
@@ -90,5 +97,9 @@ struct DraftTensors {
   std::string training;            // JSON: how it was made
   std::string licence;
 };
+
+// Throws Error where the engine cannot run the draft below this target: another hidden size, a size
+// that is not a multiple of 32, a token that the target does not have.
+void check(const DraftTensors& draft, const LlamaConfig& target);
 
 }  // namespace chimera

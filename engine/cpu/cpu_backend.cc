@@ -692,7 +692,7 @@ class CpuBackend final : public Backend {
     std::byte *keys_of = keys(kv, layer, sequence, slot, head),
               *values_of = values(kv, layer, sequence, slot, head);
     if (shape.type == DType::kF16) {
-      uint16_t rounded[1024];
+      uint16_t rounded[kMaxHeadDim];
       kernels_.round_f16(k, shape.head_dim, rounded);
       auto* to = reinterpret_cast<uint16_t*>(keys_of) + key_column(shape, slot);
       for (size_t d = 0; d < dim; ++d) to[d * kKeyBlock] = rounded[d];

@@ -387,7 +387,6 @@ void attention(const AttentionChunk& chunk) {
 
 void combine(const float* partials, int n, int64_t stride, int head_dim, int padded_dim,
              float* out) {
-  constexpr int kMaxHeadDim = 1024;
   float o[kMaxHeadDim];
   for (int d = 0; d < padded_dim; d += 16) store(o + d, load(partials + 2 + d));
   float m = partials[0], l = partials[1];

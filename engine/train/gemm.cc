@@ -81,9 +81,11 @@ const TileKernel& select_tile(Precision precision) {
   switch (cpu::select_kernels().isa) {
     case cpu::Isa::kAmx:
     case cpu::Isa::kAvx512: return kTileAvx512;
+    case cpu::Isa::kAvxVnni:
     case cpu::Isa::kAvx2: return kTileAvx2;
-    default: return kTileScalar;
+    case cpu::Isa::kScalar: break;
   }
+  return kTileScalar;
 }
 
 void gemm(const TileKernel& tile, GemmScratch* scratch, int64_t m, int64_t n, int64_t k,

@@ -90,8 +90,11 @@ class DraftsTurns final : public Drafter {
     guess_[static_cast<size_t>(at.sequence)] =
         tree.chosen().empty() ? kNone : tree[tree.chosen()[0]].token;
   }
-  void observe(const KeptRows& kept) override { draft_->observe(kept); }
-  // Its guess at the token that the last step sampled.
+  void observe(const KeptRows& kept) override {
+    draft_->observe(kept);
+    guess_[static_cast<size_t>(kept.sequence)] = kNone;  // it was of this step
+  }
+  // Its guess at the token that the step has sampled, if it made one.
   int32_t guess_or(int sequence, int32_t sampled) const {
     const int32_t guess = guess_[static_cast<size_t>(sequence)];
     return guess == kNone ? sampled : guess;

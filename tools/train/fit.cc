@@ -344,13 +344,17 @@ int train_fit(const std::vector<std::string>& args) {
   draft.target_name = target_name;
   draft.target_fingerprint = target_fingerprint;
   if (o.licence) draft.licence = *o.licence;
+  check(draft, t.config);  // now, not after hours
   const training::ParameterLayout layout(draft.config);
   const std::string settings =
       run_settings(o, draft.config, texts.size(), total, target_fingerprint);
 
   training::OptimizerState state = training::start_optimizer(ops, training::pack_parameters(draft));
   Position at;
-  if (o.resume) load_checkpoint(*o.resume, settings, ops, &state, &at, &draft.vocabulary);
+  if (o.resume) {
+    load_checkpoint(*o.resume, settings, ops, &state, &at, &draft.vocabulary);
+    check(draft, t.config);
+  }
 
   const training::Buffer<float> embedding = rows_as_f32(ops, t.embedding),
                                 head = t.head.empty() ? embedding : rows_as_f32(ops, t.head);
