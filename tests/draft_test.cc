@@ -41,7 +41,7 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
       for (int p = first_position + count - features; p < first_position + count; ++p)
         for (int j = p - 2; j <= p; ++j)
           trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
-      model.features(first + count - features, features, trigrams.data());
+      model.fill_features(first + count - features, features, trigrams.data());
       std::vector<float> states;
       for (int i = 0; i < count; ++i) {
         const int row = step.add_row(ids[static_cast<size_t>(first_position + i)],

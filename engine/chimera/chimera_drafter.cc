@@ -42,12 +42,12 @@ class GrowingDrafter final : public ChimeraDrafter {
       indexes_.assign(static_cast<size_t>(n_sequences),
                       NgramIndex(kHybridMinMatch, kHybridMaxMatch, context));
     known_.assign(static_cast<size_t>(target.config().vocab_size), 0);
-    const auto fixed = model_.vocabulary();
-    for (const int32_t id : fixed) known_[static_cast<size_t>(id)] = 1;
-    n_fixed_ = fixed.size();
-    vocabulary_.reserve(n_fixed_ + DraftModel::kMaxDynamic);
-    vocabulary_.assign(fixed.begin(), fixed.end());
-    for (auto* v : {&noise_, &noisy_}) v->resize(n_fixed_ + DraftModel::kMaxDynamic);
+    const auto known = model_.vocabulary();
+    for (const int32_t id : known) known_[static_cast<size_t>(id)] = 1;
+    n_static_ = known.size();
+    vocabulary_.reserve(n_static_ + DraftModel::kMaxDynamic);
+    vocabulary_.assign(known.begin(), known.end());
+    for (auto* v : {&noise_, &noisy_}) v->resize(n_static_ + DraftModel::kMaxDynamic);
     order_.reserve(1024);
   }
   std::string name() const override {
@@ -70,7 +70,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       int32_t trigrams[3 * DraftModel::kMaxRows];
       for (int i = 0; i <= n; ++i) trigram(k.tokens, p + i, trigrams + 3 * i);
       // Features of positions p .. p + n; row i stands for the token at p + i, i > 0.
-      model_.features(0, n + 1, trigrams);
+      model_.fill_features(0, n + 1, trigrams);
       Step& step = model_.step();
       step.clear();
       step.n_rows = step.first_new = 1;
@@ -156,9 +156,9 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.expanded = 0;
     seq.trust = {};
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
-    for (size_t i = n_fixed_; i < vocabulary_.size(); ++i)
+    for (size_t i = n_static_; i < vocabulary_.size(); ++i)
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
-    vocabulary_.resize(n_fixed_);
+    vocabulary_.resize(n_static_);
     oldest_ = 0;
   }
 
@@ -187,15 +187,15 @@ class GrowingDrafter final : public ChimeraDrafter {
   void learn(int32_t token) {
     if (known_[static_cast<size_t>(token)]) return;
     known_[static_cast<size_t>(token)] = 1;
-    const size_t n = vocabulary_.size() - n_fixed_;
+    const size_t n = vocabulary_.size() - n_static_;
     size_t row = n;
     if (n < DraftModel::kMaxDynamic) {
       vocabulary_.push_back(token);
     } else {
       row = oldest_;
       oldest_ = (oldest_ + 1) % DraftModel::kMaxDynamic;
-      known_[static_cast<size_t>(vocabulary_[n_fixed_ + row])] = 0;
-      vocabulary_[n_fixed_ + row] = token;
+      known_[static_cast<size_t>(vocabulary_[n_static_ + row])] = 0;
+      vocabulary_[n_static_ + row] = token;
     }
     model_.set_dynamic(static_cast<int>(row), token);
   }
@@ -306,7 +306,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Draws the noise of what comes below them.
   const float* expand_rows(const DraftContext& c, int depth, const Sequence& seq) {
     const int first = model_.step().first_new;
-    model_.features(first, model_.step().n_rows - first, trigrams_);
+    model_.fill_features(first, model_.step().n_rows - first, trigrams_);
     model_.forward(model_.pass(), model_.f());
     draw_noise(c, depth);
     model_.run_head(model_.pass(), depth, seq.root.h);
@@ -416,8 +416,8 @@ class GrowingDrafter final : public ChimeraDrafter {
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
-  std::vector<int32_t> vocabulary_;   // what can be proposed: n_fixed_ tokens, then dynamic ones
-  size_t n_fixed_ = 0, oldest_ = 0;   // oldest_: of the dynamic ones
+  std::vector<int32_t> vocabulary_;   // what can be proposed: n_static_ tokens, then dynamic ones
+  size_t n_static_ = 0, oldest_ = 0;  // oldest_: of the dynamic ones
   std::vector<uint8_t> known_;        // by token: in the vocabulary
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;

@@ -34,12 +34,18 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
       head_type_(weight_type == DType::kF32 ? DType::kF32 : DType::kQ8_0),
       memory_kind_(memory),
       head_scale_(t.head_scale) {
-  const int64_t d = config_.hidden_size, rows = kMaxRows, heads = config_.n_steps;
   check(t, target.config());
+  make_buffers(n_sequences);
+  prepare_block(t);
+  prepare_head(t);
+  make_cache(n_sequences, context);
+}
 
-  // One pass and its buffers, shared by all sequences: they draft one after the other.
+// One pass and its buffers, shared by all sequences: they draft one after the other.
+void DraftModel::make_buffers(int n_sequences) {
+  const int64_t d = config_.hidden_size, rows = kMaxRows;
   const auto floats = [&](int64_t n) { return allocate<float>(static_cast<size_t>(n)); };
-  if (memory == Memory::kShared) {
+  if (memory_kind_ == Memory::kShared) {
     for (Step** step : {&pass_.rows, &pass_.features, &pass_.trigrams}) {
       *step = allocate<Step>(1);
       (*step)->n_sequences = n_sequences;
@@ -62,7 +68,10 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   head_in_ = floats(rows * 2 * d);
   rank_ = floats(rows * std::max(1, config_.head_rank));
   z_ = floats(rows * d);
+}
 
+void DraftModel::prepare_block(const DraftTensors& t) {
+  const int64_t d = config_.hidden_size;
   w1_ = prepare(t.w1, d, 3 * d);
   w2_ = prepare(t.w2, d, d);
   if (config_.skip) w3_ = prepare(t.w3, d, d);
@@ -85,14 +94,18 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   wo_ = prepare(t.wo, d, config_.q_size());
   gate_up_ = prepare(t.gate_up, 2 * config_.ffn_size, d);
   down_ = prepare(t.down, d, config_.ffn_size);
-  for (int64_t k = 0; k < heads && config_.head_rank > 0; ++k) {
-    head_down_.push_back(prepare(t.head_down[static_cast<size_t>(k)], config_.head_rank, 2 * d));
-    head_up_.push_back(prepare(t.head_up[static_cast<size_t>(k)], d, config_.head_rank));
-  }
   ones_ = place(std::vector<float>(static_cast<size_t>(d), 1.0f));
   ffn_norm_ = place(t.ffn_norm);
   out_norm_ = place(t.out_norm);
+}
 
+// The residual heads' corrections, and of the target's head the rows that can be proposed.
+void DraftModel::prepare_head(const DraftTensors& t) {
+  const int64_t d = config_.hidden_size, rows = kMaxRows;
+  for (size_t k = 0; k < t.head_down.size() && config_.head_rank > 0; ++k) {
+    head_down_.push_back(prepare(t.head_down[k], config_.head_rank, 2 * d));
+    head_up_.push_back(prepare(t.head_up[k], d, config_.head_rank));
+  }
   vocabulary_ = t.vocabulary;
   const auto n_static = static_cast<int64_t>(vocabulary_.size());
   head_rows_.resize(static_cast<size_t>(n_static + kMaxDynamic) * row_bytes(head_type_, d));
@@ -102,10 +115,13 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   const TensorView head = view(head_type_, head_rows_, n_static + kMaxDynamic, d);
   head_ = backend_.prepare({&head, 1}, nullptr);
   weight_bytes_ += head_->bytes;
-  if (memory != Memory::kShared) std::vector<std::byte>().swap(head_rows_);
-  logits_ = floats(rows * head_->rows);
+  if (memory_kind_ != Memory::kShared) std::vector<std::byte>().swap(head_rows_);
+  logits_ = allocate<float>(static_cast<size_t>(rows * head_->rows));
+}
 
-  const KvShape shape{weight_type == DType::kF32 ? DType::kF32 : DType::kF16,
+// Slots for every sequence, and the scratch that ops over them need.
+void DraftModel::make_cache(int n_sequences, int context) {
+  const KvShape shape{weight_type_ == DType::kF32 ? DType::kF32 : DType::kF16,
                       1,
                       config_.n_kv_heads,
                       config_.head_dim,
@@ -120,10 +136,11 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   std::vector<float> cos(static_cast<size_t>(positions * config_.head_dim / 2)), sin(cos.size());
   fill_rope_table(rope_config, positions, cos.data(), sin.data());
   rope_ = {place(cos), place(sin), /*query_shift=*/1};
-  backend_.reserve(
-      3 * kMaxRows, shape.capacity,
-      std::max<int64_t>({3 * d, config_.ffn_size, config_.q_size(), config_.head_rank}),
-      {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads}, 0);
+  backend_.reserve(3 * kMaxRows, shape.capacity,
+                   std::max<int64_t>({3 * int64_t{config_.hidden_size}, config_.ffn_size,
+                                      config_.q_size(), config_.head_rank}),
+                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads},
+                   0);
 }
 
 std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
@@ -192,7 +209,7 @@ void DraftModel::set_dynamic(int index, int32_t token) {
   backend_.replace_row(*head_, view(head_type_, head_rows_, head_->rows, config_.hidden_size), row);
 }
 
-void DraftModel::features(int first, int n, const int32_t* trigrams) {
+void DraftModel::fill_features(int first, int n, const int32_t* trigrams) {
   const auto size = static_cast<size_t>(feature_size());
   const auto place_of = [](const Trigram& t) {
     uint32_t h = 0;

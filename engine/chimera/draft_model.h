@@ -11,7 +11,7 @@
 //
 // Row 0 of a pass is no row of the sequence: it holds what the first rows need of the token before
 // them, its feature row, and, where a tree is drafted, f. The rows are written by the host (step(),
-// features(), link()) or by ops (tree_ops.h); the formulas are the same.
+// fill_features(), link()) or by ops (tree_ops.h); the formulas are the same.
 #pragma once
 
 #include <memory>
@@ -74,14 +74,14 @@ class DraftModel {
 
   // ---- Rows that the host writes ----
 
-  // To use: step().clear(), one row before begin_sequence(), then rows, with features() and link()
-  // for each; forward().
+  // To use: step().clear(), one row before begin_sequence(), then rows, with
+  // fill_features() and link() for each; forward().
   const DraftPass& pass() const { return pass_; }
   Step& step() { return *pass_.rows; }
   // Sets feature(row) for rows [first, first + n) from the last three tokens of each: trigrams (n,
   // 3). Those of the last few hundred trigrams are kept, since the tree of a step mostly holds the
   // trigrams of the one before.
-  void features(int first, int n, const int32_t* trigrams);
+  void fill_features(int first, int n, const int32_t* trigrams);
   // The token before is that of row `feature`; the state is row `state` of forward()'s states.
   void link(int row, int feature, int state) {
     pass_.links->feature[row] = feature;
@@ -105,6 +105,10 @@ class DraftModel {
   }
   std::unique_ptr<Matrix> prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
                                   DType type);
+  void make_buffers(int n_sequences);
+  void prepare_block(const DraftTensors& t);
+  void prepare_head(const DraftTensors& t);
+  void make_cache(int n_sequences, int context);
   const float* place(const std::vector<float>& vector);
   void round_head_rows(int first, std::span<const int32_t> tokens, Step* step, float* rows);
   template <typename T>
