@@ -64,12 +64,15 @@ class CudaBackend final : public Backend, public TreeOps {
       : isa_(std::move(isa)),
         description_(std::move(description)),
         eager_(eager),
-        stream_(make_stream()) {
+        stream_(make_stream(/*watched=*/eager)) {
     steps_.reserve(16);
     for (Event& event : events_) event = make_event();
   }
   ~CudaBackend() override {
-    synchronize(stream_);
+    try {
+      synchronize(stream_);
+    } catch (const Error&) {  // the device has failed: whoever waited for it has been told
+    }
     clear_graphs();
     for (const Event& event : events_) free_event(event);
     free_stream(stream_);

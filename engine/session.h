@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine/drafter.h"
+#include "engine/error.h"
 #include "engine/llama.h"
 #include "engine/memory_plan.h"
 
@@ -35,7 +36,10 @@ class Session {
   Session(const Llama& model, const SessionOptions& options);
   // Waits for the pass that a resident drafter may have launched ahead.
   ~Session() {
-    model_.backend().submit(0, [] {});
+    try {
+      model_.backend().submit(0, [] {});
+    } catch (const Error&) {  // the device has failed: whoever waited for it has been told
+    }
   }
 
   // What the constructor will allocate, weights and the backend's scratch apart, and ...
