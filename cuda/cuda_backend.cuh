@@ -64,7 +64,8 @@ class CudaBackend final : public Backend, public TreeOps {
       : isa_(std::move(isa)),
         description_(std::move(description)),
         eager_(eager),
-        stream_(make_stream(/*watched=*/eager)) {
+        stream_(make_stream(/*watched=*/eager)),
+        sampled_(allocate_device(Step::kMaxRows * kSampleParts * sizeof(uint64_t))) {
     steps_.reserve(16);
     for (Event& event : events_) event = make_event();
   }
@@ -327,7 +328,8 @@ class CudaBackend final : public Backend, public TreeOps {
   void accept(Step* step, const float* logits, int32_t vocab) override {
     op(step, [&](Sight& s) {
       s.written = !s.on_device;
-      cuda::accept(stream_, {s.device, logits, vocab}, s.n_sequences);
+      cuda::accept(stream_, {s.device, logits, vocab, static_cast<uint64_t*>(sampled_.get())},
+                   s.max_logits, s.n_sequences);
     });
   }
   void keep(const Step* step, const KvCache& kv) override {
@@ -530,6 +532,7 @@ class CudaBackend final : public Backend, public TreeOps {
   int64_t scratch_cols_ = 0, partials_a_token_ = 0, counters_ = 0, partial_heads_ = 0;
   DeviceMemory scratch_;
   size_t reserved_ = 0;
+  DeviceMemory sampled_;  // AcceptParams::best
   std::byte *f16_ = nullptr, *bf16_ = nullptr;
   float *f32_ = nullptr, *product_partials_ = nullptr, *attention_partials_ = nullptr;
   uint32_t* product_counters_ = nullptr;
