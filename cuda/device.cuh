@@ -173,7 +173,8 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // A kernel of a graph may be started while the last blocks of the one before it still run (sm_90:
 // programmatic dependent launch). From here on, all that was launched before is done and seen, and
 // the next kernel may be started in turn. Every kernel calls it before it touches anything that
-// another one writes, or writes anything: weights may be fetched earlier.
+// another one writes, or writes anything. What the kernel just before does not write may be fetched
+// earlier (linear.cuh: weights): all that was launched before that one is done by then.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
