@@ -532,13 +532,13 @@ class CudaBackend final : public Backend, public TreeOps {
   std::string isa_, description_;
   bool eager_;
   Stream stream_;
+  DeviceMemory sampled_;  // AcceptParams::best
 
   int scratch_rows_ = 0, max_chunks_ = 0;
   int64_t scratch_cols_ = 0, scratch_partials_ = 0, scratch_counters_ = 0, partial_heads_ = 0;
   int64_t most_partials_ = 0, most_counters_ = 0;  // of the matrices so far, for the next reserve()
   DeviceMemory scratch_;
   size_t reserved_ = 0;
-  DeviceMemory sampled_;  // AcceptParams::best
   std::byte *f16_ = nullptr, *bf16_ = nullptr;
   float *f32_ = nullptr, *product_partials_ = nullptr, *attention_partials_ = nullptr;
   uint32_t* product_counters_ = nullptr;

@@ -152,8 +152,9 @@ class Backend {
   // memory: kv_bytes() of it, zeroed.
   virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;
   // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and
-  // products as wide as max_cols. Throws away what an earlier call reserved if that was less, and
-  // what submit() remembers.
+  // products as wide as max_cols, of the matrices prepared so far; never less than what an earlier
+  // call reserved. Forgets what submit() remembers: keys are addresses of Steps, and a new one may
+  // stand where another was freed. So whoever makes a Step that lists are about calls this after.
   virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
                        int64_t vocab) = 0;
   virtual size_t reserved_bytes() const = 0;
