@@ -85,8 +85,7 @@ struct alignas(8) Words2 {
   uint32_t word[2];
 };
 
-// ---- What the emulator and the tests take the arithmetic to be, on the host
-// ----------------------
+// ---- What the emulator and the tests take the arithmetic to be, on the host --------------------
 
 // a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second
 // rounding the only one that counts.
@@ -183,7 +182,9 @@ DEVICE void wait_for_previous() {
 }
 
 // The 128 bytes around p will be wanted: from memory to L2.
-DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) { return atomicAdd(p, x); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {

@@ -215,7 +215,7 @@ class Backend {
 
 struct BackendOptions {
   int threads = 0;     // CPU: 0 = one for each physical core
-  bool eager = false;  // CUDA: ops are launched one by one, never as a graph (for debugging)
+  bool eager = false;  // CUDA: no graphs, and each kernel is waited for, so that errors name it
 };
 // name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others,
 // and for "cuda" where this build or this machine has none.
