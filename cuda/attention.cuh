@@ -28,7 +28,7 @@
 // (A chain of prompt rows has its ancestors in the slots of their positions: `direct` says how far
 // that goes for each row, and its tiles are shared as well.)
 //
-// Shared memory at head_dim 128: 65 KiB; 114 registers of 256 threads: two blocks on an H100. K and
+// Shared memory at head_dim 128: 65 KiB; 118 registers of 256 threads: two blocks on an H100. K and
 // V go straight from global memory to registers, 16 bytes a lane: the 8 loads of a tile (4 KiB a
 // warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other.
 //
@@ -158,7 +158,7 @@ struct AttentionShared {
   uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
   int* length;    // (rows of the tile) positions that a row sees
   int* direct;    // (rows of the tile) positions below stand in the slot of the same number
-  uint8_t* path;  // (rows of the tile, kMaxRows): ancestor at depth i, as a row of the sequence
+  uint8_t* path;  // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
 };
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
   return kQueries * kScoreStride * 4 + static_cast<size_t>(kChunkTiles * kQueryTiles * kLanes * 8) +
@@ -184,6 +184,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const QueryTile queries = query_tile(step, group, block_z());
   if (queries.count == 0) return;
   const Step::Sequence& sequence = step->sequences[queries.sequence];
+  if (begin >= sequence.committed + sequence.n_rows) return;  // of the grid's longest context
   const int committed = sequence.committed, dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
   const int skipped = queries.first / group,
@@ -200,11 +201,10 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     const int row = first_row + thread_index();
     uint8_t* path = s.path + thread_index() * Step::kMaxRows;
     for (int node = row; node >= 0; node = step->parent[node])
-      path[step->position[node] - committed] = static_cast<uint8_t>(node - sequence.first_row);
+      path[step->position[node] - committed] = static_cast<uint8_t>(step->slot[node] - committed);
     const int length = step->position[row] + 1;
     int direct = committed;
-    while (direct < length && step->slot[sequence.first_row + path[direct - committed]] == direct)
-      ++direct;
+    while (direct < length && path[direct - committed] == direct - committed) ++direct;
     s.length[thread_index()] = length;
     s.direct[thread_index()] = direct;
   }
@@ -229,6 +229,9 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   if (longest <= begin) return;
   const int tiles =
       least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
+  // Tiles below `shared` are direct for some row; those below `whole` for all: none is gathered.
+  const int shared = most(0, least(tiles, (most_direct - begin) / kKvTile)),
+            whole = most(0, least(tiles, (least_direct - begin) / kKvTile));
 
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int64_t base = p.kv.head_offset(queries.sequence, kv_head);
@@ -236,8 +239,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const auto* v_cache = static_cast<const uint16_t*>(p.kv.v) + base;
   const auto slot_of = [&](int row, int position) {
     return position < committed ? position
-                                : step->slot[sequence.first_row +
-                                             s.path[row * Step::kMaxRows + position - committed]];
+                                : committed + s.path[row * Step::kMaxRows + position - committed];
   };
   // Does the tile that ends at `end` stand in its own slots for a row? Else it is gathered.
   const auto is_direct = [&](int row, int end) { return end <= s.direct[row]; };
@@ -248,63 +250,69 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   // Query of element i of a lane's C fragment.
   const auto query_of = [&](int query_tile, int i) { return query_tile * 8 + 2 * t + i % 2; };
 
+  // V's shared tiles stand side by side, and are wanted once the scores are there.
+  for (int i = 128 * thread_index(); i < shared * dim_tiles * 512; i += 128 * kAttentionThreads)
+    prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+
   // 1. Scores.
-  for (int tile = warp_index(); tile < tiles; tile += kAttentionWarps) {
+  const auto store = [&](const float(&c)[4], int tile, int query_tile, auto wanted) {
+    UNROLLED_FOR (int i = 0; i < 4; ++i) {
+      const int query = query_of(query_tile, i);
+      if (query < queries.count && wanted(row_of(query)))
+        s.scores[query * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
+    }
+  };
+  const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t(&b)[2]) {
+    const Words2 w =
+        load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
+    b[0] = w.word[0];
+    b[1] = w.word[1];
+  };
+  for (int tile = warp_index(); tile < shared; tile += kAttentionWarps) {
     const int from = begin + tile * kKvTile, end = from + kKvTile;
-    const auto store = [&](const float(&c)[4], int query_tile, auto wanted) {
-      UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const int query = query_of(query_tile, i);
-        if (query < queries.count && wanted(row_of(query)))
-          s.scores[query * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
+    float c[kQueryTiles][4] = {};
+    UNROLL_BY(8)
+    for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
+      uint32_t a[4], b[2];
+      load_tile(k_cache, from / kKvTile, dim_tile, a);
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+        if (j >= query_tiles) break;
+        query_fragment(j, dim_tile, b);
+        mma_f16(c[j], a, b);
       }
-    };
-    const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t(&b)[2]) {
-      const Words2 w =
-          load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
-      b[0] = w.word[0];
-      b[1] = w.word[1];
-    };
-    if (end <= most_direct) {
-      float c[kQueryTiles][4] = {};
+    }
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+      store(c[j], tile, j, [&](int row) { return is_direct(row, end); });
+  }
+  // Gathered tiles are few, but there is one of each for every row: the pairs are dealt to all
+  // warps.
+  for (int pair = warp_index(); pair < (tiles - whole) * n_rows; pair += kAttentionWarps) {
+    const int tile = whole + pair / n_rows, row = pair % n_rows;
+    const int from = begin + tile * kKvTile, end = from + kKvTile;
+    if (is_direct(row, end) || s.length[row] <= from) continue;
+    // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
+    int64_t at[2];
+    bool seen[2];
+    UNROLLED_FOR (int i = 0; i < 2; ++i) {
+      const int position = from + g + 8 * i;
+      seen[i] = position < s.length[row];
+      at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
+    }
+    for (int j = 0; j < query_tiles; ++j) {
+      if (row_of(j * 8) > row || row_of(least(j * 8 + 7, queries.count - 1)) < row) continue;
+      float c[4] = {};
       UNROLL_BY(8)
       for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
         uint32_t a[4], b[2];
-        load_tile(k_cache, from / kKvTile, dim_tile, a);
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-          if (j >= query_tiles) break;
-          query_fragment(j, dim_tile, b);
-          mma_f16(c[j], a, b);
-        }
+        // Coordinates 2 t + 8: two registers, four elements, on.
+        UNROLLED_FOR (int r = 0; r < 4; ++r)
+          a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
+                                                                  dim_tile * 256 + r / 2 * 4)
+                             : 0u;
+        query_fragment(j, dim_tile, b);
+        mma_f16(c, a, b);
       }
-      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-        store(c[j], j, [&](int row) { return is_direct(row, end); });
-    }
-    if (end <= least_direct) continue;
-    for (int row = 0; row < n_rows; ++row) {
-      if (is_direct(row, end) || s.length[row] <= from) continue;
-      // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
-      int64_t at[2];
-      bool seen[2];
-      UNROLLED_FOR (int i = 0; i < 2; ++i) {
-        const int position = from + g + 8 * i;
-        seen[i] = position < s.length[row];
-        at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
-      }
-      for (int j = 0; j < query_tiles; ++j) {
-        if (row_of(j * 8) > row || row_of(least(j * 8 + 7, queries.count - 1)) < row) continue;
-        float c[4] = {};
-        for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
-          uint32_t a[4], b[2];
-          // Coordinates 2 t + 8: two registers, four elements, on.
-          UNROLLED_FOR (int r = 0; r < 4; ++r)
-            a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
-                                                                    dim_tile * 256 + r / 2 * 4)
-                               : 0u;
-          query_fragment(j, dim_tile, b);
-          mma_f16(c, a, b);
-        }
-        store(c, j, [&](int r) { return r == row; });
-      }
+      store(c, tile, j, [&](int r) { return r == row; });
     }
   }
   sync_threads();
@@ -351,8 +359,6 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
         if (query < queries.count && wanted(row_of(query))) sum[i] = c[i];
       }
     };
-    const int whole =
-        most(0, least(tiles, (least_direct - begin) / kKvTile));  // tiles that all rows share
     UNROLL_BY(4)
     for (int tile = 0; tile < whole; ++tile) {
       uint32_t a[4], b[2];
@@ -365,29 +371,40 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     }
     for (int tile = whole; tile < tiles; ++tile) {
       const int from = begin + tile * kKvTile, end = from + kKvTile;
-      if (end <= most_direct) {
+      if (tile < shared) {
         uint32_t a[4];
         load_tile(v_cache, from / kKvTile, dim_tile, a);
         UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
           if (j < query_tiles) add(tile, j, a, o[j], [&](int row) { return is_direct(row, end); });
       }
-      for (int row = 0; row < n_rows; ++row) {
-        if (is_direct(row, end) || s.length[row] <= from) continue;
-        uint32_t a[4];
-        UNROLLED_FOR (int r = 0; r < 4;
-                      ++r) {  // rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8
+      const auto gather = [&](int row, uint32_t(&a)[4]) {
+        const int n = s.length[row];
+        // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
+        UNROLLED_FOR (int r = 0; r < 4; ++r) {
           const int position = from + 2 * t + 8 * (r / 2), d = dim_tile * kKvTile + g + 8 * (r % 2);
-          const int n = s.length[row];
           a[r] = pack(position < n ? v_cache[p.kv.v_index(slot_of(row, position), d)] : uint16_t{0},
                       position + 1 < n ? v_cache[p.kv.v_index(slot_of(row, position + 1), d)]
                                        : uint16_t{0});
         }
+      };
+      // The first row from `row` on that has the tile gathered, its fragment in a.
+      const auto gather_from = [&](int row, uint32_t(&a)[4]) {
+        while (row < n_rows && (is_direct(row, end) || s.length[row] <= from)) ++row;
+        if (row < n_rows) gather(row, a);
+        return row;
+      };
+      // A row's sums do not wait for its loads: those were begun before the sums of the row before.
+      uint32_t a[4], ahead[4];
+      for (int row = gather_from(0, a); row < n_rows;) {
+        const int next = gather_from(row + 1, ahead);
         UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
           if (j >= query_tiles || row_of(j * 8) > row ||
               row_of(least(j * 8 + 7, queries.count - 1)) < row)
             continue;
           add(tile, j, a, o[j], [&](int r) { return r == row; });
         }
+        UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = ahead[r];
+        row = next;
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)

@@ -6,8 +6,9 @@
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
-// 1536 threads a multiprocessor and more with four loads of 16 bytes each: 96 KiB in flight, some
-// five times what 3.35 TB/s x 0.8 us ask of each of 132.
+// 1536 threads a multiprocessor or more with four loads of 16 bytes each: 96 KiB in flight, some
+// five times what 3.35 TB/s x 0.8 us ask of each of 132. The grid is as many blocks as live at
+// once: one more, and its share of the memory would be read when the others are done.
 inline constexpr int kReadThreads = 512, kReadLoads = 4;
 
 struct ReadParams {

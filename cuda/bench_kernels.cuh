@@ -102,7 +102,8 @@ class KernelBench {
                                         static_cast<size_t>(2 + layer.padded_dim) * 4),
                        table =
                            noise(static_cast<size_t>(tape_bytes(DType::kBF16, m.vocab, m.hidden))),
-                       logits = zeros(static_cast<size_t>(most) * static_cast<size_t>(m.vocab) * 4);
+                       logits = zeros(static_cast<size_t>(most) * static_cast<size_t>(m.vocab) * 4),
+                       sampled = zeros(static_cast<size_t>(most * kSampleParts) * 8);
     kv.k = memory.get();
     kv.v = static_cast<std::byte*>(memory.get()) + half;
     const Heads heads{m.heads, m.kv_heads, m.head_dim()};
@@ -152,8 +153,8 @@ class KernelBench {
       time("keep, a layer", "F16", n, 0, [&](int) {
         keep(stream_, {s, kv_layer(kv, 0), layer.head_offset(1, 0)}, 1);
       });
-      time("sample", "", n, 4.0 * m.vocab, [&](int) {
-        accept(stream_, {s, as<float>(logits), m.vocab}, 1);
+      time("sample", "", n, row * m.vocab, [&](int) {
+        accept(stream_, {s, as<float>(logits), m.vocab, as<uint64_t>(sampled)}, n, 1);
       });
     }
     return timings;

@@ -48,8 +48,9 @@ inline constexpr int kChunk = 256;
 inline constexpr int kSplitUnit =
     256;  // k; a run of a split is whole units (K-quants: blocks of 256)
 inline constexpr int kBlockRows = 128;  // weight rows of a thread block
-inline constexpr int kSplitBlocks =
-    132;  // thread blocks that a product should have at least: an H100's SMs
+// Thread blocks that K is cut for: an H100's SMs. Whole units may leave a product with fewer (4096
+// rows of 4096 with 128), and short columns with many fewer.
+inline constexpr int kSplitBlocks = 132;
 
 // Runs that K is cut into for a product of n rows, and the units of each but the last.
 BOTH constexpr int64_t split_units(int64_t n, int64_t k) {

@@ -27,14 +27,12 @@ class Cublas {
         return *f != nullptr;
       };
       decltype(&cublasCreate_v2) create;
-      decltype(&cublasSetWorkspace_v2) set_workspace;
-      constexpr size_t kWorkspace = 64 << 20;  // given, since a graph may not allocate one
-      if (!find(&create, "cublasCreate_v2") || !find(&set_workspace, "cublasSetWorkspace_v2") ||
+      if (!find(&create, "cublasCreate_v2") || !find(&set_workspace_, "cublasSetWorkspace_v2") ||
           !find(&set_stream_, "cublasSetStream_v2") || !find(&gemm_, "cublasGemmEx") ||
           create(&handle_) != CUBLAS_STATUS_SUCCESS)
         continue;
       workspace_ = allocate_device(kWorkspace);
-      if (set_workspace(handle_, workspace_, kWorkspace) == CUBLAS_STATUS_SUCCESS) return;
+      return;
     }
     handle_ = nullptr;
   }
@@ -47,7 +45,9 @@ class Cublas {
             int64_t ldc, cublasComputeType_t compute) const {
     const float one = 1;
     const auto i = [](int64_t x) { return static_cast<int>(x); };
-    return set_stream_(handle_, stream) == CUBLAS_STATUS_SUCCESS &&
+    // In this order: cublasSetStream() goes back to a workspace of the library's own.
+    return set_stream_(handle_, handle(stream)) == CUBLAS_STATUS_SUCCESS &&
+           set_workspace_(handle_, workspace_, kWorkspace) == CUBLAS_STATUS_SUCCESS &&
            gemm_(handle_, a_t ? CUBLAS_OP_T : CUBLAS_OP_N, b_t ? CUBLAS_OP_T : CUBLAS_OP_N, i(m),
                  i(n), i(k), &one, a, type, i(lda), b, type, i(ldb), &beta, c, CUDA_R_32F, i(ldc),
                  compute, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
@@ -61,6 +61,8 @@ class Cublas {
                           int, const void*, void*, cudaDataType, int, cublasComputeType_t,
                           cublasGemmAlgo_t) = nullptr;
   decltype(&cublasSetStream_v2) set_stream_ = nullptr;
+  decltype(&cublasSetWorkspace_v2) set_workspace_ = nullptr;
+  static constexpr size_t kWorkspace = 64 << 20;  // given, since a graph may not allocate one
   void* workspace_ = nullptr;
 };
 

@@ -59,7 +59,12 @@ std::unique_ptr<training::Ops<float>> training::make_cuda_training_ops(Precision
 
 double cuda_read_bandwidth(size_t bytes) {
   constexpr int kPasses = 16;
-  const int blocks = require_device().multiProcessorCount * 4;
+  int resident = 0;  // blocks of a multiprocessor
+  const int multiprocessors = require_device().multiProcessorCount;
+  cuda::check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, cuda::read_kernel,
+                                                            cuda::kReadThreads, 0),
+              "occupancy");
+  const int blocks = multiprocessors * resident;
   const cuda::DeviceMemory data(cuda::allocate_device(bytes)),
       sums(cuda::allocate_device(static_cast<size_t>(blocks) * 4));
   const auto stream = cuda::make_stream();

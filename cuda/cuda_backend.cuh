@@ -56,6 +56,7 @@ class CudaMatrix final : public Matrix {
   };
   std::vector<Segment> segments;
   bool needs_f32 = false, needs_f16 = false, needs_bf16 = false;
+  int64_t partials_a_token = 0, counters = 0;  // scratch of a product: floats, words
 };
 
 class CudaBackend final : public Backend, public TreeOps {
@@ -64,12 +65,16 @@ class CudaBackend final : public Backend, public TreeOps {
       : isa_(std::move(isa)),
         description_(std::move(description)),
         eager_(eager),
-        stream_(make_stream()) {
+        stream_(make_stream(/*watched=*/eager)),
+        sampled_(allocate_device(Step::kMaxRows * kSampleParts * sizeof(uint64_t))) {
     steps_.reserve(16);
     for (Event& event : events_) event = make_event();
   }
   ~CudaBackend() override {
-    synchronize(stream_);
+    try {
+      synchronize(stream_);
+    } catch (const Error&) {  // the device has failed: whoever waited for it has been told
+    }
     clear_graphs();
     for (const Event& event : events_) free_event(event);
     free_stream(stream_);
@@ -113,7 +118,6 @@ class CudaBackend final : public Backend, public TreeOps {
                                   const Consumed& consumed) override {
     auto matrix = std::make_unique<CudaMatrix>();
     matrix->cols = stacked.front().cols;
-    int64_t partials = 0, counters = 0;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
         throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
@@ -130,12 +134,12 @@ class CudaBackend final : public Backend, public TreeOps {
                     : w.type == DType::kBF16 ? matrix->needs_bf16
                                              : matrix->needs_f16;
       needs = true;
-      partials += partial_floats(w.type, w.rows, w.cols, 1);
-      counters += counter_words(w.rows, Step::kMaxRows);
+      matrix->partials_a_token += partial_floats(w.type, w.rows, w.cols, 1);
+      matrix->counters += counter_words(w.rows, Step::kMaxRows);
       matrix->segments.push_back(std::move(s));
     }
-    partials_a_token_ = std::max(partials_a_token_, partials);
-    counters_ = std::max(counters_, counters);
+    most_partials_ = std::max(most_partials_, matrix->partials_a_token);
+    most_counters_ = std::max(most_counters_, matrix->counters);
     return matrix;
   }
 
@@ -176,9 +180,11 @@ class CudaBackend final : public Backend, public TreeOps {
         static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // f16
         static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // bf16
         rows * static_cast<size_t>(scratch_cols_) * 4,                      // f32
-        rows * static_cast<size_t>(partials_a_token_) * 4,                  // products
+        rows * static_cast<size_t>(most_partials_) * 4,                     // products
         rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,       // attention
-        static_cast<size_t>(counters_) * 4};
+        static_cast<size_t>(most_counters_) * 4};
+    scratch_partials_ = most_partials_;
+    scratch_counters_ = most_counters_;
     synchronize(stream_);
     reserved_ = 0;
     std::array<size_t, 6> at;
@@ -254,6 +260,9 @@ class CudaBackend final : public Backend, public TreeOps {
                     "at most " + std::to_string(scratch_rows_) + " x " +
                         std::to_string(scratch_cols_) + ", as reserved",
                     "more");
+      if (w.partials_a_token > scratch_partials_ || w.counters > scratch_counters_)
+        throw Error("product of " + std::to_string(w.rows) + " rows",
+                    "reserve() after the last prepare()", "one before it");
       prepare_input(stream_,
                     {s.device, l.rows, l.input, l.x, l.norm_weight, l.eps, w.cols,
                      w.needs_f32 ? f32_ : nullptr, w.needs_f16 ? f16_ : nullptr,
@@ -324,7 +333,8 @@ class CudaBackend final : public Backend, public TreeOps {
   void accept(Step* step, const float* logits, int32_t vocab) override {
     op(step, [&](Sight& s) {
       s.written = !s.on_device;
-      cuda::accept(stream_, {s.device, logits, vocab}, s.n_sequences);
+      cuda::accept(stream_, {s.device, logits, vocab, static_cast<uint64_t*>(sampled_.get())},
+                   s.max_logits, s.n_sequences);
     });
   }
   void keep(const Step* step, const KvCache& kv) override {
@@ -522,9 +532,11 @@ class CudaBackend final : public Backend, public TreeOps {
   std::string isa_, description_;
   bool eager_;
   Stream stream_;
+  DeviceMemory sampled_;  // AcceptParams::best
 
   int scratch_rows_ = 0, max_chunks_ = 0;
-  int64_t scratch_cols_ = 0, partials_a_token_ = 0, counters_ = 0, partial_heads_ = 0;
+  int64_t scratch_cols_ = 0, scratch_partials_ = 0, scratch_counters_ = 0, partial_heads_ = 0;
+  int64_t most_partials_ = 0, most_counters_ = 0;  // of the matrices so far, for the next reserve()
   DeviceMemory scratch_;
   size_t reserved_ = 0;
   std::byte *f16_ = nullptr, *bf16_ = nullptr;

@@ -85,8 +85,7 @@ struct alignas(8) Words2 {
   uint32_t word[2];
 };
 
-// ---- What the emulator and the tests take the arithmetic to be, on the host
-// ----------------------
+// ---- What the emulator and the tests take the arithmetic to be, on the host --------------------
 
 // a * b + c of three f16 is exact in double; rounding it to odd in f32 first makes the second
 // rounding the only one that counts.
@@ -173,12 +172,18 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // A kernel of a graph may be started while the last blocks of the one before it still run (sm_90:
 // programmatic dependent launch). From here on, all that was launched before is done and seen, and
 // the next kernel may be started in turn. Every kernel calls it before it touches anything that
-// another one writes, or writes anything: weights may be fetched earlier.
+// another one writes, or writes anything. What the kernel just before does not write may be fetched
+// earlier (linear.cuh: weights): all that was launched before that one is done by then.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// The 128 bytes around p will be wanted: from memory to L2.
+DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) { return atomicAdd(p, x); }
@@ -311,6 +316,8 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 
 DEVICE void wait_for_previous() {}
+// Reads, so that an address that is nobody's shows.
+DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) {
   const uint32_t old = *p;

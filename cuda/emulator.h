@@ -65,6 +65,19 @@ class GuardedMemory {
   };
 };
 
+// While one lives, the device fails as a GPU does that touches what it must not: in a kernel, which
+// says nothing. From then on whatever waits for the device, or asks it for more, throws.
+class Fault {
+ public:
+  explicit Fault(const char* kernel);  // the next launch of the name
+  ~Fault();
+  Fault(const Fault&) = delete;
+  Fault& operator=(const Fault&) = delete;
+
+  static bool happens(const char* kernel);
+  static void check(const char* what);
+};
+
 // ---- For device.cuh: called by the running fiber -----------------------------------------------
 
 using Place = std::source_location;

@@ -1,4 +1,4 @@
-// Products for 1 to 256 tokens: y (tokens, rows) = x (tokens, cols) W^T, W (rows, cols).
+// Products for 1 to Step::kMaxRows tokens: y (tokens, rows) = x (tokens, cols) W^T, W (rows, cols).
 //
 // # Why it looks like this
 // A pass over a few tokens reads every weight once and does little with it: the product is a matter
@@ -28,10 +28,14 @@
 // on an H100's multiprocessor (227 KiB) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB,
 // where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 24 KiB a stage, 96 KiB a block,
 // two blocks, 144 KiB. On sm_89 (99 KiB): one block, 51 KiB. Registers allow more blocks than that:
-// on sm_90a a thread has 96 to 119 with 8 tokens, 124 to 132 with 32, 156 to 164 with 64, of 128
+// on sm_90a a thread has 96 to 117 with 8 tokens, 126 to 139 with 32, 156 to 162 with 64, of 128
 // threads, so four, three and three blocks; the build refuses a kernel that spills.
 //
 // x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2.
+//
+// More tokens than a block has columns for are groups, a block each. The groups of the same rows
+// are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
+// for the others.
 //
 // # Few rows
 // 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
@@ -88,7 +92,7 @@ DEVICE float rms_scale(const float* x, int64_t n, float eps, float* result) {
   if (warp_index() == 0) {
     float lane = 0;
     if (lane_index() < 16) {
-      UNROLL_BY(8)
+      UNROLL_BY(32)  // the loads of 32 steps go ahead of their sums
       for (int64_t i = lane_index(); i < n; i += 16) lane = fma(x[i], x[i], lane);
     }
     const float sum = fold_16(lane);
@@ -176,9 +180,10 @@ struct LinearParams {
   bool accumulate;
   float* partials;  // of each segment (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
   int partial_tokens;  // at least the op's tokens
-  uint32_t* counters;  // (token groups, row blocks), zero; left zero
+  uint32_t* counters;  // (row blocks, token groups), zero; left zero
   LinearSegment segments[kMaxSegments];
   int n_segments;
+  int groups = 1;  // of tokens; set by linear()
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -212,9 +217,10 @@ void linear_kernel(LinearParams p) {
   constexpr SlabLayout l = slab_layout(kType);
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
   static_assert(s.stages >= 2 && s.weight_bytes % 16 == 0);
+  const int group = block_x() % p.groups, row_block = block_x() / p.groups;
   LinearSegment m = p.segments[0];
   UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
-    if (i < p.n_segments && block_x() >= p.segments[i].first_block) m = p.segments[i];
+    if (i < p.n_segments && row_block >= p.segments[i].first_block) m = p.segments[i];
 
   const int64_t slabs = tape_slabs(kType, p.cols), k32s = fragment_k32(p.cols);
   const int64_t run_slabs = split_units(m.rows, p.cols) * kSplitUnit / l.k;
@@ -224,7 +230,7 @@ void linear_kernel(LinearParams p) {
   const int n_stages = static_cast<int>(ceil_div<int64_t>(end_slab - first_slab, s.slabs));
   const int64_t row_tiles = ceil_div<int64_t>(m.rows, kTileRows);
   const int64_t first_tile =
-      static_cast<int64_t>(block_x() - m.first_block) * kLinearWarps * kWarpTiles;
+      static_cast<int64_t>(row_block - m.first_block) * kLinearWarps * kWarpTiles;
   const int tiles =
       static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
   std::byte* ring = shared_memory();
@@ -246,16 +252,23 @@ void linear_kernel(LinearParams p) {
                       m.tape + ((first_tile + tile) * slabs + slab_of(i)) * l.bytes + unit * 16);
     }
   };
-  // Weights are nobody's result: they can be on their way before the kernel that makes x is done.
-  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i);
+  // Weights can be on their way before the kernel that makes x is done: what is launched just
+  // before a product is its prepare_input() or another product, and neither writes weights. (A
+  // kernel that does, tree.cuh's copy_head_kernel, is further back, and so done; see
+  // wait_for_previous().) Groups behind the first may have no tokens: they look first.
+  const auto fetch_first = [&] {
+    UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i);
+  };
+  if (group == 0) fetch_first();
   wait_for_previous();
   const int tokens = n_tokens(p.step, p.rows_of);
-  const int first_token = block_z() * kColumnTiles * 8;
+  const int first_token = group * kColumnTiles * 8;
   if (first_token >= tokens) {
     copy_async_commit();
     copy_async_wait<0>();
     return;
   }
+  if (group > 0) fetch_first();
   const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
   const auto fetch_x = [&](int i) {
     if (i < n_stages) {
@@ -330,7 +343,7 @@ void linear_kernel(LinearParams p) {
   memory_fence();
   sync_threads();  // also: nobody reads the ring any more
   auto* arrived = reinterpret_cast<uint32_t*>(ring);
-  uint32_t* counter = p.counters + static_cast<int64_t>(block_z()) * grid_x() + block_x();
+  uint32_t* counter = p.counters + block_x();
   if (thread_index() == 0) *arrived = atomic_add(counter, 1);
   sync_threads();
   if (*arrived + 1 != static_cast<uint32_t>(splits)) return;
@@ -390,7 +403,8 @@ inline int64_t counter_words(int64_t rows, int tokens) {
 template <DType kType, int kColumnTiles>
 void launch_linear(Stream stream, LinearParams p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
-  Grid grid{0, 1, ceil_div(max_rows, kColumnTiles * 8)};
+  p.groups = ceil_div(max_rows, kColumnTiles * 8);
+  Grid grid{0, 1};
   int64_t partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];
@@ -400,6 +414,7 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
     grid.y = most(grid.y, n_splits(m.rows, p.cols));
     partials += partial_floats(kType, m.rows, p.cols, p.partial_tokens);
   }
+  grid.x *= p.groups;
   launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,
          static_cast<size_t>(s.stages * s.bytes), p);
 }

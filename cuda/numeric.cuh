@@ -1,5 +1,5 @@
-// exp, log, Gumbel noise and the sum of 16 virtual lanes, as the CPU's contract defines them (engine/cpu/kernels.h,
-// exp.h, log.h).
+// exp, log, Gumbel noise and the sum of 16 virtual lanes, as the CPU's contract defines them
+// (engine/cpu/kernels.h, exp.h, log.h).
 #pragma once
 
 #include "cuda/device.cuh"

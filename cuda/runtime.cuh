@@ -26,8 +26,16 @@ struct Grid {
 
 #if defined(__CUDACC__)
 
-using Stream = cudaStream_t;
+// watched: each launch is waited for, so that an error names its kernel. Else the host hears of it
+// when it next waits for anything.
+struct StreamState {
+  cudaStream_t handle;
+  bool watched;
+};
+using Stream = const StreamState*;  // nullptr: the default one, watched (tests)
 using Graph = cudaGraphExec_t;
+
+inline cudaStream_t handle(Stream stream) { return stream != nullptr ? stream->handle : nullptr; }
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
@@ -38,7 +46,7 @@ inline void check(cudaError_t status, const char* what) {
 // is done? Outside a graph a launch takes the host longer than the gap between two kernels.
 inline bool overlaps(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (stream == nullptr || cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+  if (stream == nullptr || cudaStreamIsCapturing(stream->handle, &status) != cudaSuccess ||
       status != cudaStreamCaptureStatusActive)
     return false;
   int device = 0, major = 0;
@@ -62,10 +70,11 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
                         static_cast<unsigned>(grid.z));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = handle(stream);
   config.attrs = &overlap;
   config.numAttrs = overlaps(stream) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), name);
+  if (stream == nullptr || stream->watched) check(cudaStreamSynchronize(config.stream), name);
 }
 
 // Memory of the device alone; memory that the host may read and write as well, and that moves to
@@ -93,15 +102,19 @@ inline void* allocate_pinned(size_t bytes) {
 }
 inline void free_pinned(void* p) { cudaFreeHost(p); }
 inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copy");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, handle(stream)), "copy");
 }
-inline void synchronize(Stream stream) { check(cudaStreamSynchronize(stream), "a step"); }
-inline Stream make_stream() {
-  Stream stream;
+inline void synchronize(Stream stream) { check(cudaStreamSynchronize(handle(stream)), "a step"); }
+// A watched stream is never captured.
+inline Stream make_stream(bool watched = false) {
+  cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  return stream;
+  return new StreamState{stream, watched};
 }
-inline void free_stream(Stream stream) { cudaStreamDestroy(stream); }
+inline void free_stream(Stream stream) {
+  cudaStreamDestroy(stream->handle);
+  delete stream;
+}
 
 // A place in a stream that can be waited for.
 using Event = cudaEvent_t;
@@ -111,28 +124,30 @@ inline Event make_event() {
   return event;
 }
 inline void free_event(Event event) { cudaEventDestroy(event); }
-inline void record(Event event, Stream stream) { check(cudaEventRecord(event, stream), "event"); }
+inline void record(Event event, Stream stream) {
+  check(cudaEventRecord(event, handle(stream)), "event");
+}
 inline void wait(Event event) { check(cudaEventSynchronize(event), "a step"); }
 
 inline void begin_capture(Stream stream) {
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  check(cudaStreamBeginCapture(stream->handle, cudaStreamCaptureModeThreadLocal), "capture");
 }
 inline Graph end_capture(Stream stream) {
   cudaGraph_t graph;
   Graph executable;
-  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaStreamEndCapture(stream->handle, &graph), "capture");
   check(cudaGraphInstantiate(&executable, graph, 0), "graph");
   check(cudaGraphDestroy(graph), "graph");
   return executable;
 }
 inline void abandon_capture(Stream stream) {
   cudaGraph_t graph;
-  if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr)
+  if (cudaStreamEndCapture(stream->handle, &graph) == cudaSuccess && graph != nullptr)
     cudaGraphDestroy(graph);
   cudaGetLastError();
 }
 inline void replay(Stream stream, const Graph& graph) {
-  check(cudaGraphLaunch(graph, stream), "graph");
+  check(cudaGraphLaunch(graph, stream->handle), "graph");
 }
 inline void free_graph(const Graph& graph) { cudaGraphExecDestroy(graph); }
 
@@ -140,7 +155,7 @@ inline void free_graph(const Graph& graph) { cudaGraphExecDestroy(graph); }
 
 // A stream runs what it is given at once, or, while it captures, writes it down.
 struct StreamState {
-  bool capturing = false;
+  bool watched = false, capturing = false;
   std::vector<std::function<void()> > captured;
   void run(std::function<void()> work) {
     if (capturing)
@@ -162,6 +177,7 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
                   {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                    static_cast<unsigned>(grid.z)},
                   static_cast<unsigned>(threads), shared_bytes, body);
+    if (stream == nullptr || stream->watched) emulator::Fault::check(name);
   };
   if (stream == nullptr)
     work();
@@ -185,20 +201,21 @@ inline void free_device(void* p) {
 }
 inline void free_pinned(void* p) { std::free(p); }
 inline void copy(Stream stream, void* to, const void* from, size_t bytes) {
+  emulator::Fault::check("copy");
   stream->run([=] {
     const emulator::GuardedMemory::Opened opened;
     std::memcpy(to, from, bytes);
   });
 }
-inline void synchronize(Stream /*stream*/) {}
-inline Stream make_stream() { return new StreamState; }
+inline void synchronize(Stream /*stream*/) { emulator::Fault::check("a step"); }
+inline Stream make_stream(bool watched = false) { return new StreamState{watched, false, {}}; }
 inline void free_stream(Stream stream) { delete stream; }
 
 struct Event {};
 inline Event make_event() { return {}; }
 inline void free_event(Event /*event*/) {}
 inline void record(Event /*event*/, Stream /*stream*/) {}
-inline void wait(Event /*event*/) {}
+inline void wait(Event /*event*/) { emulator::Fault::check("a step"); }
 
 inline void begin_capture(Stream stream) { stream->capturing = true; }
 inline Graph end_capture(Stream stream) {

@@ -155,8 +155,9 @@ class Backend {
   // memory: kv_bytes() of it, zeroed.
   virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;
   // Scratch for steps of up to max_rows rows with attention over up to `capacity` slots and
-  // products as wide as max_cols. Throws away what an earlier call reserved if that was less, and
-  // what submit() remembers.
+  // products as wide as max_cols, of the matrices prepared so far; never less than what an earlier
+  // call reserved. Forgets what submit() remembers: keys are addresses of Steps, and a new one may
+  // stand where another was freed. So whoever makes a Step that lists are about calls this after.
   virtual void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
                        int64_t vocab) = 0;
   virtual size_t reserved_bytes() const = 0;
@@ -218,7 +219,7 @@ class Backend {
 
 struct BackendOptions {
   int threads = 0;     // CPU: 0 = one for each physical core
-  bool eager = false;  // CUDA: ops are launched one by one, never as a graph (for debugging)
+  bool eager = false;  // CUDA: no graphs, and each kernel is waited for, so that errors name it
 };
 // name: "cpu", "cuda" or "auto" (CUDA where it can be had, else the CPU). Throws Error for others,
 // and for "cuda" where this build or this machine has none.

@@ -66,7 +66,12 @@ class Resident final : public ResidentDrafter {
     initial_.n_static = static_cast<int32_t>(vocabulary_.size());
     for (uint64_t* key : {&prompt_key_, &last_key_, &pass_key_}) *key = backend_.new_key();
   }
-  ~Resident() override { backend_.wait(ticket_); }
+  ~Resident() override {
+    try {
+      backend_.wait(ticket_);
+    } catch (const Error&) {  // the device has failed: whoever waited for it has been told
+    }
+  }
   Resident(const Resident&) = delete;
   Resident& operator=(const Resident&) = delete;
 

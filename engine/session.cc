@@ -11,9 +11,10 @@
 namespace chimera {
 namespace {
 
-// Offsets of a session's buffers in its one allocation.
+// Offsets of a session's buffers.
 struct Layout {
   MemoryPlan plan;
+  // The host may read `states` and what follows; the rest is the device's.
   size_t kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, taps, logits;
   int max_rows, max_logits;
   KvShape kv_shape;
@@ -86,9 +87,14 @@ Session::Session(const Llama& model, const SessionOptions& options)
   const Layout l = lay_out(c, backend, options);
   max_rows_ = l.max_rows;
   std::sort(options_.tap_layers.begin(), options_.tap_layers.end());
-  memory_ = backend.allocate(l.plan.total());
-  auto* base = static_cast<std::byte*>(memory_.get());
-  const auto floats = [base](size_t offset) { return reinterpret_cast<float*>(base + offset); };
+  device_memory_ = backend.allocate(l.states, Memory::kDevice);
+  shared_memory_ = backend.allocate(l.plan.total() - l.states);
+  auto *base = static_cast<std::byte*>(device_memory_.get()),
+       *shared = static_cast<std::byte*>(shared_memory_.get());
+  const auto floats = [&](size_t offset) {
+    return reinterpret_cast<float*>(offset < l.states ? base + offset
+                                                      : shared + (offset - l.states));
+  };
   step_memory_ = backend.make_step(options.n_sequences);
   step_ = step_memory_.get();
   kv_ = backend.bind_kv(l.kv_shape, base + l.kv);
@@ -238,13 +244,15 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   return true;
 }
 
-void Session::time_passes(int rows, std::span<double> seconds) {
+void Session::time_passes(Step* step, uint64_t key, int rows, std::span<double> seconds) {
+  Backend& backend = model_.backend();
   for (double& s : seconds) {
     step_->clear();
     step_->begin_sequence(0);
     for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
+    if (step != step_) backend.upload(step, step_, sizeof(Step));
     const auto start = std::chrono::steady_clock::now();
-    model_.backend().submit(reinterpret_cast<uintptr_t>(step_) + 1, [this] { forward(); });
+    backend.submit(key, [this, step] { model_.forward(step, kv_, activations_); });
     s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   step_->clear();
@@ -254,14 +262,25 @@ double Session::time_pass(int rows) {
   int32_t& committed = step_->sequences[0].committed;
   const int32_t before = std::exchange(committed, 0);
   double seconds[5];
-  time_passes(rows, seconds);
+  // A list over a Step of the device is launched alike for every tree, for the largest: so each
+  // tree is timed in it.
+  Backend& backend = model_.backend();
+  if (backend.tree_ops() != nullptr && options_.n_sequences == 1) {
+    if (timed_step_ == nullptr) {
+      timed_step_ = backend.make_device_step(1, options_.max_nodes + 1);
+      timed_key_ = backend.new_key();
+    }
+    time_passes(timed_step_.get(), timed_key_, rows, seconds);
+  } else {
+    time_passes(step_, reinterpret_cast<uintptr_t>(step_) + 1, rows, seconds);
+  }
   committed = before;
   return *std::min_element(seconds + 2, std::end(seconds));
 }
 
 double Session::plain_seconds() {
   double seconds[9];
-  time_passes(1, seconds);
+  time_passes(step_, reinterpret_cast<uintptr_t>(step_) + 1, 1, seconds);
   std::sort(seconds + 2, std::end(seconds));
   return seconds[5];
 }

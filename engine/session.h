@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine/drafter.h"
+#include "engine/error.h"
 #include "engine/llama.h"
 #include "engine/memory_plan.h"
 
@@ -38,7 +39,10 @@ class Session {
   Session& operator=(const Session&) = delete;
   // Waits for the pass that a resident drafter may have launched ahead.
   ~Session() {
-    model_.backend().submit(0, [] {});
+    try {
+      model_.backend().submit(0, [] {});
+    } catch (const Error&) {  // the device has failed: whoever waited for it has been told
+    }
   }
 
   // What the constructor will allocate, weights and the backend's scratch apart, and ...
@@ -80,7 +84,8 @@ class Session {
   }
 
   // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take
-  // longer than some 0.4 s; drafters then choose the size of their trees by it. To be called before
+  // longer than some 0.4 s; drafters then choose the size of their trees by it. (Where trees are
+  // drafted on the device: what passes over its own Step cost.) To be called before
   // the first start(). set_cost(): the same from a curve that was measured before. From then on the
   // curve learns from every step. Without one trees have max_nodes nodes if there are as many
   // candidates, and a run can be repeated step by step.
@@ -126,8 +131,9 @@ class Session {
   void read_back(int sequence);
   bool step_resident(ResidentDrafter& drafter);
   // Runs passes over `rows` rows behind the committed ones, accepts nothing, and says how long each
-  // took; the first ones warm up caches, or make a graph.
-  void time_passes(int rows, std::span<double> seconds);
+  // took; the first ones warm up caches, or make a graph. step: the Session's own, or one of the
+  // device that the rows are sent to. key: as submit() has it.
+  void time_passes(Step* step, uint64_t key, int rows, std::span<double> seconds);
 
   const Llama& model_;
   SessionOptions options_;
@@ -137,9 +143,11 @@ class Session {
   int until_plain_ = kFirstPlain;
   std::vector<Text> texts_;
   int64_t texts_started_ = 0;
-  std::shared_ptr<void> memory_;
+  std::shared_ptr<void> device_memory_, shared_memory_;
   std::shared_ptr<Step> step_memory_;
   Step* step_ = nullptr;
+  std::shared_ptr<Step> timed_step_;  // on the device, if time_pass() wanted one; its list's key
+  uint64_t timed_key_ = 0;
   KvCache kv_;
   Activations activations_;
 };

@@ -237,6 +237,33 @@ TEST(CudaBackend, IntegerProductsAreExact) {
   }
 }
 
+// Scratch is for the matrices that were there when it was reserved: a later one that is cut into
+// more runs, or has more rows, would write into what lies behind.
+TEST(CudaBackend, ProductsNeedTheirScratch) {
+  std::mt19937 random(11);
+  for (const std::string& device : devices()) {
+    const auto backend = backend_on(device);
+    const auto reserve = [&] { backend->reserve(8, 64, 1280, {1, 1, 16}, 16); };
+    const auto step = backend->make_step(1);
+    const auto memory = backend->allocate(size_t{2} * 8 * 1280 * 4);
+    auto* x = static_cast<float*>(memory.get());
+    step->n_rows = 1;
+    const auto run = [&](const Matrix& m) {
+      backend->linear(step.get(), {.weights = &m, .x = x, .y = x + 8 * 1280});
+    };
+    const auto small = cuda::test::random_matrix(random, DType::kF16, 40, 1280, true),
+               large = cuda::test::random_matrix(random, DType::kF16, 140, 1280, true);
+    const auto first = backend->prepare({&small.view, 1}, nullptr);
+    reserve();
+    run(*first);
+    const auto second = backend->prepare({&large.view, 1}, nullptr);
+    run(*first);
+    EXPECT_THROW(run(*second), Error) << device;
+    reserve();
+    run(*second);
+  }
+}
+
 // Every op in its odder forms, with F32 weights and cache, on the CPU and here: the same bits.
 TEST(CudaBackend, OpsAreTheCpus) {
   constexpr int kRows = 13, kDim = 24, kHeads = 4, kKvHeads = 2,

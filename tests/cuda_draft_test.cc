@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <optional>
 
 #include "engine/candidate_tree.h"
 #include "engine/chimera/chimera_drafter.h"
@@ -648,6 +649,44 @@ TEST(CudaDraft, TextsAreTheSame) {
     for (size_t i = 1; i < drafters.size(); ++i)
       EXPECT_GT(tokens_per_step[i], 1.05) << kWays[i].name << " must get something accepted";
   }
+}
+
+// A kernel that fails, with a pass under way: the next wait throws, op by op the kernel's name
+// comes with it, and everything can be let go.
+TEST(CudaDraft, AFaultIsAnError) {
+  SKIP_WITHOUT(kStories);
+  for (const bool eager : {false, true}) {
+    std::optional<cuda::emulator::Fault> fault;  // outlives the rest
+    const Loaded l = load_on("emulated", kStories, eager);
+    Session session(*l.model, {.context = 24, .max_nodes = 4, .prefill_rows = 8});
+    const auto drafter = drafter_of(kWays[3], *l.model, 24);
+    session.start(0, kPrompt, {});
+    for (int i = 0; i < 4; ++i) session.step(drafter.get());
+    fault.emplace("combine");
+    std::string message;
+    try {
+      session.step(drafter.get());
+    } catch (const Error& e) {
+      message = e.what();
+    }
+    EXPECT_NE(message.find(eager ? "cuda: combine" : "cuda: a step"), std::string::npos) << message;
+    EXPECT_THROW(session.step(nullptr), Error);
+  }
+}
+
+// What a Session keeps on the device the host never touches, and what it may read it can.
+TEST(CudaDraft, TheHostKeepsOut) {
+  SKIP_WITHOUT(kStories);
+  const cuda::emulator::GuardedMemory guarded(size_t{64} << 20);
+  const Loaded l = load_on("emulated", kStories);
+  Session session(*l.model, {.context = 24, .max_nodes = 4, .prefill_rows = 8});
+  EXPECT_GT(session.time_pass(3), 0);
+  const auto drafter = drafter_of(kWays[3], *l.model, 24);
+  const GenerateOptions options{8, {}, {}};
+  const Generation drafted = generate(session, drafter.get(), kPrompt, options),
+                   plain = generate(session, nullptr, kPrompt, options);
+  EXPECT_EQ(drafted.ids, plain.ids);
+  EXPECT_TRUE(std::isfinite(session.states()[0] + session.logits()[0]));
 }
 
 // Texts that end, or go on, where a pass is already under way.

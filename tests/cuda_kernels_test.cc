@@ -316,21 +316,26 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
 
 // ---- Sampling and acceptance ----
 
+// The second row of two, so that the row starts at any address.
 int32_t sample_on_device(const std::vector<float>& logits, const Sampling& sampling, int position) {
-  const Buffer<float> l(logits);
+  const size_t vocab = logits.size();
+  Buffer<float> l(2 * vocab);
+  std::fill(l.begin(), l.end(), 1e9f);
+  std::copy(logits.begin(), logits.end(), l.begin() + vocab);
+  Buffer<uint64_t> best(2 * kSampleParts);
+  std::fill(best.begin(), best.end(), ~uint64_t{0});
   Buffer<Step> step(1);
   step[0].n_sequences = 1;
-  step[0].sequences[0].committed = position - 1;
+  step[0].sequences[0].committed = position - 2;
   step[0].sequences[0].sampling = sampling;
   step[0].clear();
   step[0].begin_sequence(0);
-  step[0].add_row(1, -1, true);
-  step[0].set_root(0);
-  accept(nullptr, {step.get(), l.get(), static_cast<int32_t>(logits.size())}, 1);
+  step[0].set_root(step[0].add_row(1, step[0].add_row(1, -1, true), true));
+  accept(nullptr, {step.get(), l.get(), static_cast<int32_t>(vocab), best.get()}, 3, 1);
   finish();
-  EXPECT_EQ(step[0].sequences[0].n_kept, 1);
+  EXPECT_EQ(step[0].sequences[0].n_kept, 2);
   EXPECT_EQ(step[0].sequences[0].committed, position);
-  EXPECT_EQ(step[0].kept_at[0], position - 1);
+  EXPECT_EQ(step[0].kept_at[1], position - 1);
   return step[0].sequences[0].next;
 }
 
@@ -351,7 +356,7 @@ TEST(CudaAccept, SamplesAsTheCpu) {
     s.top_p = std::vector<float>{1.0f, 0.9f, 0.5f, 0.01f}[random() % 4];
     s.min_p = std::vector<float>{0.0f, 0.05f, 0.5f, 1.0f}[random() % 4];
     s.seed = random();
-    const int position = 1 + static_cast<int>(random() % 1000);
+    const int position = 2 + static_cast<int>(random() % 1000);
     std::vector<float> e(vocab), noise(vocab);
     std::vector<int32_t> order(vocab);
     const int32_t expected = sample(ops, logits.data(), static_cast<int32_t>(vocab), s, position,
@@ -394,7 +399,8 @@ TEST(CudaAccept, WalksTheTree) {
   logits[static_cast<size_t>(s.logits_index[the] * 8 + 2)] = 1;
   logits[static_cast<size_t>(s.logits_index[dog] * 8 + 4)] = 1;
   logits[static_cast<size_t>(s.logits_index[ran] * 8 + 6)] = 1;
-  accept(nullptr, {step.get(), logits.get(), 8}, 3);
+  Buffer<uint64_t> best(6 * kSampleParts);
+  accept(nullptr, {step.get(), logits.get(), 8, best.get()}, 6, 3);
   finish();
   EXPECT_EQ(std::vector<int>(s.kept_at, s.kept_at + 8),
             (std::vector<int>{4, 5, 7, -1, 8, -1, -1, 9}));

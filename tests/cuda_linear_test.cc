@@ -154,27 +154,33 @@ TEST(CudaLinear, WidthIndependent) {
 }
 
 // Stacked matrices share a launch, each with its own split of K: two runs for the first, three for
-// the others.
+// the others. With 35 tokens a K-quant's are two groups.
 TEST(CudaLinear, StackedAsAlone) {
   std::mt19937 random(7);
-  constexpr int64_t kCols = 1280, kRows[] = {8448, 40, 130};
-  ASSERT_EQ(n_splits(kRows[0], kCols), 2);
-  ASSERT_EQ(n_splits(kRows[1], kCols), 3);
-  const std::vector<float> x = random_input(random, kCols, false);
-  for (const DType type : {DType::kQ8_0, DType::kF32}) {
+  constexpr int64_t kCols = 1280;
+  for (const DType type : {DType::kQ8_0, DType::kF32, DType::kQ4_K}) {
+    const bool groups = type == DType::kQ4_K;
+    const int tokens = groups ? 35 : 1;
+    const int64_t sizes[] = {groups ? 257 : 8448, 40, 130};
+    ASSERT_EQ(n_splits(sizes[0], kCols), groups ? 3 : 2);
+    ASSERT_EQ(n_splits(sizes[1], kCols), 3);
+    const std::vector<float> x = random_input(random, static_cast<size_t>(tokens * kCols), false);
     std::vector<RandomMatrix> matrices;
     std::vector<TensorView> views;
-    std::vector<float> alone;
-    for (const int64_t rows : kRows) {
+    std::vector<std::vector<float>> alone;
+    for (const int64_t rows : sizes) {
       matrices.push_back(random_matrix(random, type, rows, kCols, false));
       views.push_back(matrices.back().view);
       views.back().data = matrices.back().bytes.data();
-      const std::vector<float> y = run(views.back(), x, 1);
-      alone.insert(alone.end(), y.begin(), y.end());
+      alone.push_back(run(views.back(), x, tokens));
     }
     const std::vector<float> stacked =
-        run_stacked(views, x, 1, Linear::Input::kPlain, {}, nullptr, {});
-    ASSERT_TRUE(same_bits(stacked.data(), alone.data(), alone.size())) << dtype_info(type).name;
+        run_stacked(views, x, tokens, Linear::Input::kPlain, {}, nullptr, {});
+    const float* y = stacked.data();
+    for (int t = 0; t < tokens; ++t)
+      for (size_t i = 0; i < alone.size(); y += sizes[i++])
+        ASSERT_TRUE(same_bits(y, alone[i].data() + t * sizes[i], static_cast<size_t>(sizes[i])))
+            << dtype_info(type).name << " token " << t << " matrix " << i;
   }
 }
 

@@ -14,10 +14,17 @@ table=$PWD/gpu_check.txt
 : >$table
 say() { echo "$*" | tee -a $table; }
 
-# part NAME SECONDS COMMAND...: its output in $work/NAME, its complaints in the table.
+# part NAME SECONDS COMMAND...: its output in $work/NAME, its complaints in the table. SECONDS at
+# most, and no more than are left of all.
 part() {
-  name=$1 seconds=$2
+  name=$1 seconds=$2 left=$((470 + start - $(date +%s)))
   shift 2
+  [ "$seconds" -le $left ] || seconds=$left
+  if [ "$seconds" -lt 2 ]; then
+    failed=1 code=124
+    say "LEFT OUT, no time: $*"
+    return 1
+  fi
   timeout "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
   code=$?
   [ $code = 0 ] && return
@@ -32,10 +39,32 @@ value() { [ -s "$1" ] && cat "$1" || echo null; }
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
 say "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 
-# The tests read models from ../shared/data.
+# The tests read models from ../shared/data. After a fault a process gets nothing from the device any
+# more: so each suite has its own.
 mkdir -p tests
-(cd tests && CHIMERA_TEST_DEVICE=cuda part tests 120 ../gpu_tests --gtest_brief=1 --gtest_output="json:$work/tests.json") || failed=1
-say "tests: $(tail -n 1 "$work/tests")"
+cd tests || exit 1
+export CHIMERA_TEST_DEVICE=cuda
+# What the kernels do to memory and to each other, where the tool for it is there; on few tests, for
+# it makes them slower many times over.
+sanitized=
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck; do
+    before=$failed
+    part $tool 25 compute-sanitizer --tool $tool --error-exitcode 9 ../gpu_tests --gtest_brief=1 \
+      --gtest_filter='CudaLinear.AnyNumberOfColumns:CudaAttention.*:CudaAccept.WalksTheTree'
+    [ $code != 124 ] || failed=$before # slow, not wrong
+    sanitized="$sanitized${sanitized:+,}\"$tool\":$code"
+  done
+  say "compute-sanitizer, exit codes: $sanitized"
+fi
+tests=
+for suite in $(../gpu_tests --gtest_list_tests | sed -n 's/^\([A-Za-z0-9_]*\)\.$/\1/p'); do
+  part "$suite" 60 ../gpu_tests --gtest_brief=1 --gtest_filter="$suite.*" --gtest_output="json:$work/$suite.json"
+  say "tests $suite: $(tail -n 1 "$work/$suite")"
+  tests="$tests${tests:+,}$(value "$work/$suite.json")"
+done
+[ -n "$tests" ] || { failed=1; say "FAILED: no tests"; }
+cd ..
 
 part kernels 120 ./bench_cuda --json "$work/kernels.json" && { say ""; tee -a $table <"$work/kernels"; }
 
@@ -77,7 +106,8 @@ fi
 cat >"$work/all.json" <<END
 {"gpu":"$(head -n 1 $table)",
 "failed":$failed,
-"tests":$(value "$work/tests.json"),
+"sanitized":{$sanitized},
+"tests":[$tests],
 "kernels":$(value "$work/kernels.json"),
 "steps":[$steps],
 "model":$model,
