@@ -144,8 +144,6 @@ TEST_F(SessionTest, CancelStopsBeforeTheNextStep) {
   EXPECT_EQ(session.last_step().sequences[0].committed, 2 * 16);
 }
 
-// The states that a draft model reads: after a step they belong to the rows kept, in order; a
-// tapped last layer, normed, is the final state.
 // What passes cost decides how many nodes are drafted, and nothing else.
 TEST_F(SessionTest, TreesFollowTheCosts) {
   const std::vector<int32_t> prompt(40, 100);  // repeats itself: there is much to propose
@@ -243,6 +241,8 @@ TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   }
 }
 
+// The states that a draft model reads: after a step they belong to the rows kept, in order; a
+// tapped last layer, normed, is the final state.
 TEST_F(SessionTest, StatesAndTaps) {
   const int last = model().config().n_layers - 1;
   Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});
