@@ -18,6 +18,7 @@
 #include "engine/generate.h"
 #include "loader/gguf.h"
 #include "loader/load.h"
+#include "tests/tiny_model.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
 
@@ -306,8 +307,7 @@ TEST_F(CliTest, ContextEndsTheText) {
 }
 
 TEST_F(CliTest, OutputThatCannotBeWritten) {
-  SKIP_IF_ABSENT(kStories);
-  const Args args = {"run", "-m", kStories, "-p", "Once"};
+  const Args args = {"run", "-m", chimera::test::tiny("q4_1"), "-p", "Once", "-n", "20"};
   const int full = open("/dev/full", O_WRONLY);
   const Output o = finish(start(args, "", 1, full));
   close(full);

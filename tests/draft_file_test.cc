@@ -219,7 +219,6 @@ TEST_F(DraftFile, ThatIsNoDraftOrOfAnotherShape) {
 }
 
 TEST(Fingerprint, KnowsModelsApart) {
-  SKIP_WITHOUT(test::tiny("f32"));
   const ModelFile a = load_model(test::tiny("f32")), b = load_model(test::tiny("q4_0"));
   EXPECT_EQ(fingerprint(a.tensors, a.vocabulary).size(), 16u);
   EXPECT_EQ(fingerprint(a.tensors, a.vocabulary), fingerprint(a.tensors, a.vocabulary));

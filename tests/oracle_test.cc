@@ -50,15 +50,16 @@ double rms_difference(const std::vector<float>& a, const std::vector<float>& b) 
 // least-squares scale, the better of two (3 to 7% nearer than llama.cpp here, but on SmolLM2 no
 // nearer than before: rms of all logits 0.1316 against 0.1311, and 1.6% slower).
 TEST(Oracle, ElevenWeightTypes) {
-  SKIP_WITHOUT(tiny("f32"));
+  const std::string folder = shared("models/tiny-quants/");
+  SKIP_WITHOUT(folder);
   const std::vector<int32_t> ids = {1,  300, 17,  450, 88,  5, 5,  261, 499, 33, 402, 7,
                                     19, 350, 128, 64,  256, 3, 77, 480, 210, 9,  345, 101};
   for (const std::string type : kQuantTypes) {
-    const auto exact = read_array<float>(shared("models/tiny-quants/exact-" + type + ".f32"));
-    const double theirs = rms_difference(
-        read_array<float>(shared("models/tiny-quants/llamacpp-" + type + ".f32")), exact);
+    const auto exact = read_array<float>(folder + "exact-" + type + ".f32");
+    const double theirs =
+        rms_difference(read_array<float>(folder + "llamacpp-" + type + ".f32"), exact);
     for (const std::string& isa : isas()) {
-      const Loaded l = load(tiny(type), isa, 1);
+      const Loaded l = load(folder + "tiny-" + type + ".gguf", isa, 1);
       const std::vector<float> ours = logits_of(*l.model, ids, DType::kF32);  // as llama.cpp ran it
       ASSERT_EQ(ours.size(), exact.size());
       EXPECT_LE(rms_difference(ours, exact), std::max(1.04 * theirs, 1e-6)) << type << " " << isa;

@@ -16,6 +16,7 @@
 #include "engine/cpu/kernels.h"
 #include "engine/generate.h"
 #include "loader/load.h"
+#include "tests/tiny_model.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/tokenizer.h"
 
@@ -32,12 +33,6 @@ inline const char* const kDraft = "models/smollm2-135m-instruct.chimera.safetens
 #define SKIP_WITHOUT(path)                                                   \
   if (const std::string missing = (path); !std::filesystem::exists(missing)) \
   GTEST_SKIP() << "needs " << missing
-
-inline const char* const kQuantTypes[] = {"f32",  "f16",  "bf16", "q8_0", "q4_0", "q4_1",
-                                          "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
-inline std::string tiny(const std::string& type) {
-  return shared("models/tiny-quants/tiny-" + type + ".gguf");
-}
 
 // A backend of one instruction set, whatever the environment says.
 inline std::unique_ptr<Backend> backend_of(const std::string& isa, int threads) {
