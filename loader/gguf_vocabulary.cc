@@ -27,7 +27,8 @@ PreTokenizer read_pre_tokenizer(const GgufFile& file, TokenizerModel model) {
   }
   if (name == "smollm") return PreTokenizer::kSmolLm;
   if (name == "gpt-2" || name == "gpt2") return PreTokenizer::kGpt2;
-  throw Error(file.where(key), "'smollm' or 'gpt-2'", name ? quoted(*name) : "no such key",
+  if (name == "llama-bpe" || name == "llama3" || name == "llama-v3") return PreTokenizer::kLlama3;
+  throw Error(file.where(key), "'smollm', 'gpt-2' or 'llama-bpe'", name ? quoted(*name) : "no such key",
               "another pre-tokenizer would split text differently from the model's training");
 }
 
@@ -113,7 +114,8 @@ Vocabulary read_gguf_vocabulary(const GgufFile& file) {
   v.eos = read_id(file, "tokenizer.ggml.eos_token_id", n);
   v.unk = read_id(file, "tokenizer.ggml.unknown_token_id", n);
   const char* add_bos_key = "tokenizer.ggml.add_bos_token";
-  v.add_bos = file.find<bool>(add_bos_key).value_or(!bpe && v.bos >= 0);
+  v.add_bos = file.find<bool>(add_bos_key)
+                  .value_or((!bpe || v.pre == PreTokenizer::kLlama3) && v.bos >= 0);
   if (v.add_bos && v.bos < 0) {
     throw Error(file.where(add_bos_key), "false in a file without tokenizer.ggml.bos_token_id",
                 "true", "convert the model again");

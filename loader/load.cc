@@ -51,8 +51,11 @@ void refuse_known_formats(std::span<const std::byte> bytes, const std::string& n
   }
 }
 
-void check_vocabulary(ModelFile* model) {
-  const auto tokens = model->vocabulary.tokens.size();
+// Embeddings are often padded to a round number of rows. The model can choose such a row like any
+// other, so each gets a token, without text.
+void match_vocabulary(ModelFile* model) {
+  Vocabulary& vocabulary = model->vocabulary;
+  const auto tokens = vocabulary.tokens.size();
   const auto rows = static_cast<size_t>(model->tensors.config.vocab_size);
   const std::string& name = model->file.name();
   if (tokens > rows) {
@@ -64,6 +67,10 @@ void check_vocabulary(ModelFile* model) {
     model->warnings.push_back(name + ": the tokenizer has " + std::to_string(tokens) +
                               " tokens for " + std::to_string(rows) +
                               " rows of the embedding: the last rows have no text");
+    if (vocabulary.types.empty()) vocabulary.types.assign(tokens, TokenType::kNormal);
+    vocabulary.types.resize(rows, TokenType::kUnused);
+    vocabulary.tokens.resize(rows);
+    if (!vocabulary.scores.empty()) vocabulary.scores.resize(rows);
   }
 }
 
@@ -90,7 +97,7 @@ ModelFile load_model(const std::string& path) {
     model.tensors = read_llama2c(bytes, name);
     model.vocabulary = load_llama2c_vocabulary(path, model.tensors.config.vocab_size);
   }
-  check_vocabulary(&model);
+  match_vocabulary(&model);
   return model;
 }
 

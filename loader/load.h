@@ -1,7 +1,7 @@
 // A model file of any supported format: the header to start with.
 //
 //   ModelFile model = load_model("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-//   Llama llama(model.tensors, ...);  Tokenizer tokenizer(model.vocabulary);
+//   Llama llama(*backend, model.tensors);  Tokenizer tokenizer(model.vocabulary);
 #pragma once
 
 #include <string>
@@ -17,7 +17,7 @@ namespace chimera {
 struct ModelFile {
   MappedFile file;
   LlamaTensors tensors;
-  Vocabulary vocabulary;              // copies; no longer than the embedding has rows
+  Vocabulary vocabulary;              // copies; as long as the embedding has rows
   std::string format;                 // "GGUF v3", "llama2.c"
   std::vector<std::string> warnings;  // one line each: for the user, once
 };

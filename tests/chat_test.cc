@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -105,6 +106,25 @@ TEST(Chat, UnknownTemplatesAreNone) {
 TEST(Chat, Names) {
   EXPECT_EQ(name(ChatFormat::kNone), "none");
   EXPECT_EQ(name(ChatFormat::kChatMl), "chatml");
+  EXPECT_EQ(name(ChatFormat::kLlama3), "llama3");
+}
+
+// The format as Meta publishes it ("Llama 3 Model Cards & Prompt formats").
+TEST(Chat, Llama3Text) {
+  Vocabulary v = tiny_chatml();
+  v.tokens.insert(v.tokens.end(),
+                  {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"});
+  v.types.resize(v.tokens.size(), TokenType::kControl);
+  v.chat_template = "{{ bos_token }}<|start_header_id|>{{ message['role'] }} ... <|eot_id|>";
+  ASSERT_EQ(detect_chat_format(v), ChatFormat::kLlama3);
+  const Tokenizer tokenizer(v);
+  const std::vector<Message> messages = {{"system", "S"}, {"user", " Hi <|eot_id|>\n"}};
+  const Ids ids = encode_chat(tokenizer, ChatFormat::kLlama3, messages, "assistant");
+  EXPECT_EQ(spell(tokenizer, ids),
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi <|eot_id|><|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n");
+  EXPECT_EQ(std::count(ids.begin(), ids.end(), tokenizer.find("<|eot_id|>")), 2);  // not Hi's
 }
 
 TEST(Chat, ChatMlText) {

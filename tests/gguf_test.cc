@@ -466,7 +466,7 @@ TEST(GgufVocabularyTest, RefusesWhatItCannotTokenizeWith) {  // 43, 44, 48, 49
     EXPECT_EQ(complaint(error_of([&] { vocabulary_of(b); }), bad.words), "") << bad.what;
   }
   const std::vector<BadFile> bpe = {
-      {"pre", [=](auto& b) { b.string(t + "pre", "llama-bpe"); }, {"pre", "'llama-bpe'"}},
+      {"pre", [=](auto& b) { b.string(t + "pre", "qwen2"); }, {"pre", "'qwen2'"}},
       {"pre default", [=](auto& b) { b.string(t + "pre", "default"); }, {"pre", "'default'"}},
       {"no pre", [=](auto& b) { b.remove(t + "pre"); }, {"pre", "no such key"}},
       {"no merges", [=](auto& b) { b.remove(t + "merges"); }, {"merges", "no such key"}},

@@ -589,10 +589,11 @@ TEST(RealModelTest, VocabularyFiles) {
   EXPECT_EQ(gpt2.merges.size(), 50000u);
   EXPECT_EQ(gpt2.eos, 50256);
   EXPECT_FALSE(gpt2.add_bos);
-  EXPECT_EQ(
-      complaint(error_of([] { load_gguf_vocabulary(kTokenizers + "ggml-vocab-llama-bpe.gguf"); }),
-                {"tokenizer.ggml.pre", "'llama-bpe'"}),
-      "");
+  const Vocabulary llama3 = load_gguf_vocabulary(kTokenizers + "ggml-vocab-llama-bpe.gguf");
+  EXPECT_EQ(llama3.pre, PreTokenizer::kLlama3);
+  EXPECT_EQ(llama3.tokens.size(), 128256u);
+  EXPECT_EQ(llama3.bos, 128000);
+  EXPECT_TRUE(llama3.add_bos);  // the file does not say so
 }
 
 TEST(RealModelTest, Llama2TinyRandom) {

@@ -30,6 +30,7 @@ using Ids = std::vector<int32_t>;
 const std::string kData = "../shared/data/tokenizers/";
 const std::string kGpt2 = kData + "ggml-vocab-gpt-2.gguf";
 const std::string kLlama = kData + "ggml-vocab-llama-spm.gguf";
+const std::string kLlama3 = kData + "ggml-vocab-llama-bpe.gguf";
 const std::string kSmolLm2 = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
 #define SKIP_IF_ABSENT(path) \
@@ -272,12 +273,38 @@ TEST(PreTokenizer, SmolLmIsolatesDigitsFirst) {
   }
 }
 
+// What Python's regex module (2025) finds with the published expression.
+TEST(PreTokenizer, Llama3) {
+  const std::pair<std::string_view, Words> cases[] = {
+      {"", {}},
+      {"Don't I'LL we'VE it'd'x '",
+       {"Don", "'t", " I", "'LL", " we", "'VE", " it", "'d", "'x", " '"}},
+      {"'S'", {"'S", "'"}},
+      {"a1234567b 12 3", {"a", "123", "456", "7", "b", " ", "12", " ", "3"}},
+      {"$100,000.50!?\n\nEnd.", {"$", "100", ",", "000", ".", "50", "!?\n\n", "End", "."}},
+      {"  \n  x\n\n y   ", {"  \n", " ", " x", "\n\n", " y", "   "}},
+      {" \r\n\r\n", {" \r\n\r\n"}},
+      {" ...\n\n  a", {" ...\n\n", " ", " a"}},
+      {"#include <x>\n\n// c\r\n  z",
+       {"#include", " <", "x", ">\n\n", "//", " c", "\r\n", " ", " z"}},
+      {"\t\tfoo_bar  baz", {"\t", "\tfoo", "_bar", " ", " baz"}},
+      {"x  1", {"x", " ", " ", "1"}},
+      {"\u00A0x \u3000 y", {"\u00A0x", " \u3000", " y"}},
+      {"\u65E5\u672C\u3001\u0645 \u0663\u0664\u0665\u0666",
+       {"\u65E5\u672C", "\u3001\u0645", " ", "\u0663\u0664\u0665", "\u0666"}},
+      {"e\u0301", {"e", "\u0301"}},
+  };
+  for (const auto& [text, words] : cases) {
+    EXPECT_EQ(split_words(PreTokenizer::kLlama3, text), words) << in_quotes(text);
+  }
+}
+
 TEST(PreTokenizer, WordsTogetherAreTheText) {
   std::mt19937 random(1);
   for (int i = 0; i < 2000; ++i) {
     const std::string text = i % 2 ? random_bytes(random, i % 50) : random_text(random, i % 50);
     for (const PreTokenizer kind :
-         {PreTokenizer::kNone, PreTokenizer::kGpt2, PreTokenizer::kSmolLm}) {
+         {PreTokenizer::kNone, PreTokenizer::kGpt2, PreTokenizer::kSmolLm, PreTokenizer::kLlama3}) {
       std::string joined;
       for (const std::string_view word : split_words(kind, text)) {
         EXPECT_FALSE(word.empty());
@@ -367,6 +394,11 @@ TEST(Tokenizer, Gpt2LikeLlamaCpp) {
 TEST(Tokenizer, LlamaLikeLlamaCpp) {
   SKIP_IF_ABSENT(kLlama);
   expect_llama_cpp_ids(kLlama, kLlama + ".inp", kLlama + ".out");
+}
+
+TEST(Tokenizer, Llama3LikeLlamaCpp) {
+  SKIP_IF_ABSENT(kLlama3);
+  expect_llama_cpp_ids(kLlama3, kLlama3 + ".inp", kLlama3 + ".out");
 }
 
 TEST(Tokenizer, SmolLmLikeLlamaCpp) {
@@ -482,6 +514,16 @@ TEST(Tokenizer, FirstOfEqualTextsEncodes) {
   const Tokenizer sentencepiece(spm);
   EXPECT_EQ(sentencepiece.encode("ab", false), Ids{260});
   EXPECT_EQ(sentencepiece.find("ab"), 260);
+}
+
+TEST(Tokenizer, ALlama3WordThatIsATokenNeedsNoMerges) {
+  Vocabulary v = tiny_byte_bpe();
+  v.tokens.insert(v.tokens.end(), {"\u0120abc", "xyz"});
+  v.types.insert(v.types.end(), {TokenType::kNormal, TokenType::kControl});
+  EXPECT_EQ(Tokenizer(v).encode("ab abc", false), (Ids{256, ' ', 256, 'c'}));
+  v.pre = PreTokenizer::kLlama3;
+  EXPECT_EQ(Tokenizer(v).encode("ab abc abcd", false), (Ids{256, 258, ' ', 256, 'c', 'd'}));
+  EXPECT_EQ(Tokenizer(v).encode("xyz", false), (Ids{'x', 'y', 'z'}));  // not the control token
 }
 
 TEST(Tokenizer, FirstOfEqualMergesCounts) {
@@ -628,7 +670,7 @@ TEST(Tokenizer, NoTextBecomesAControlTokenByMerges) {
 }
 
 TEST(Tokenizer, NoTextBecomesAControlTokenInRealVocabularies) {
-  for (const std::string& path : {kGpt2, kLlama, kSmolLm2}) {
+  for (const std::string& path : {kGpt2, kLlama, kLlama3, kSmolLm2}) {
     SKIP_IF_ABSENT(path);
     const Tokenizer& tokenizer = tokenizer_of(path);
     int controls = 0;
@@ -666,7 +708,7 @@ TEST(Tokenizer, ATableFindsTheFirstOfEqualTexts) {
 // ---- Round trips --------------------------------------------------------------------------------
 
 TEST(Tokenizer, RoundTripOfText) {
-  for (const std::string& path : {kGpt2, kLlama, kSmolLm2}) {
+  for (const std::string& path : {kGpt2, kLlama, kLlama3, kSmolLm2}) {
     SKIP_IF_ABSENT(path);
     std::mt19937 random(3);
     for (int i = 0; i < 500; ++i) {
@@ -781,7 +823,7 @@ TEST(StreamDecoder, StripsTheLeadingSpaceOnlyAtTheStart) {
 
 TEST(StreamDecoder, PrintsWhatDecodeGives) {
   std::mt19937 random(6);
-  for (const std::string& path : {kGpt2, kLlama, kSmolLm2}) {
+  for (const std::string& path : {kGpt2, kLlama, kLlama3, kSmolLm2}) {
     SKIP_IF_ABSENT(path);
     SKIP_IF_ABSENT(kGpt2);
     const Tokenizer& tokenizer = tokenizer_of(path);

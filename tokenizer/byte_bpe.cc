@@ -37,6 +37,17 @@ std::optional<uint8_t> byte_of(uint32_t code_point) {
   return shifted[code_point - kFirstShifted];
 }
 
+// The character that stands for a byte.
+uint32_t character_of(uint8_t byte) {
+  static const std::array<uint32_t, 256> characters = [] {
+    std::array<uint32_t, 256> all{};
+    for (uint32_t c = 0; c < kFirstShifted + kShiftedCount; ++c)
+      if (const std::optional<uint8_t> b = byte_of(c)) all[*b] = c;
+    return all;
+  }();
+  return characters[byte];
+}
+
 uint64_t pair_key(int32_t left, int32_t right) {
   return static_cast<uint64_t>(left) << 32 | static_cast<uint32_t>(right);
 }
@@ -97,9 +108,20 @@ Merge ByteBpe::find_merge(int32_t left, int32_t right) const {
   return found == merges_.end() || found->pair != pair ? kNoMerge : found->merge;
 }
 
-void ByteBpe::encode(std::string_view text, std::vector<int32_t>& out) const {
+void ByteBpe::encode(std::string_view text, const TokenTable& texts,
+                     const std::vector<TokenType>& types, std::vector<int32_t>& out) const {
   MergeQueue queue;
+  std::string written;
   for (const std::string_view word : split_words(pre_, text)) {
+    if (pre_ == PreTokenizer::kLlama3) {
+      written.clear();
+      for (const char c : word) append_utf8(written, character_of(static_cast<unsigned char>(c)));
+      const int32_t id = texts.find(written);
+      if (id >= 0 && types[id] != TokenType::kControl) {
+        out.push_back(id);
+        continue;
+      }
+    }
     queue.clear();
     for (size_t i = 0; i < word.size(); ++i) {
       queue.add(byte_ids_[static_cast<unsigned char>(word[i])], static_cast<uint32_t>(i), 1);

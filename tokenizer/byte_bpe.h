@@ -25,8 +25,11 @@ class ByteBpe {
           const std::vector<TokenType>& types);
 
   // Appends the tokens of `text`. A byte that the vocabulary lacks (SmolLM2's lacks 21, such as
-  // 0x04 and those that no UTF-8 contains) is dropped, as the published tokenizers do.
-  void encode(std::string_view text, std::vector<int32_t>& out) const;
+  // 0x04 and those that no UTF-8 contains) is dropped, as the published tokenizers do. With LLaMA
+  // 3's pre-tokenizer a word that is a token is that token, whether merges lead to it or not.
+  // texts, types: as above.
+  void encode(std::string_view text, const TokenTable& texts, const std::vector<TokenType>& types,
+              std::vector<int32_t>& out) const;
 
   // The bytes that a token stands for.
   static std::string token_bytes(std::string_view token_text);

@@ -53,6 +53,8 @@ void write_chatml(ChatWriter& out, std::span<const Message> messages, std::strin
     out.control("<|im_end|>");
     out.text("\n");
   };
+  // The template has it before the first message; before a first question that is to be generated,
+  // since that is where a conversation's begins; never before an answer to nothing.
   if (messages.empty() ? next_role == "user" : messages[0].role != "system") {
     write("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face");
   }
@@ -64,26 +66,55 @@ void write_chatml(ChatWriter& out, std::span<const Message> messages, std::strin
   }
 }
 
+// Versions 3 to 3.3 differ in tools and in a default system message with dates, which is left out.
+void write_llama3(ChatWriter& out, std::span<const Message> messages, std::string_view next_role) {
+  const auto header = [&](std::string_view role) {
+    out.control("<|start_header_id|>");
+    out.text(role);
+    out.control("<|end_header_id|>");
+    out.text("\n\n");
+  };
+  out.control("<|begin_of_text|>");
+  for (const Message& message : messages) {
+    header(message.role);
+    out.text(trimmed(message.content));
+    out.control("<|eot_id|>");
+  }
+  if (!next_role.empty()) header(next_role);
+}
+
 struct Format {
   ChatFormat format;
   std::string_view name;
-  std::string_view chat_template;  // without white space at its ends
+  bool (*is)(std::string_view chat_template);  // without white space at its ends
   void (*write)(ChatWriter& out, std::span<const Message> messages, std::string_view next_role);
 };
 
+constexpr std::string_view kSmolLm2Template =
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n"
+    "' + message['content'] + '<|im_end|>' + '\n"
+    "'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+    "' }}{% endif %}";
+
+// The whole template, since its default message is part of the format.
+bool is_chatml(std::string_view chat_template) {
+  return chat_template == kSmolLm2Template;
+}
+
+bool is_llama3(std::string_view chat_template) {
+  return chat_template.find("<|start_header_id|>") != chat_template.npos &&
+         chat_template.find("<|eot_id|>") != chat_template.npos;
+}
+
 constexpr Format kFormats[] = {
-    {ChatFormat::kChatMl, "chatml",
-     "{% for message in messages %}"
-     "{% if loop.first and messages[0]['role'] != 'system' %}"
-     "{{ '<|im_start|>system\n"
-     "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-     "' }}{% endif %}"
-     "{{'<|im_start|>' + message['role'] + '\n"
-     "' + message['content'] + '<|im_end|>' + '\n"
-     "'}}{% endfor %}"
-     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
-     "' }}{% endif %}",
-     write_chatml},
+    {ChatFormat::kChatMl, "chatml", is_chatml, write_chatml},
+    {ChatFormat::kLlama3, "llama3", is_llama3, write_llama3},
 };
 
 const Format* find_format(ChatFormat format) {
@@ -97,7 +128,7 @@ const Format* find_format(ChatFormat format) {
 ChatFormat detect_chat_format(const Vocabulary& vocabulary) {
   const std::string_view chat_template = trimmed(vocabulary.chat_template);
   for (const Format& known : kFormats) {
-    if (chat_template == known.chat_template) return known.format;
+    if (known.is(chat_template)) return known.format;
   }
   return ChatFormat::kNone;
 }
@@ -114,11 +145,12 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
     throw Error("chat", "a model with a known chat format", "none",
                 "the model can complete plain text");
   }
-  for (const Message& message : messages) {
-    if (message.role == "system" || message.role == "user" || message.role == "assistant") continue;
-    throw Error("chat: role of a message", "'system', 'user' or 'assistant'",
-                in_quotes(message.role));
-  }
+  const auto check_role = [](std::string_view role) {
+    if (role != "system" && role != "user" && role != "assistant")
+      throw Error("chat: role of a message", "'system', 'user' or 'assistant'", in_quotes(role));
+  };
+  for (const Message& message : messages) check_role(message.role);
+  if (!next_role.empty()) check_role(next_role);
   ChatWriter writer(tokenizer);
   known->write(writer, messages, next_role);
   return writer.finish();

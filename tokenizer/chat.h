@@ -1,7 +1,7 @@
 // Chat formats: how a conversation becomes the tokens that a model was trained on.
 //
 // A model file describes its format as a Jinja template. That is code from an untrusted file and is
-// never run: it is compared with the templates known here.
+// never run: the formats known here are told by what stands in it.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,13 @@ struct Message {
 enum class ChatFormat : uint8_t {
   kNone,    // not known: the model can complete text only
   kChatMl,  // SmolLM2's ChatML; it has a default system message
+  kLlama3,  // of the LLaMA 3 instruct models
 };
 
 // The format whose template the vocabulary carries, or kNone.
 ChatFormat detect_chat_format(const Vocabulary& vocabulary);
 
-// "none", "chatml".
+// "none", "chatml", "llama3".
 std::string_view name(ChatFormat format);
 
 // The tokens of a conversation, and those that open the next message, where a role for it is given:

@@ -6,6 +6,8 @@
 //   GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //   SmolLM   every \p{N} is a word of its own; GPT-2's expression on each piece between them
 //            ("a  5" is "a", "  ", "5": the end of a piece counts as the end of the text)
+//   LLaMA 3  '(?i:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
+//             ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 #pragma once
 
 #include <string_view>

@@ -109,7 +109,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool parse_special
 
 void Tokenizer::encode_ordinary(std::string_view text, std::vector<int32_t>& out) const {
   if (const auto* byte_bpe = std::get_if<ByteBpe>(&model_)) {
-    byte_bpe->encode(text, out);
+    byte_bpe->encode(text, texts_, types_, out);
   } else {
     std::get<SentencePiece>(model_).encode(text, out);
   }

@@ -12,7 +12,7 @@ enum class TokenizerModel : uint8_t {
   kSentencePiece,  // SentencePiece BPE by score with byte fallback     (GGUF "llama", llama2.c)
 };
 
-enum class PreTokenizer : uint8_t { kNone, kGpt2, kSmolLm };
+enum class PreTokenizer : uint8_t { kNone, kGpt2, kSmolLm, kLlama3 };
 
 // GGUF's tokenizer.ggml.token_type.
 enum class TokenType : uint8_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
