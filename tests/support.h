@@ -2,7 +2,9 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -81,6 +83,22 @@ std::vector<T> read_array(const std::string& path) {
 inline std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A shell's command: its exit code, -1 where a signal ended it, and its standard output.
+struct Ran {
+  int code = -1;
+  std::string out;
+};
+inline Ran run(const std::string& command) {
+  Ran ran;
+  std::FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return ran;
+  char buffer[4096];
+  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, pipe)) > 0;) ran.out.append(buffer, n);
+  const int status = pclose(pipe);
+  if (WIFEXITED(status)) ran.code = WEXITSTATUS(status);
+  return ran;
 }
 
 inline std::vector<int32_t> random_tokens(std::mt19937& random, int n, int vocab) {
