@@ -52,7 +52,7 @@ class Matrix {
   size_t bytes = 0;
 };
 
-// The keys and values of every layer and sequence. Made by allocate_kv(); the layout is the
+// The keys and values of every layer and sequence. Made by bind_kv(); the layout is the
 // backend's.
 struct KvShape {
   DType type = DType::kF16;  // or kF32: what K and V are rounded to, once, on append
@@ -120,6 +120,8 @@ struct RowCopy {
   int64_t x_stride = 0, y_stride = 0;  // 0: width
 };
 
+// One thread at a time may use a backend and whatever was made from it: sessions share its threads
+// and its scratch. (Two backends are two machines.) Ops do not throw but for a device's errors.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -143,7 +145,8 @@ class Backend {
   // Stacks matrices of the same width (rows of the first, then of the second, ...) and repacks them
   // for this machine. consumed, or nullptr: told of bytes of the views as soon as they are not
   // needed any more, from any thread, so that a file's pages can be dropped while a large tensor is
-  // still being read. The views may be dropped afterwards, except those that are lasting.
+  // still being read. The views may be dropped afterwards, except those that are lasting. The CPU
+  // backend takes weights from large blocks, which it gives back when it goes itself.
   virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
                                           const Consumed& consumed) = 0;
   // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
@@ -163,8 +166,9 @@ class Backend {
   // the same pointers, whatever their Steps hold; such a list has no on_host(). The address of the
   // Step that a list is about is a good key. 0: any list, run as it comes.
   virtual void submit(uint64_t key, FunctionRef<void()> ops) = 0;
+  // Inside such a list: what the host does at this point, with the results of the ops before it.
   virtual void on_host(FunctionRef<void()> op) = 0;
-  // The same for a list whose Steps are all the device's, without waiting for it: what it writes to
+  // submit() for a list whose Steps are all the device's, without waiting for it: what it writes to
   // Memory::kHost can be read after wait(ticket). Lists run in the order of their launches; at most
   // kMostTickets are not waited for. On a backend without a device the list has run.
   static constexpr int kMostTickets = 4;

@@ -65,13 +65,13 @@ class TreeDrafter : public Drafter {
   void draft(const DraftContext& context, Step* step) override;
 };
 
-// Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
-// context: positions of a sequence at most. Allocates here and never again.
 struct NgramOptions {
   int nodes = 8;      // candidates a step
   int min_match = 2;  // tokens that must agree
   int max_match = 6;
 };
+// Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
+// context: positions of a sequence at most. Allocates here and never again.
 std::unique_ptr<TreeDrafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
                                                 int context);
 

@@ -219,7 +219,8 @@ void quantize_row_q8_0(const float* row, int64_t cols, std::byte* out) {
     std::memcpy(out, &scale, 2);
     for (int i = 0; i < 32; ++i) {
       const float q = d > 0 ? std::nearbyint(row[i] / d) : 0.0f;
-      out[2 + i] = static_cast<std::byte>(static_cast<int8_t>(std::clamp(q, -127.0f, 127.0f)));
+      const float in_range = q >= -127.0f ? std::min(q, 127.0f) : -127.0f;  // NaN too
+      out[2 + i] = static_cast<std::byte>(static_cast<int8_t>(in_range));
     }
   }
 }
@@ -238,7 +239,8 @@ void quantize_row_q4_1(const float* row, int64_t cols, std::byte* out) {
       uint8_t q[32];
       float error = 0;
       for (int i = 0; i < 32; ++i) {
-        const float steps = std::clamp((row[i] - m) * inverse, 0.0f, 15.0f);
+        const float exact = (row[i] - m) * inverse;
+        const float steps = exact >= 0 ? std::min(exact, 15.0f) : 0.0f;  // NaN too
         q[i] = static_cast<uint8_t>(steps + 0.5f);
         const float off = static_cast<float>(q[i]) * d + m - row[i];
         error += off * off;

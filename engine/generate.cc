@@ -37,7 +37,8 @@ Generation generate(Session& session, Drafter* drafter, std::span<const int32_t>
     }
     const Clock::time_point step_start = Clock::now();
     session.step(drafter);
-    if (session.emitted(0) == 0) continue;  // inside the prompt
+    const double step_seconds = seconds_since(step_start);  // before anything is printed
+    if (session.emitted(0) == 0) continue;                  // inside the prompt
     const bool prompt_pass = g.ids.empty();
     if (prompt_pass) g.prompt_seconds = seconds_since(start);
     const size_t before = g.ids.size();
@@ -54,7 +55,7 @@ Generation generate(Session& session, Drafter* drafter, std::span<const int32_t>
       ++g.steps;
       g.step_tokens += static_cast<int>(g.ids.size() - before);
       g.drafted += session.drafted(0);
-      g.step_seconds += seconds_since(step_start);
+      g.step_seconds += step_seconds;
     }
     session.truncate(0, static_cast<int>(prompt.size() + g.ids.size()));
   }

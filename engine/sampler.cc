@@ -13,7 +13,7 @@ void check(const Sampling& s) {
     if (!ok) throw Error(name, expected, std::to_string(found));
   };
   require(s.temperature >= 0 && s.temperature <= 1e6f, "temperature",
-          "0 (greedy) or a positive number", s.temperature);
+          "0 (greedy) to 1000000", s.temperature);
   require(s.top_k >= 0, "top-k", "0 (off) or more", s.top_k);
   require(s.top_p > 0 && s.top_p <= 1, "top-p", "more than 0, at most 1 (off)", s.top_p);
   require(s.min_p >= 0 && s.min_p <= 1, "min-p", "0 (off) to 1", s.min_p);

@@ -10,9 +10,8 @@
 //   4. top-p: of those, in descending order, keep the shortest run whose sum reaches
 //      top_p * (sum of all that are left); 1 keeps all.
 //   5. min-p: keep e >= min_p * (largest e) = min_p; 0 keeps all.
-//   6. The kept token with the largest logit[i] / temperature + G[i], ties to the lowest id. G[i]
-//   is
-//      Gumbel noise that belongs to (seed, position, token i): Philox bits through two logarithms
+//   6. The kept token with the largest logit[i] / temperature + G[i], ties to the lowest id.
+//      G[i] is Gumbel noise that belongs to (seed, position, token i): Philox bits through two logarithms
 //      (engine/cpu/log.h). The largest sum falls on token i with exactly its probability (the
 //      Gumbel-max trick; Maddison et al., arXiv 1411.0030, section 2).
 // Ties in 3 and 4 go to the lowest id.

@@ -269,8 +269,8 @@ double Session::plain_seconds() {
 void Session::measure_cost() {
   double spent = 0;
   for (const int rows : {1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64}) {
-    if (rows > options_.max_nodes + 1 || spent > 0.08) break;
-    const double seconds = time_pass(rows);
+    if (rows > std::min(options_.max_nodes + 1, options_.context) || 5 * spent > 0.4) break;
+    const double seconds = time_pass(rows);  // of five
     spent += seconds;
     cost_.set(rows, seconds);
   }

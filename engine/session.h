@@ -1,5 +1,6 @@
 // A session: the texts of one or more sequences, and everything that changes while they grow - KV
-// cache, activations, the Step. The weights (Llama) are shared; nothing is global.
+// cache, activations, the Step. The weights (Llama) are shared; nothing is global. Sessions over one
+// backend take turns: see Backend.
 //
 // One function advances it. Tokens that are known but not yet in the KV cache are the sequence's
 // pending tokens: a prompt, or the one token sampled last. step() runs as many of them as fit;
@@ -33,6 +34,8 @@ class Session {
  public:
   // Allocates everything it will ever need. Throws Error if an option is out of range.
   Session(const Llama& model, const SessionOptions& options);
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
   // Waits for the pass that a resident drafter may have launched ahead.
   ~Session() {
     model_.backend().submit(0, [] {});

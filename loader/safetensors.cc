@@ -17,7 +17,6 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "values are read as stored");
 
 constexpr uint64_t kLongestHeader = 100'000'000;  // the reference's limit
-constexpr int kDeepest = 3;                       // file { tensor { shape [
 constexpr size_t kMostDimensions = 8;
 constexpr int64_t kMostElements = int64_t{1} << 48;
 constexpr char kDamaged[] = "the file is damaged: download or write it again";

@@ -218,6 +218,40 @@ TEST_F(DraftFile, ThatIsNoDraftOrOfAnotherShape) {
   saved(), refused("finite");
 }
 
+TEST(Draft, IsCheckedAgainstItsTarget) {
+  LlamaConfig target;
+  target.hidden_size = 64;
+  target.vocab_size = 100;
+  DraftTensors good;
+  good.config.hidden_size = good.config.ffn_size = 64;
+  good.config.n_heads = 2, good.config.head_dim = 32;
+  good.vocabulary = {0, 99};
+  check(good, target);
+  const auto complaint = [&](const auto& change) -> std::string {
+    DraftTensors bad = good;
+    change(bad);
+    try {
+      check(bad, target);
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "no complaint";
+  };
+  const auto says = [](const std::string& what, const std::string& text) {
+    return what.find(text) != std::string::npos;
+  };
+  const auto outside = [&](int32_t id) {
+    return complaint([=](DraftTensors& t) { t.vocabulary.push_back(id); });
+  };
+  EXPECT_PRED2(says, outside(100), "below 100");
+  EXPECT_PRED2(says, outside(-1), "found -1");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.hidden_size = 32; }), "64 (the target's)");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.ffn_size = 48; }), "FFN size");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.head_rank = 4; }), "rank of the heads");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.n_heads = 3, t.config.head_dim = 34; }),
+               "query heads");
+}
+
 TEST(Fingerprint, KnowsModelsApart) {
   const ModelFile a = load_model(test::tiny("f32")), b = load_model(test::tiny("q4_0"));
   EXPECT_EQ(fingerprint(a.tensors, a.vocabulary).size(), 16u);

@@ -14,6 +14,7 @@
 #include "loader/load.h"
 #include "loader/sentencepiece.h"
 #include "tests/gguf_builder.h"
+#include "tokenizer/tokenizer.h"
 
 namespace chimera {
 namespace {
@@ -514,6 +515,9 @@ TEST(LoadTest, TokenizerMustNotBeLargerThanTheEmbedding) {  // bad_inputs 42
   const ModelFile m = load_model(smaller.path());
   ASSERT_EQ(m.warnings.size(), 1u);
   EXPECT_EQ(complaint(m.warnings[0], {"4 tokens", "5 rows"}), "");
+  const Tokenizer tokenizer(m.vocabulary);  // the model may choose that row
+  ASSERT_EQ(tokenizer.size(), 5);
+  EXPECT_EQ(tokenizer.decode(std::vector<int32_t>{3, 4, 3}), "aa");
 }
 
 TEST(LoadTest, ViewsSurviveMoves) {

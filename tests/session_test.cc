@@ -220,6 +220,22 @@ TEST_F(SessionTest, PlainStepsNowAndThen) {
   EXPECT_EQ(generate(plain, nullptr, prompt, {250, {}, {}}).ids, g.ids);
 }
 
+// ... also where several texts are decoded at once, and a plain step has more than one row.
+TEST_F(SessionTest, PlainStepsOfABatchNowAndThen) {
+  Session session(model(), {.context = 160, .n_sequences = 2, .max_nodes = 4});
+  CostCurve cost;
+  for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1e-3 * (1 + 1e-6 * rows));
+  session.set_cost(cost);
+  Eager drafter;
+  const std::vector<int32_t> prompt(20, 100);
+  for (const int s : {0, 1}) session.start(s, prompt, {});
+  int steps = 0, drafting = 0;
+  for (int calls = 0; session.step(&drafter); calls = drafter.calls, ++steps)
+    drafting += drafter.calls > calls;
+  EXPECT_GT(steps, 60);
+  EXPECT_GT(drafting, steps - 6);
+}
+
 TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   const std::vector<int32_t> prompt(40, 100);
   Session plain(model(), {.context = 100}), timed(model(), {.context = 100});
@@ -317,9 +333,10 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
   const std::vector<int32_t> text = {1, 2, 3, 4, 5, 9, 1, 2};
   CostCurve cost;
   for (const int rows : {1, 64}) cost.set(rows, 1);  // so that all are tried
-  // What the matches are worth, after a prompt of that many rows and guesses that failed.
-  const auto believed = [&](int prompt_rows, int failed) {
-    const auto drafter = make_ngram_drafter({.nodes = 3}, 1, 64);
+  // What the matches are worth, after a prompt of that many rows and guesses that failed; or what
+  // they are in a text beside it.
+  const auto believed = [&](int prompt_rows, int failed, bool beside = false) {
+    const auto drafter = make_ngram_drafter({.nodes = 3}, 2, 64);
     auto step = std::make_unique<Step>();
     step->n_sequences = 1;
     const auto observe = [&](int rows) {
@@ -333,12 +350,40 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
     observe(prompt_rows);
     for (int i = 0;; ++i) {
       const CandidateTree& tree = drafter->candidates({*backend, 0, 1, text, 0, 3, 100, &cost, {}});
-      if (i == failed) return tree.expected_tokens() - 1;
+      if (i == failed && !beside) return tree.expected_tokens() - 1;
+      if (i == failed)
+        return drafter->candidates({*backend, 1, 2, text, 0, 3, 100, &cost, {}}).expected_tokens() -
+               1;
       observe(1);
     }
   };
   EXPECT_LT(believed(1, 8), 0.7 * believed(1, 0));
   EXPECT_EQ(believed(40, 8), believed(1, 8));
+  EXPECT_GT(believed(1, 8, /*beside=*/true), 1.2 * believed(1, 8));
+}
+
+// Heads whose rows stand in another order are read from further on than they are written.
+TEST(Prepare, ReadsNothingThatItCalledConsumed) {
+  constexpr int64_t kRows = 384, kCols = 4096;  // 64 rows are a megabyte, a head has 128
+  std::vector<float> weights(kRows * kCols);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<float>(i * 7919 % 1013);
+  const auto products = [&](std::vector<float> rows, bool destroy) {
+    const auto backend = make_cpu_backend({.threads = 2});
+    backend->reserve(1, 16, kCols, {1, 1, 16}, 0);
+    const TensorView view{
+        "w", DType::kF32, kRows, kCols, reinterpret_cast<const std::byte*>(rows.data()), 128};
+    const auto matrix = backend->prepare({&view, 1}, [&](std::span<const std::byte> bytes) {
+      if (destroy) std::memset(const_cast<std::byte*>(bytes.data()), 0xff, bytes.size());
+    });
+    auto step = std::make_unique<Step>();
+    step->n_sequences = 1;
+    step->begin_sequence(0);
+    step->add_row(0, -1, false);
+    std::vector<float> x(kCols, 1.0f), y(kRows);
+    backend->linear(step.get(), {.weights = matrix.get(), .x = x.data(), .y = y.data()});
+    return y;
+  };
+  EXPECT_EQ(products(weights, true), products(weights, false));
 }
 
 TEST(RopeTable, IsWhatItSays) {

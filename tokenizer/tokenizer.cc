@@ -24,12 +24,17 @@ void check(const Vocabulary& vocabulary) {
   if (size == 0 || size > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
     throw Error("tokenizer: vocabulary", "1 to 2147483647 tokens", std::to_string(size));
   }
+  size_t bytes = 0;
   for (size_t id = 0; id < size; ++id) {
     const size_t length = vocabulary.tokens[id].size();
+    bytes += length;
     if (length <= kMaxTokenBytes) continue;
     throw Error("tokenizer: token " + std::to_string(id),
                 "at most " + std::to_string(kMaxTokenBytes) + " bytes", std::to_string(length));
   }
+  if (bytes > std::numeric_limits<uint32_t>::max())
+    throw Error("tokenizer: vocabulary", "tokens of less than 4 GiB together",
+                std::to_string(bytes) + " bytes");
 
   const std::vector<TokenType>& types = vocabulary.types;
   if (!types.empty() && types.size() != size) {

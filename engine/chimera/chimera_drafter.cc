@@ -92,12 +92,12 @@ class GrowingDrafter final : public ChimeraDrafter {
     learn_vocabulary(k, first);
     const Step::Sequence& rows = k.step->sequences[k.sequence];
     if (rows.root != rows.first_row) return;  // a prompt
-    trust_.observe(k.n_kept - 1);
+    seq.trust.observe(k.n_kept - 1);
     average(seconds_since(start), &observe_seconds_);
   }
 
   CandidateTree& candidates(const DraftContext& c) override {
-    const Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
+    Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
     tree_.clear();
     const int budget = std::min(c.max_nodes, options_.nodes);
     if (budget <= 0 || c.max_depth <= 0) return tree_;
@@ -114,8 +114,8 @@ class GrowingDrafter final : public ChimeraDrafter {
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
                      kHybridMaxMatch, c.sampling.temperature, &tree_);
     if (ready(c, seq)) grow(c, seq, budget, start);
-    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), trust_.share());
-    trust_.promised += tree_.promised();
+    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), seq.trust.share());
+    seq.trust.promised += tree_.promised();
     learn_yields();
     return tree_;
   }
@@ -146,6 +146,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     int64_t text = -1;
     DraftModel::Root root{};
     int expanded = 0;  // committed length that observe() saw; 0: nothing to draft from
+    Trust trust{};
   };
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
@@ -153,7 +154,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   void start_text(Sequence& seq, int64_t text) {
     seq.text = text;
     seq.expanded = 0;
-    trust_ = {};
+    seq.trust = {};
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
     for (size_t i = n_fixed_; i < vocabulary_.size(); ++i)
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
@@ -322,7 +323,7 @@ class GrowingDrafter final : public ChimeraDrafter {
           depth, budget,
           static_cast<size_t>(std::min(options_.width, DraftModel::kMaxRows - step.n_rows)));
       if (order.empty()) return;
-      if (c.cost != nullptr && !pays(c, depth, order, budget, seconds_since(start))) return;
+      if (c.cost != nullptr && !pays(c, seq, depth, order, budget, seconds_since(start))) return;
       const Clock::time_point depth_start = Clock::now();
       step.first_new = step.n_rows;
       for (const int i : order) {
@@ -339,9 +340,9 @@ class GrowingDrafter final : public ChimeraDrafter {
 
   // Whether drafting below the nodes in order, `depth` below the root, is expected to give more
   // tokens for its time than the step gives without it.
-  bool pays(const DraftContext& c, int depth, std::span<const int> order, int budget,
-            double drafting) {
-    const float trust = trust_.share();
+  bool pays(const DraftContext& c, const Sequence& seq, int depth, std::span<const int> order,
+            int budget, double drafting) {
+    const float trust = seq.trust.share();
     tree_.choose(budget, c.max_depth, c.cost, drafting, trust);
     double mass = 0;
     for (const int i : order) mass += static_cast<double>(tree_[i].probability);
@@ -420,7 +421,6 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<uint8_t> known_;        // by token: in the vocabulary
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
-  Trust trust_;  // in all sequences together
   std::vector<int> order_;
   int32_t trigrams_[3 * DraftModel::kMaxRows];      // of the rows being added
   std::vector<int> static_at_;                      // candidates of the given shape's nodes

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -28,10 +29,10 @@ int64_t round_up(int64_t n, int64_t multiple) {
 // look up.
 std::shared_ptr<void> map_memory(size_t bytes) {
   bytes = std::max<size_t>(bytes, 64);
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED)
-    throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --ctx");
+    throw Error("memory", std::to_string(bytes) + " bytes", "none left",
+                "use a smaller --ctx, or a smaller model");
   madvise(p, bytes, MADV_HUGEPAGE);
   return {p, [bytes](void* q) { munmap(q, bytes); }};
 }
@@ -102,6 +103,52 @@ struct InputScratch {
   }
 };
 
+// The attention of a step in tiles of up to kMaxQueries (row, query head) pairs of one sequence and
+// one KV head.
+class AttentionTiles {
+ public:
+  struct Tile {
+    int sequence, kv_head;
+    int first, count;  // pairs [first, first + count) of the sequence's rows x query heads
+  };
+
+  AttentionTiles(const Step* step, const Heads& h)
+      : step_(step), n_kv_heads_(h.n_kv_heads), group_(h.n_heads / h.n_kv_heads) {
+    for (int s = 0; s < step->n_sequences; ++s) {
+      const int tiles = (n_rows(s) * group_ + kMaxQueries - 1) / kMaxQueries;
+      first_tile_[s + 1] = first_tile_[s] + tiles * n_kv_heads_;
+      // No row sees further than all its sequence's rows in a chain.
+      const Step::Sequence& seq = step->sequences[s];
+      if (tiles > 0) chunks_ = std::max(chunks_, (seq.committed + seq.n_rows - 1) / kChunk + 1);
+    }
+  }
+
+  int count() const { return first_tile_[step_->n_sequences]; }
+  int chunks() const { return chunks_; }  // that a row may see, at most
+  Tile at(int index) const {
+    const int* after = std::upper_bound(first_tile_, first_tile_ + step_->n_sequences, index);
+    const int s = static_cast<int>(after - first_tile_) - 1;
+    index -= first_tile_[s];
+    const int pairs = n_rows(s) * group_, first = index / n_kv_heads_ * kMaxQueries;
+    return {s, index % n_kv_heads_, first, std::min(kMaxQueries, pairs - first)};
+  }
+  // The row and the query head of a tile's pair.
+  int row(const Tile& t, int i) const { return first_row(t.sequence) + (t.first + i) / group_; }
+  int head(const Tile& t, int i) const { return t.kv_head * group_ + (t.first + i) % group_; }
+
+ private:
+  int first_row(int s) const { return std::max(step_->sequences[s].first_row, step_->first_new); }
+  int n_rows(int s) const {
+    const Step::Sequence& seq = step_->sequences[s];
+    return std::max(0, seq.first_row + seq.n_rows - first_row(s));
+  }
+
+  const Step* step_;
+  int n_kv_heads_, group_;
+  int first_tile_[Step::kMaxSequences + 1] = {};  // by sequence
+  int chunks_ = 1;
+};
+
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options)
@@ -149,12 +196,17 @@ class CpuBackend final : public Backend {
         matrix->bytes += w.bytes();
       } else if (product_for(w.type) != nullptr) {
         std::byte* panels = arena_.take(panel * static_cast<size_t>(s.n_panels));
+        // Rows of a head may stand in another order in the file: a unit is read from its own rows.
+        const int64_t unit = w.interleaved_head_dim == 0
+                                 ? 1
+                                 : std::lcm(w.interleaved_head_dim, kPanelRows) / kPanelRows;
         pool_.run([&](int thread) {
           constexpr int64_t kAtOnce = 1 << 20;  // bytes of the file between two calls of consumed
-          const int64_t group = std::max<int64_t>(1, kAtOnce / static_cast<int64_t>(panel));
-          const auto [begin, end] = share(s.n_panels, thread);
-          for (int64_t first = begin; first < end; first += group) {
-            const int64_t last = std::min(end, first + group);
+          const int64_t group = std::max<int64_t>(1, kAtOnce / static_cast<int64_t>(panel) / unit);
+          const auto [begin, end] = share((s.n_panels + unit - 1) / unit, thread);
+          for (int64_t at = begin; at < end; at += group) {
+            const int64_t first = at * unit,
+                          last = std::min(s.n_panels, std::min(end, at + group) * unit);
             for (int64_t p = first; p < last; ++p)
               pack_panel(w, p, panels + static_cast<size_t>(p) * panel);
             if (consumed) consumed(w.memory(first * kPanelRows, last * kPanelRows));
@@ -361,116 +413,31 @@ class CpuBackend final : public Backend {
 
   void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
                  float* out) override {
-    // A tile is up to kMaxQueries (row, query head) pairs of one sequence and one KV head. Its work
-    // comes in chunks; tiles go through in waves, so that the partial results of a wave fit the
-    // scratch.
-    struct Tile {
-      int sequence, kv_head, first,
-          count;  // pairs [first, first + count) of the sequence's rows x group
-    };
-    const int group = h.n_heads / h.n_kv_heads;
-    const auto first_row = [&](int s) {
-      return std::max(step->sequences[s].first_row, step->first_new);
-    };
-    const auto n_rows = [&](int s) {
-      const Step::Sequence& seq = step->sequences[s];
-      return std::max(0, seq.first_row + seq.n_rows - first_row(s));
-    };
-    int first_tile[Step::kMaxSequences + 1] = {}, chunks = 1;  // first_tile: of a sequence
-    for (int s = 0; s < step->n_sequences; ++s) {
-      const int tiles = (n_rows(s) * group + kMaxQueries - 1) / kMaxQueries;
-      first_tile[s + 1] = first_tile[s] + tiles * h.n_kv_heads;
-      // No row sees further than all its sequence's rows in a chain.
-      if (tiles > 0)
-        chunks = std::max(
-            chunks, (step->sequences[s].committed + step->sequences[s].n_rows - 1) / kChunk + 1);
-    }
-    const int total = first_tile[step->n_sequences];
-    const auto tile_at = [&](int index) {
-      const int s =
-          static_cast<int>(std::upper_bound(first_tile, first_tile + step->n_sequences, index) -
-                           first_tile) -
-          1;
-      index -= first_tile[s];
-      const int pairs = n_rows(s) * group, first = index / h.n_kv_heads * kMaxQueries;
-      return Tile{s, index % h.n_kv_heads, first, std::min(kMaxQueries, pairs - first)};
-    };
-    const int width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
-    const int padded = static_cast<int>(round_up(h.head_dim, 16)), psize = partial_size(padded);
-    const auto partial = [&](int tile_in_wave, int query, int chunk) {
-      return partials_ +
-             (static_cast<int64_t>(tile_in_wave * kMaxQueries + query) * max_chunks_ + chunk) *
-                 psize;
-    };
-    const auto length = [&](int row) { return step->position[row] + 1; };
-
-    const auto keys_of = [&](const Tile& tile, int chunk) {
-      return keys(kv, layer, tile.sequence, chunk * kChunk, tile.kv_head);
-    };
-    const auto attend = [&](const Tile& tile, int tile_in_wave, int chunk, const void* next_k) {
-      const Step::Sequence& seq = step->sequences[tile.sequence];
-      AttentionChunk c;
-      c.type = kv.shape.type;
-      c.next_k = next_k;
-      c.k = keys_of(tile, 0);
-      c.v = values(kv, layer, tile.sequence, 0, tile.kv_head);
-      c.k_stride = static_cast<int64_t>(heads_of(kv.shape) * key_elements(kv.shape));
-      c.v_stride = static_cast<int64_t>(heads_of(kv.shape) * value_elements(kv.shape));
-      c.head_dim = h.head_dim;
-      c.padded_dim = padded;
-      c.begin = chunk * kChunk;
-      c.committed = seq.committed;
-      c.n_queries = 0;
-      int32_t paths[kMaxQueries][Step::kMaxRows];
-      int path_row = -1, direct = 0, n_paths = 0;
-      for (int i = 0; i < tile.count; ++i) {
-        const int row = first_row(tile.sequence) + (tile.first + i) / group;
-        const int head = tile.kv_head * group + (tile.first + i) % group;
-        if (length(row) <= c.begin) continue;
-        if (row != path_row) {  // query heads of a row are neighbours and share its path
-          path_row = row;
-          int32_t* path = paths[n_paths++];
-          for (int node = row; node >= 0; node = step->parent[node])
-            path[step->position[node] - seq.committed] = step->slot[node];
-          direct = seq.committed;
-          while (direct < length(row) && path[direct - seq.committed] == direct) ++direct;
-        }
-        c.query[c.n_queries++] = {qkv + static_cast<int64_t>(row) * width + head * h.head_dim,
-                                  paths[n_paths - 1], direct, length(row),
-                                  partial(tile_in_wave, i, chunk)};
-      }
-      if (c.n_queries > 0) kernels_.attention(c);
-    };
-    const auto finish = [&](const Tile& tile, int tile_in_wave) {
-      for (int i = 0; i < tile.count; ++i) {
-        const int row = first_row(tile.sequence) + (tile.first + i) / group;
-        const int head = tile.kv_head * group + (tile.first + i) % group;
-        kernels_.combine(
-            partial(tile_in_wave, i, 0), (length(row) - 1) / kChunk + 1, psize, h.head_dim, padded,
-            out + static_cast<int64_t>(row) * h.n_heads * h.head_dim + head * h.head_dim);
-      }
-    };
-
+    const AttentionTiles tiles(step, h);
+    const AttentionOp op{step, qkv, h, kv, layer, out, tiles};
+    const int chunks = tiles.chunks(), total = tiles.count();
+    // A tile's work comes in chunks; tiles go through in waves, so that the partial results of a
+    // wave fit the scratch.
     const auto tiles_in = [&](int wave) { return std::min(wave_tiles_, total - wave); };
     WorkShares::Deal deal = work_.deal(int64_t{tiles_in(0)} * chunks);
     pool_.run([&](int thread) {
       for (int wave = 0; wave < total; wave += wave_tiles_) {
         const int units = tiles_in(wave) * chunks;
-        const auto tile_of = [&](int unit) { return tile_at(wave + unit / chunks); };
+        const auto tile_of = [&](int unit) { return tiles.at(wave + unit / chunks); };
         for (auto [begin, end] = work_.take(deal, thread); begin < end;
              std::tie(begin, end) = work_.take(deal, thread))
           for (int unit = static_cast<int>(begin); unit < end; ++unit) {
             const int next = std::min(unit + 1, units - 1);  // the thread's own, nearly always
-            attend(tile_of(unit), unit / chunks, unit % chunks,
-                   keys_of(tile_of(next), next % chunks));
-            if (chunks == 1) finish(tile_of(unit), unit);
+            attend(op, tile_of(unit), unit / chunks, unit % chunks,
+                   keys_of(op, tile_of(next), next % chunks));
+            if (chunks == 1) finish(op, tile_of(unit), unit);
           }
         const bool last = wave + wave_tiles_ >= total;
         if (chunks == 1 && last) break;  // nobody waits for another's chunks
         pool_.barrier(thread);
         if (thread == 0 && !last) deal = work_.deal(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
         for (int i = thread; i < tiles_in(wave) && chunks > 1; i += pool_.size())
-          finish(tile_at(wave + i), i);
+          finish(op, tiles.at(wave + i), i);
         if (!last) pool_.barrier(thread);
       }
     });
@@ -540,6 +507,77 @@ class CpuBackend final : public Backend {
   static constexpr size_t kFewTiles = 16, kManyTiles = 128;
   static constexpr int kFewRows =
       4;  // row loops shorter than this are not worth waking threads for
+
+  struct AttentionOp {
+    const Step* step;
+    const float* qkv;
+    const Heads& heads;
+    const KvCache& kv;
+    int layer;
+    float* out;
+    const AttentionTiles& tiles;
+  };
+
+  static const void* keys_of(const AttentionOp& op, const AttentionTiles::Tile& tile, int chunk) {
+    return keys(op.kv, op.layer, tile.sequence, chunk * kChunk, tile.kv_head);
+  }
+  // Where the chunk's result for a query of the wave stands.
+  float* partial(const AttentionOp& op, int tile_in_wave, int query, int chunk) const {
+    const int64_t at =
+        static_cast<int64_t>(tile_in_wave * kMaxQueries + query) * max_chunks_ + chunk;
+    return partials_ + at * partial_size(padded_dim(op.heads));
+  }
+  static int padded_dim(const Heads& h) { return static_cast<int>(round_up(h.head_dim, 16)); }
+
+  // One chunk of a tile's attention.
+  void attend(const AttentionOp& op, const AttentionTiles::Tile& tile, int tile_in_wave, int chunk,
+              const void* next_k) {
+    const Step* step = op.step;
+    const Step::Sequence& seq = step->sequences[tile.sequence];
+    const Heads& h = op.heads;
+    const int width = (h.n_heads + 2 * h.n_kv_heads) * h.head_dim;
+    AttentionChunk c;
+    c.type = op.kv.shape.type;
+    c.next_k = next_k;
+    c.k = keys_of(op, tile, 0);
+    c.v = values(op.kv, op.layer, tile.sequence, 0, tile.kv_head);
+    c.k_stride = static_cast<int64_t>(heads_of(op.kv.shape) * key_elements(op.kv.shape));
+    c.v_stride = static_cast<int64_t>(heads_of(op.kv.shape) * value_elements(op.kv.shape));
+    c.head_dim = h.head_dim;
+    c.padded_dim = padded_dim(h);
+    c.begin = chunk * kChunk;
+    c.committed = seq.committed;
+    c.n_queries = 0;
+    int32_t paths[kMaxQueries][Step::kMaxRows];
+    int path_row = -1, direct = 0, n_paths = 0;
+    for (int i = 0; i < tile.count; ++i) {
+      const int row = op.tiles.row(tile, i), length = step->position[row] + 1;
+      if (length <= c.begin) continue;
+      if (row != path_row) {  // query heads of a row are neighbours and share its path
+        path_row = row;
+        int32_t* path = paths[n_paths++];
+        for (int node = row; node >= 0; node = step->parent[node])
+          path[step->position[node] - seq.committed] = step->slot[node];
+        direct = seq.committed;
+        while (direct < length && path[direct - seq.committed] == direct) ++direct;
+      }
+      const int64_t q_at = static_cast<int64_t>(row) * width + op.tiles.head(tile, i) * h.head_dim;
+      c.query[c.n_queries++] = {op.qkv + q_at, paths[n_paths - 1], direct, length,
+                                partial(op, tile_in_wave, i, chunk)};
+    }
+    if (c.n_queries > 0) kernels_.attention(c);
+  }
+
+  // Combines the chunks of a tile.
+  void finish(const AttentionOp& op, const AttentionTiles::Tile& tile, int tile_in_wave) {
+    const int head_dim = op.heads.head_dim, padded = padded_dim(op.heads);
+    for (int i = 0; i < tile.count; ++i) {
+      const int row = op.tiles.row(tile, i), chunks = op.step->position[row] / kChunk + 1;
+      const int64_t at = static_cast<int64_t>(row) * op.heads.n_heads + op.tiles.head(tile, i);
+      kernels_.combine(partial(op, tile_in_wave, i, 0), chunks, partial_size(padded), head_dim,
+                       padded, op.out + at * head_dim);
+    }
+  }
 
   // The contiguous part of n that belongs to a thread.
   std::pair<int64_t, int64_t> share(int64_t n, int thread) const {

@@ -30,8 +30,8 @@
 //   ascending order, then lanes j and j+8 are added, j and j+4, j and j+2, j and j+1.
 // **RMS norm**: lane sums of fma(x, x, lane); r = 1 / sqrt(sum / n + eps); y = (x * r) * weight.
 // **exp**: see exp.h; one polynomial, no libm. **SiLU**: x / (1 + exp(-x)).
-// **RoPE**: y[i] = fma(x[i], cos, -(x[j] * sin)), y[j] = fma(x[j], cos, x[i] * sin), j = i + dim
-// / 2.
+// **RoPE**: y[i] = fma(x[i], cos, -(x[j] * sin)), y[j] = fma(x[j], cos, x[i] * sin),
+//   j = i + dim / 2.
 // **Attention**: see attention() below.
 #pragma once
 
@@ -148,8 +148,8 @@ struct Kernels {
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
   void (*attention)(const AttentionChunk& chunk);
   // out[d] = O[d] / L after combining n partials, ascending, with (M, L, O) = the first and then
-  //   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o
-  //   * b)
+  //   M' = max(M, max); a = exp(M - M'); b = exp(max - M');
+  //   L = fma(L, a, sum * b); O = fma(O, a, o * b)
   // partials: n of them, `stride` floats apart.
   void (*combine)(const float* partials, int n, int64_t stride, int head_dim, int padded_dim,
                   float* out);

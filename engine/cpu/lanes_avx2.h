@@ -1,5 +1,5 @@
 // The 16 virtual lanes of the arithmetic contract as two AVX2 registers. Included by files of that
-// instruction set only; everything has internal linkage (see kernels.h).
+// instruction set only; everything has internal linkage (see product_avx512.cc).
 #pragma once
 
 #include <immintrin.h>

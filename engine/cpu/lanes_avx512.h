@@ -1,5 +1,5 @@
 // The 16 virtual lanes of the arithmetic contract as one AVX-512 register. Included by files of
-// that instruction set only; everything has internal linkage (see kernels.h).
+// that instruction set only; everything has internal linkage (see product_avx512.cc).
 #pragma once
 
 #include <immintrin.h>

@@ -266,8 +266,6 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-bool has_panels(DType) { return true; }
-
 size_t panel_bytes(DType type, int64_t cols) {
   return kPanelRows * row_bytes(type, type == DType::kBF16 ? round_up(cols, 32) : cols);
 }

@@ -91,9 +91,6 @@ static_assert(sizeof(PanelQ4_1) == 16 * 20 && sizeof(PanelQ5_0) == 16 * 22);
 static_assert(sizeof(PanelQ5_1) == 16 * 24 && sizeof(PanelQ4_K) == 16 * 144);
 static_assert(sizeof(PanelQ5_K) == 16 * 176 && sizeof(PanelQ6_K) == 16 * 210);
 
-// Whether there is a panel layout for the type.
-bool has_panels(DType type);
-
 // Bytes of one panel. `cols` is a multiple of the type's block_weights. Any alignment will do for
 // the panels; 64 is fastest.
 size_t panel_bytes(DType type, int64_t cols);

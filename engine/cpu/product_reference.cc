@@ -17,23 +17,11 @@ namespace {
 // mode, so that the arithmetic under it must stand in a function that is not inlined.
 class FlushDenormals {
  public:
-#if defined(__x86_64__)
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
   ~FlushDenormals() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
-#elif defined(__aarch64__)
-  FlushDenormals() : saved_(__builtin_aarch64_get_fpcr64()) {
-    __builtin_aarch64_set_fpcr64(saved_ | (1u << 24));
-  }
-  ~FlushDenormals() { __builtin_aarch64_set_fpcr64(saved_); }
-
- private:
-  unsigned long saved_;
-#else
-#error "How does this machine flush denormals?"
-#endif
 };
 
 // One row of weights times one row of activations.

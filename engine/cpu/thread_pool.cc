@@ -6,6 +6,9 @@
 #include <fstream>
 #include <set>
 #include <string>
+#include <system_error>
+
+#include "engine/error.h"
 
 namespace chimera::cpu {
 namespace {
@@ -35,10 +38,19 @@ ThreadPool::ThreadPool(int threads, Job idle, void* idle_context)
       spins_(size_ > physical_cores() ? 0 : kSpins),
       idle_(idle),
       idle_context_(idle_context) {
-  for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
+  try {
+    for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
+  } catch (const std::system_error& e) {
+    end_workers();
+    throw Error("threads", std::to_string(size_), e.what(), "use fewer (--threads)");
+  }
 }
 
 ThreadPool::~ThreadPool() {
+  end_workers();
+}
+
+void ThreadPool::end_workers() {
   stop_ = true;
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
@@ -47,9 +59,7 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::wait_a_little(int thread) {
   if (idle_ != nullptr) idle_(idle_context_, thread);
-#if defined(__x86_64__)
   __builtin_ia32_pause();
-#endif
 }
 
 // Spins until done() holds, and after spins_ looks lets others run: what we wait for may need the
@@ -64,7 +74,7 @@ void ThreadPool::spin_until(int thread, const F& done) {
   }
 }
 
-void ThreadPool::run(Job job, void* context) {
+void ThreadPool::run(Job job, void* context) noexcept {
   if (size_ > 1) {
     job_ = job;
     context_ = context;

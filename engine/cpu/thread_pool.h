@@ -19,6 +19,7 @@ class ThreadPool {
   // others, between two looks at whether they are done: a little work for later, well under a
   // microsecond.
   using Job = void (*)(void* context, int thread);
+  // Throws Error where the system has no more threads.
   explicit ThreadPool(int threads, Job idle = nullptr, void* idle_context = nullptr);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -26,8 +27,9 @@ class ThreadPool {
 
   int size() const { return size_; }
 
-  // Runs job(context, thread) on every thread and returns when all have finished. Not reentrant.
-  void run(Job job, void* context);
+  // Runs job(context, thread) on every thread and returns when all have finished. Not reentrant. A
+  // job that throws ends the program: the others are still working on what the caller would unwind.
+  void run(Job job, void* context) noexcept;
   template <typename F>
   void run(F&& f) {
     run([](void* context,
@@ -40,6 +42,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void end_workers();
   template <typename F>
   void spin_until(int thread, const F& done);
   void wait_a_little(int thread);

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "engine/cpu/kernels.h"
+#include "engine/error.h"
 
 namespace chimera::training {
 namespace {
@@ -57,8 +58,10 @@ CpuOps<T>::CpuOps(int threads, Precision precision)
 template <typename T>
 std::shared_ptr<void> CpuOps<T>::allocate(size_t bytes) {
   constexpr std::align_val_t kAlign{64};
-  return {::operator new(std::max<size_t>(bytes, 1), kAlign),
-          [](void* p) { ::operator delete(p, kAlign); }};
+  void* const memory = ::operator new(std::max<size_t>(bytes, 1), kAlign, std::nothrow);
+  if (memory == nullptr)
+    throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --batch");
+  return {memory, [](void* p) { ::operator delete(p, kAlign); }};
 }
 template <typename T>
 void CpuOps<T>::upload(void* to, const void* host, size_t bytes) {

@@ -67,13 +67,9 @@ void pack_f32(const float* data, int64_t line_stride, int64_t k_stride, int64_t 
 const TileKernel kTileScalar = {kScalarRows, kScalarCols, 1, pack_f32, tile_scalar};
 
 bool machine_has(Precision precision) {
-#if defined(__x86_64__)
   const cpu::Isa isa = cpu::select_kernels().isa;
   return precision == Precision::kF32 || ((isa == cpu::Isa::kAvx512 || isa == cpu::Isa::kAmx) &&
                                           __builtin_cpu_supports("avx512bf16"));
-#else
-  return precision == Precision::kF32;
-#endif
 }
 
 const TileKernel& select_tile(Precision precision) {

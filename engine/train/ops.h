@@ -157,8 +157,8 @@ class Ops : public Memory {
   // ---- The rollout's attention ----
 
   // begin(): scores of every (position, slot) of q (P, heads * dim), which is scaled already,
-  // against k (P, kv_heads * dim), once for all steps. step(): out (N, heads * dim) of step n_own,
-  // whose own slots are own_k[1..n_own], own_v[1..n_own], each (N, kv).
+  // against k (P, kv_heads * dim), once for all steps. step(): out (N, heads * dim) of step k, whose
+  // own slots are own_k[1..k], own_v[1..k], each (N, kv).
   struct Attention {
     AttentionShape shape;
     std::span<const AttentionText> texts;  // host

@@ -32,7 +32,7 @@ std::vector<float> pack_parameters(const DraftTensors& tensors);
 void unpack_parameters(const std::vector<float>& values, DraftTensors* tensors);
 
 // A draft to start from. target_norm: (d), the target's final norm; the draft's output norm starts
-// at 0.3 of its mean size. See "Start" in the README's training section.
+// at 0.3 times it.
 DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& target_norm,
                            uint64_t seed);
 
