@@ -1,11 +1,13 @@
 # make            build/chimera            make test       everything that proves it (minutes)
-# make run        answer a prompt          make test-full  the long sweeps as well
-# make bench      measure                  make ladder    how the kernels became fast, by steps
+# make deps       install what it needs    make test-full  the long sweeps as well
+# make run        answer a prompt          make ladder     how the kernels became fast, by steps
+# make bench      measure                  make install    to PREFIX=/usr/local, below DESTDIR=
 # make bench-cuda every kernel, and steps of a 7B shape, on this machine's GPU
 # make gpu-bundle all that another machine needs to test and measure them: build/gpu-bundle
 # make clean
 #
-# DEBUG=1   SANITIZE=address,undefined
+# DEBUG=1   SANITIZE=address,undefined   BUILD=folder
+# CXX, CXXFLAGS, CPPFLAGS, LDFLAGS: yours come after those that it needs. WERROR=0|1
 # CUDA=0|1  with the CUDA backend (default: where nvcc is found)   CUDA_ARCHS="80 89 90a"
 # PROMPT="..." ARGS="--temp 0.7 ..."  for make run
 
@@ -13,26 +15,41 @@ PROMPT ?= Why is the sky blue? Answer in three sentences.
 ARGS   ?=
 CXX    ?= g++
 BUILD  ?= build$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(filter 1,$(DEBUG)),-debug)
+PREFIX ?= /usr/local
 comma  := ,
 
 NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-CUDA   ?= $(if $(SANITIZE),0,$(if $(NVCC),1,0))
+# --compress-mode came with 12.8. Debian 12 has 11.8, which knows no C++20 either.
+NVCC_VERSION := $(if $(NVCC),$(if $(filter 0,$(CUDA)),,$(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')))
+NVCC_IS_NEW  := $(if $(NVCC_VERSION),$(shell awk 'BEGIN { if ($(NVCC_VERSION) >= 12.8) print 1 }'))
+CUDA   ?= $(if $(SANITIZE),0,$(if $(NVCC_IS_NEW),1,0))
 # sm_80: A100; 89: RTX 40, L4; 90a: H100, H200. Later ones compile the PTX of 90 when they first run it.
 CUDA_ARCHS ?= 80 89 90a
+NVCC_FOUND := $(if $(NVCC_VERSION),$(NVCC_VERSION) at $(NVCC),none)
 ifeq (1,$(CUDA))
-ifeq (,$(NVCC))
-$(error CUDA=1: expected nvcc on the PATH or in /usr/local/cuda/bin, found none; install the CUDA Toolkit or build with CUDA=0)
+ifeq (,$(NVCC_IS_NEW))
+$(error CUDA=1: expected nvcc 12.8 or later on the PATH or in /usr/local/cuda/bin, found $(NVCC_FOUND); install the CUDA Toolkit or build with CUDA=0)
 endif
 CUDA_HOME := $(abspath $(dir $(realpath $(shell command -v $(lastword $(NVCC)))))/..)
 HAS_GPU   := $(wildcard /dev/nvidia0)
 else ifneq (,$(filter bench-cuda gpu-bundle,$(MAKECMDGOALS)))
-$(error $(filter bench-cuda gpu-bundle,$(MAKECMDGOALS)): expected nvcc on the PATH or in /usr/local/cuda/bin, and not CUDA=0; install the CUDA Toolkit)
+$(error $(filter bench-cuda gpu-bundle,$(MAKECMDGOALS)): expected nvcc 12.8 or later on the PATH or in /usr/local/cuda/bin, and not CUDA=0; install the CUDA Toolkit)
+else ifneq (,$(if $(NVCC_IS_NEW),,$(NVCC_VERSION)))
+$(if $(filter 0,$(MAKELEVEL)),$(shell echo "building without CUDA: expected nvcc 12.8 or later, found $(NVCC_FOUND)" >&2))
 endif
 
-CXXFLAGS := -std=c++20 -I. -Wall -Wextra -Wpedantic -Werror -g -MMD -MP -ffp-contract=off \
-            $(if $(filter 1,$(DEBUG)),-O0,-O2) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
-LDFLAGS  := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE)) \
-            $(if $(filter 1,$(CUDA)),-static-libstdc++ -static-libgcc -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt)
+# Warnings are errors with the compiler that the code is kept clean with. Others have new ones, and
+# who only wants to build must not be stopped by them.
+CXX_VERSION := $(shell $(CXX) -dumpversion 2>/dev/null)
+WERROR ?= $(if $(filter 12,$(CXX_VERSION)),1,0)
+
+# -ffp-contract=off: a product and a sum round twice unless the source says fma.
+COMPILE := $(CXX) -std=c++20 -I. -Wall -Wextra -Wpedantic $(if $(filter 1,$(WERROR)),-Werror) -g -MMD -MP \
+           $(if $(filter 1,$(DEBUG)),-O0,-O2) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all) \
+           $(CPPFLAGS) $(CXXFLAGS) -ffp-contract=off
+LIBS    := -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE)) \
+           $(if $(filter 1,$(CUDA)),-static-libstdc++ -static-libgcc -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt)
+LINK     = @echo "  $@"; $(CXX) $(CXXFLAGS) -o $@ $^ $(LDFLAGS) $(LIBS)
 
 # Files of one instruction set carry its name; nothing else is compiled with its flags.
 FLAGS_avx2   := -mavx2 -mfma -mf16c
@@ -45,13 +62,13 @@ FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
 
 # -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).
 NVCCFLAGS := -std=c++20 -I. -O3 --compress-mode=size -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
-             -Werror all-warnings -Xptxas -warn-spills -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
+             $(if $(filter 1,$(WERROR)),-Werror all-warnings) -Xptxas -warn-spills -Xcompiler -Wall,-Wextra -ccbin $(lastword $(CXX)) \
              -DCHIMERA_CUDA_ARCHS='"$(CUDA_ARCHS), PTX 90"' -gencode arch=compute_90,code=compute_90 \
              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) \
            $(if $(filter 1,$(CUDA)),cuda/cuda_backend.cu,cuda/stub.cc)
-PROGRAM := $(wildcard tools/*.cc tools/bench/*.cc tools/train/*.cc)
+PROGRAM := $(filter-out tools/hello.cc,$(wildcard tools/*.cc tools/bench/*.cc tools/train/*.cc))
 LADDER  := $(wildcard tools/ladder/*.cc)
 # The tests run the CUDA kernels on the CPU, on machines with a toolkit and without.
 TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
@@ -59,8 +76,11 @@ TESTS   := $(wildcard tests/*.cc) cuda/emulator.cc cuda/emulated_backend.cc
 objects  = $(addprefix $(BUILD)/obj/,$(addsuffix .o,$(basename $(1))))
 isa      = $(FLAGS_$(lastword $(subst _, ,$(basename $(notdir $(1))))))
 
-.PHONY: all run test test-full bench bench-cuda ladder gpu-bundle clean prepare
+.PHONY: all deps run test test-full bench bench-cuda ladder gpu-bundle install clean prepare
 all: $(BUILD)/chimera
+
+deps:
+	@tools/install_deps.sh
 
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 comma_list = $(subst $(eval) ,$(comma),$(strip $(1)))
@@ -77,18 +97,15 @@ run: export CHIMERA_PROMPT = $(value PROMPT)
 run: prepare
 	@$(BUILD)/chimera run -m $(MODEL) $(DRAFT) -p "$$CHIMERA_PROMPT" $(ARGS)
 
-test: prepare
-	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1 --gtest_filter='-*Full.*'
+test test-full: export CHIMERA_BUILD = $(BUILD)
+test test-full: prepare
+	@$(BUILD)/chimera_tests --gtest_brief=1 $(if $(filter test,$@),--gtest_filter='-*Full.*')
 	@$(if $(HAS_GPU),$(BUILD)/gpu_tests --gtest_brief=1)
-
-test-full: prepare
-	@CHIMERA_BUILD=$(BUILD) CHIMERA_BINARY=$(BUILD)/chimera $(BUILD)/chimera_tests --gtest_brief=1
 
 bench: prepare
 	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(BENCH_PROMPTS) $(ARGS)
 
-ladder:
-	@tools/install_deps.sh
+ladder: deps
 	@$(MAKE) -s --no-print-directory $(BUILD)/ladder
 	@$(BUILD)/ladder
 
@@ -99,8 +116,8 @@ bench-cuda: $(BUILD)/bench_cuda $(BUILD)/chimera
 # gpu_check.sh runs what lies beside it. The model is apart, in halves, to be laid beside it too.
 gpu-bundle: $(addprefix $(BUILD)/gpu-bundle/,chimera gpu_tests bench_cuda)
 	@cp tools/gpu_check.sh $(wildcard models/*.chimera.safetensors) $(BUILD)/gpu-bundle
-	@for d in tiny-quants stories260K; do [ ! -d ../shared/data/models/$$d ] || { \
-	  mkdir -p $(BUILD)/gpu-bundle/shared/data/models && cp -r ../shared/data/models/$$d $(BUILD)/gpu-bundle/shared/data/models/; }; done
+	@[ ! -d ../shared/data/models/stories260K ] || { \
+	  mkdir -p $(BUILD)/gpu-bundle/shared/data/models && cp -r ../shared/data/models/stories260K $(BUILD)/gpu-bundle/shared/data/models/; }
 	@[ ! -f $(MODEL) ] || { mkdir -p $(BUILD)/gpu-model && split -b 56M -d -a 1 $(MODEL) $(BUILD)/gpu-model/model.gguf.; }
 	@du -sh $(BUILD)/gpu-bundle $(wildcard $(BUILD)/gpu-model)
 
@@ -108,62 +125,77 @@ $(BUILD)/gpu-bundle/%: $(BUILD)/%
 	@mkdir -p $(@D)
 	@strip -o $@ $<
 
-prepare:
-	@tools/install_deps.sh
+prepare: deps
 	@tools/fetch_model.sh || echo "continuing without the model"
 	@$(MAKE) -s --no-print-directory $(BUILD)/chimera $(if $(filter test%,$(MAKECMDGOALS)),$(BUILD)/chimera_tests $(if $(HAS_GPU),$(BUILD)/gpu_tests))
 
-$(BUILD)/libchimera.a: $(call objects,$(LIBRARY)) $(BUILD)/cuda-$(CUDA)
-	@rm -f $@
-	@ar rcs $@ $(filter %.o,$^)
-
-# Changes with CUDA=, and so makes the library be put together anew.
-$(BUILD)/cuda-$(CUDA):
+# All that decides how the sources are compiled: a change of it compiles them anew.
+SETTINGS := $(strip $(CXX_VERSION) $(COMPILE) $(foreach f,$(sort $(filter FLAGS_%,$(.VARIABLES))),$($(f))) \
+              $(LDFLAGS) $(LIBS) $(if $(filter 1,$(CUDA)),$(NVCC_FOUND) $(NVCCFLAGS)))
+ifneq ($(SETTINGS),$(file <$(BUILD)/settings))
+.PHONY: $(BUILD)/settings
+endif
+JSON_IS_HERE = $(shell $(CXX) $(CPPFLAGS) $(CXXFLAGS) -include nlohmann/json.hpp -E -x c++ /dev/null >/dev/null 2>&1 && echo 1)
+$(BUILD)/settings: export SETTINGS := $(SETTINGS)
+$(BUILD)/settings:
+	$(if $(JSON_IS_HERE),,$(error expected $(CXX) and nlohmann/json.hpp, found not both; make deps installs them))
 	@mkdir -p $(@D)
-	@rm -f $(BUILD)/cuda-?
-	@touch $@
+	@printf '%s\n' "$$SETTINGS" >$@
+
+$(BUILD)/libchimera.a: $(call objects,$(LIBRARY))
+	@rm -f $@
+	@ar rcs $@ $^
 
 $(BUILD)/chimera: $(call objects,$(PROGRAM)) $(BUILD)/libchimera.a
-	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS)
+	$(LINK)
 
-$(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PROGRAM))) $(BUILD)/libchimera.a
-	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
+$(BUILD)/hello: $(call objects,tools/hello.cc) $(BUILD)/libchimera.a
+	$(LINK)
+
+# The tests run the program and the example.
+$(BUILD)/chimera_tests: private LIBS += -lgtest_main -lgtest
+$(BUILD)/chimera_tests: $(call objects,$(TESTS) $(filter-out tools/main.cc,$(PROGRAM))) $(BUILD)/libchimera.a | \
+                        $(BUILD)/chimera $(BUILD)/hello
+	$(LINK)
 
 $(BUILD)/ladder: $(call objects,$(LADDER)) $(BUILD)/libchimera.a
-	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS)
+	$(LINK)
 
 # The tests of the kernels again, on the GPU.
 GPU_TESTS := tests/cuda_linear_test.cc tests/cuda_kernels_test.cc tests/cuda_train_test.cc
+$(BUILD)/gpu_tests: private LIBS += -lgtest_main -lgtest
 $(BUILD)/gpu_tests: $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)) \
-                    $(call objects,tests/cuda_backend_test.cc tests/cuda_draft_test.cc cuda/emulator.cc cuda/emulated_backend.cc) \
-                    $(BUILD)/libchimera.a
-	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS) -lgtest_main -lgtest
+                    $(call objects,tests/cuda_backend_test.cc tests/cuda_draft_test.cc tests/tiny_model.cc \
+                      cuda/emulator.cc cuda/emulated_backend.cc) $(BUILD)/libchimera.a
+	$(LINK)
 
 $(BUILD)/bench_cuda: $(call objects,cuda/bench_cuda.cu) $(BUILD)/libchimera.a
-	@echo "  $@"
-	@$(CXX) -o $@ $^ $(LDFLAGS)
+	$(LINK)
 
-$(BUILD)/gpu-obj/%.o: %.cc
+$(BUILD)/gpu-obj/%.o: %.cc $(BUILD)/settings
 	@mkdir -p $(@D)
 	@echo "  $< for the GPU"
 	@$(NVCC) -x cu $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $<
 
-$(BUILD)/obj/%.o: %.cc
+$(BUILD)/obj/%.o: %.cc $(BUILD)/settings
 	@mkdir -p $(@D)
 	@echo "  $<"
-	@$(CXX) $(CXXFLAGS) $(call isa,$<) -c -o $@ $<
+	@$(COMPILE) $(call isa,$<) -c -o $@ $<
 
-$(BUILD)/obj/%.o: %.cu
+$(BUILD)/obj/%.o: %.cu $(BUILD)/settings
 	@mkdir -p $(@D)
 	@echo "  $<"
 	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $<
 
-clean:
-	rm -rf build build-*
+# Headers include one another as they lie here: -I$(PREFIX)/include/chimera.
+install: $(BUILD)/chimera
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(BUILD)/chimera
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib $(BUILD)/libchimera.a
+	@for header in $(wildcard engine/*.h engine/*/*.h tokenizer/*.h loader/*.h); do \
+	  install -D -m 644 $$header $(DESTDIR)$(PREFIX)/include/chimera/$$header || exit; done
 
--include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(LADDER) $(TESTS) cuda/bench_cuda.cu) \
+clean:
+	rm -rf $(if $(filter file,$(origin BUILD)),build build-*,$(BUILD))
+
+-include $(patsubst %.o,%.d,$(call objects,$(LIBRARY) $(PROGRAM) $(LADDER) $(TESTS) tools/hello.cc cuda/bench_cuda.cu) \
            $(addprefix $(BUILD)/gpu-obj/,$(GPU_TESTS:.cc=.o)))

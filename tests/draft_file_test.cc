@@ -253,7 +253,6 @@ TEST(Draft, IsCheckedAgainstItsTarget) {
 }
 
 TEST(Fingerprint, KnowsModelsApart) {
-  SKIP_WITHOUT(test::tiny("f32"));
   const ModelFile a = load_model(test::tiny("f32")), b = load_model(test::tiny("q4_0"));
   EXPECT_EQ(fingerprint(a.tensors, a.vocabulary).size(), 16u);
   EXPECT_EQ(fingerprint(a.tensors, a.vocabulary), fingerprint(a.tensors, a.vocabulary));

@@ -2,8 +2,10 @@
 // among other sequences, in any chunking of its prompt, on any instruction set and number of
 // threads.
 #include <cstring>
+#include <numeric>
 
 #include "engine/chimera/chimera_drafter.h"
+#include "engine/train/parameters.h"
 #include "loader/draft_file.h"
 #include "tests/support.h"
 #include "tools/tree_file.h"
@@ -129,7 +131,6 @@ const Shape kShapes[] = {{0, 2, 1},    {1, 3, 7},      {15, 5, 16},  {17, 64, 64
 
 // Weights that are packed anew for every pass, from where the file has them.
 TEST(Lossless, WeightsReadInPlace) {
-  SKIP_WITHOUT(tiny("f32"));
   std::mt19937 random(21);
   for (const std::string type : kQuantTypes)
     for (const std::string& isa : isas()) {
@@ -150,7 +151,6 @@ TEST(Lossless, WeightsReadInPlace) {
 }
 
 TEST(Lossless, NodesOfTreesEveryTypeIsaThreads) {
-  SKIP_WITHOUT(tiny("f32"));
   for (const std::string type : kQuantTypes)
     for (const std::string& isa : isas())
       for (const int threads : {1, 2, 3, 4}) {
@@ -168,14 +168,12 @@ TEST(Lossless, NodesOfTreesEveryTypeIsaThreads) {
 }
 
 TEST(Lossless, F32KvCache) {
-  SKIP_WITHOUT(tiny("q4_1"));
   const Loaded l = load(tiny("q4_1"), isas().back(), 2);
   std::mt19937 random(7);
   check_tree(*l.model, random, 260, 12, 64, 3, DType::kF32);
 }
 
 TEST(LosslessFull, NodesOfTreesEveryTypeIsaThreads) {
-  SKIP_WITHOUT(tiny("f32"));
   for (const std::string type : kQuantTypes)
     for (const std::string& isa : isas())
       for (const int threads : {1, 2, 3, 4}) {
@@ -194,7 +192,6 @@ TEST(LosslessFull, NodesOfTreesEveryTypeIsaThreads) {
 // The hash of a text's logits: one number for each weight type, on every machine that ever runs
 // this. It changes only together with the contract's version.
 TEST(Lossless, ContractHashes) {
-  SKIP_WITHOUT(tiny("f32"));
   const std::map<std::string, uint64_t> golden = {
 #include "tests/contract_hashes.inc"
   };
@@ -220,7 +217,6 @@ TEST(Lossless, ContractHashes) {
 
 // Sequences of a batch, prefilled in different chunks, do not touch each other.
 TEST(Lossless, SequencesOfABatch) {
-  SKIP_WITHOUT(tiny("q4_0"));
   for (const std::string type : {"q4_0", "f16"}) {
     const Loaded l = load(tiny(type), isas().back(), 2);
     std::mt19937 random(11);
@@ -289,16 +285,31 @@ class OracleDrafter final : public Drafter {
   int nodes_;
 };
 
+// A draft model that knows nothing yet: nearly all of its guesses are wrong.
+DraftTensors untrained_draft(const LlamaConfig& target) {
+  DraftConfig c;
+  c.hidden_size = target.hidden_size;
+  c.n_heads = target.n_heads;
+  c.n_kv_heads = target.n_kv_heads;
+  c.head_dim = target.head_dim;
+  c.ffn_size = 64;
+  const std::vector<float> norm(static_cast<size_t>(c.hidden_size), 1.0f);
+  DraftTensors draft = training::initial_draft(c, norm, 1);
+  draft.vocabulary.resize(256);
+  std::iota(draft.vocabulary.begin(), draft.vocabulary.end(), 0);
+  return draft;
+}
+
 // Whole texts: plain decoding against trees whose paths are accepted and kept, at three
 // temperatures.
-TEST(Lossless, WholeTextsThroughAcceptedPaths) {
-  SKIP_WITHOUT(shared("models/stories260K/stories260K.bin"));
+void check_whole_texts(const std::string& path, int tokens) {
   for (const std::string& isa : isas()) {
-    const Loaded l = load(shared("models/stories260K/stories260K.bin"), isa, 2);
+    const Loaded l = load(path, isa, 2);
+    const DraftTensors draft = untrained_draft(l.model->config());
     for (const float temperature : {0.0f, 0.7f, 1.0f})
       for (const uint64_t seed : {1u, 2u}) {
         GenerateOptions options;
-        options.max_tokens = isa == "scalar" ? 60 : 400;
+        options.max_tokens = isa == "scalar" ? tokens / 6 : tokens;
         options.sampling = {.temperature = temperature,
                             .top_k = seed == 2 ? 40 : 0,
                             .top_p = seed == 2 ? 0.9f : 1.0f,
@@ -310,19 +321,33 @@ TEST(Lossless, WholeTextsThroughAcceptedPaths) {
         std::vector<int32_t> text = prompt;
         text.insert(text.end(), expected.ids.begin(), expected.ids.end());
         for (const int nodes : {1, 5, 40}) {
+          SCOPED_TRACE(isa + ", T " + std::to_string(temperature) + ", nodes " +
+                       std::to_string(nodes));
           Session tree(*l.model, {.context = 512, .max_nodes = nodes});
           OracleDrafter oracle(text, static_cast<unsigned>(seed), nodes);
           const Generation g = generate(tree, &oracle, prompt, options);
-          EXPECT_EQ(g.ids, expected.ids) << isa << " T " << temperature << " nodes " << nodes;
+          EXPECT_EQ(g.ids, expected.ids);
           EXPECT_EQ(g.stop, expected.stop);
           EXPECT_GT(g.tokens_per_step(), nodes > 1 ? 1.5 : 1.1)
               << "paths must be accepted for this to prove anything";
           const auto ngram = make_ngram_drafter({.nodes = nodes, .min_match = 1}, 1, 512);
-          EXPECT_EQ(generate(tree, ngram.get(), prompt, options).ids, expected.ids)
-              << isa << " ngram T " << temperature;
+          EXPECT_EQ(generate(tree, ngram.get(), prompt, options).ids, expected.ids) << "ngram";
+          if (nodes != 5) continue;
+          const auto chimera = make_chimera_drafter(*l.model, draft, {.nodes = nodes}, 1, 512);
+          const Generation drafted = generate(tree, chimera.get(), prompt, options);
+          EXPECT_EQ(drafted.ids, expected.ids) << "draft model";
+          EXPECT_GT(drafted.drafted, 0);
         }
       }
   }
+}
+TEST(Lossless, WholeTextsThroughAcceptedPaths) {
+  check_whole_texts(tiny("q4_1"), 120);
+}
+TEST(Lossless, WholeStoriesThroughAcceptedPaths) {
+  const std::string stories = shared("models/stories260K/stories260K.bin");
+  SKIP_WITHOUT(stories);
+  check_whole_texts(stories, 360);
 }
 
 // The real model and every kind of tree, at temperatures 0, 0.7 and 1, another seed for each

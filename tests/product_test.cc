@@ -12,7 +12,6 @@
 
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/panels.h"
-#include "engine/cpu/product_amx.h"
 
 namespace chimera::cpu {
 namespace {
@@ -23,24 +22,18 @@ constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8
 
 struct InstructionSet {
   const char* name;
+  Isa isa;
   const ProductFunction* products;
-  bool here;
 };
-
-std::vector<InstructionSet> instruction_sets() {
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  return {{"avx2", kProductsAvx2, avx2},
-          {"avxvnni", kProductsAvxVnni, avx2 && __builtin_cpu_supports("avxvnni")},
-          {"avx512", kProductsAvx512, avx512},
-          {"amx", kProductsAmx, avx512 && amx_available()}};
-#else
-  return {};
-#endif
+// Shown by a test that fails.
+void PrintTo(const InstructionSet& set, std::ostream* out) {
+  *out << set.name;
 }
+
+constexpr InstructionSet kInstructionSets[] = {{"avx2", Isa::kAvx2, kProductsAvx2},
+                                               {"avxvnni", Isa::kAvxVnni, kProductsAvxVnni},
+                                               {"avx512", Isa::kAvx512, kProductsAvx512},
+                                               {"amx", Isa::kAmx, kProductsAmx}};
 
 // ---- Weights ----------------------------------------------------------------------------------
 
@@ -256,45 +249,38 @@ std::vector<int64_t> columns_for(DType type) {
   return {32, 64, 96, 288, 576};
 }
 
-class ProductTest : public ::testing::TestWithParam<int> {
+class ProductTest : public ::testing::TestWithParam<InstructionSet> {
  protected:
-  // The instruction set under test, nullptr (and a skipped test) where the machine lacks it.
-  const InstructionSet* isa() {
-    static const std::vector<InstructionSet> sets = instruction_sets();
-    return &sets[static_cast<size_t>(GetParam())];
+  void SetUp() override {
+    if (!machine_has(isa().isa)) GTEST_SKIP() << "this machine has no " << isa().name;
   }
+  const InstructionSet& isa() const { return GetParam(); }
 };
 class ProductTestFull : public ProductTest {};
 
-#define SKIP_IF_MISSING(isa) \
-  if (!(isa)->here) GTEST_SKIP() << "this machine has no " << (isa)->name
-
 TEST_P(ProductTest, EqualsReference) {
-  SKIP_IF_MISSING(isa());
   for (const DType type : kTypes) {
-    if (isa()->products[static_cast<int>(type)] == nullptr) continue;
+    if (isa().products[static_cast<int>(type)] == nullptr) continue;
     for (const int64_t cols : columns_for(type))
       for (const Values values : {Values::kOrdinary, Values::kExtreme})
-        compare(*isa(), type, 17, cols, values, {1, 3, 8, 13});
+        compare(isa(), type, 17, cols, values, {1, 3, 8, 13});
   }
 }
 
 TEST_P(ProductTestFull, EqualsReference) {
-  SKIP_IF_MISSING(isa());
   for (const DType type : kTypes) {
-    if (isa()->products[static_cast<int>(type)] == nullptr) continue;
+    if (isa().products[static_cast<int>(type)] == nullptr) continue;
     for (const int64_t rows : {1, 5, 16, 17, 40, 100})
       for (const int64_t cols : columns_for(type))
         for (const Values values : {Values::kOrdinary, Values::kExtreme})
-          compare(*isa(), type, rows, cols, values, {std::begin(kTokens), std::end(kTokens)});
+          compare(isa(), type, rows, cols, values, {std::begin(kTokens), std::end(kTokens)});
   }
 }
 
 // A block of activations that holds an infinity or NaN makes its own token NaN and no other.
 TEST_P(ProductTest, NanStaysWithItsToken) {
-  SKIP_IF_MISSING(isa());
   for (const DType type : kTypes) {
-    const ProductFunction product = isa()->products[static_cast<int>(type)];
+    const ProductFunction product = isa().products[static_cast<int>(type)];
     if (product == nullptr) continue;
     SCOPED_TRACE(dtype_info(type).name);
     const int64_t rows = 20, cols = 256;
@@ -323,7 +309,6 @@ TEST_P(ProductTest, NanStaysWithItsToken) {
 
 // The BF16 product works with denormals flushed, whatever the caller's mode, and leaves that alone.
 TEST_P(ProductTest, Bf16FlushesDenormals) {
-  SKIP_IF_MISSING(isa());
   const uint16_t w[2] = {f32_to_bf16(0x1p-130f), f32_to_bf16(0x1p-70f)};
   const TensorView view{"w", DType::kBF16, 1, 2, reinterpret_cast<const std::byte*>(w), 0};
   uint16_t x[32] = {f32_to_bf16(0x1p30f), f32_to_bf16(0x1p-60f)};  // 2^-100 and 2^-130 unflushed
@@ -333,15 +318,18 @@ TEST_P(ProductTest, Bf16FlushesDenormals) {
   product_reference(view, 0, 1, in, 1, &want, 1, false);
   EXPECT_EQ(want, 0.0f);
   const std::vector<std::byte> panels = pack(view);
-  isa()->products[static_cast<int>(DType::kBF16)](
+  isa().products[static_cast<int>(DType::kBF16)](
       {panels.data(), 1, 2, 0, 1, in, 1, &got, 1, false});
   EXPECT_EQ(std::memcmp(&want, &got, 4), 0);
   volatile float tiny = 0x1p-130f;
   EXPECT_NE(tiny * 0.5f, 0.0f);
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, ProductTest, ::testing::Range(0, 3));
-INSTANTIATE_TEST_SUITE_P(Isa, ProductTestFull, ::testing::Range(0, 3));
+std::string name_of(const ::testing::TestParamInfo<InstructionSet>& test) {
+  return test.param.name;
+}
+INSTANTIATE_TEST_SUITE_P(Isa, ProductTest, ::testing::ValuesIn(kInstructionSets), name_of);
+INSTANTIATE_TEST_SUITE_P(Isa, ProductTestFull, ::testing::ValuesIn(kInstructionSets), name_of);
 
 // ---- The reference itself ---------------------------------------------------------------------
 

@@ -7,7 +7,6 @@
 #include <fstream>
 
 #include "engine/error.h"
-// The tests are linked with the library, which tools/ is no part of.
 
 namespace chimera {
 namespace {

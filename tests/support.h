@@ -2,7 +2,9 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -16,6 +18,7 @@
 #include "engine/cpu/kernels.h"
 #include "engine/generate.h"
 #include "loader/load.h"
+#include "tests/tiny_model.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/tokenizer.h"
 
@@ -32,12 +35,6 @@ inline const char* const kDraft = "models/smollm2-135m-instruct.chimera.safetens
 #define SKIP_WITHOUT(path)                                                   \
   if (const std::string missing = (path); !std::filesystem::exists(missing)) \
   GTEST_SKIP() << "needs " << missing
-
-inline const char* const kQuantTypes[] = {"f32",  "f16",  "bf16", "q8_0", "q4_0", "q4_1",
-                                          "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
-inline std::string tiny(const std::string& type) {
-  return shared("models/tiny-quants/tiny-" + type + ".gguf");
-}
 
 // A backend of one instruction set, whatever the environment says.
 inline std::unique_ptr<Backend> backend_of(const std::string& isa, int threads) {
@@ -86,6 +83,22 @@ std::vector<T> read_array(const std::string& path) {
 inline std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A shell's command: its exit code, -1 where a signal ended it, and its standard output.
+struct Ran {
+  int code = -1;
+  std::string out;
+};
+inline Ran run(const std::string& command) {
+  Ran ran;
+  std::FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return ran;
+  char buffer[4096];
+  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, pipe)) > 0;) ran.out.append(buffer, n);
+  const int status = pclose(pipe);
+  if (WIFEXITED(status)) ran.code = WEXITSTATUS(status);
+  return ran;
 }
 
 inline std::vector<int32_t> random_tokens(std::mt19937& random, int n, int vocab) {
