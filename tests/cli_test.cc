@@ -93,7 +93,9 @@ class CliTest : public testing::Test {
     return finish(start(args, standard_input));
   }
   std::pair<int, std::string> interrupted(int stream, const Args& args,
-                                          const std::string& standard_input = "");
+                                          const std::string& standard_input = "",
+                                          const std::string& after = "");
+  std::string on_a_terminal(const Args& args);
   json object(const Args& args) {
     const Output o = chimera(args);
     EXPECT_EQ(o.code, 0) << o.err;
@@ -317,22 +319,41 @@ TEST_F(CliTest, OutputThatCannotBeWritten) {
   EXPECT_EQ(read("err").find("chimera:"), std::string::npos) << read("err");
 }
 
-// Ctrl-C once something has come on standard output (1) or standard error (2): what that stream
-// holds in the end, and the exit code.
+// Ctrl-C once something, `after` among it, has come on standard output (1) or standard error (2):
+// what that stream holds in the end, and the exit code.
 std::pair<int, std::string> CliTest::interrupted(int stream, const Args& args,
-                                                 const std::string& standard_input) {
+                                                 const std::string& standard_input,
+                                                 const std::string& after) {
   int ends[2];
   EXPECT_EQ(pipe(ends), 0);
   const pid_t pid = start(args, standard_input, stream, ends[1]);
   close(ends[1]);
   std::string text;
   char buffer[4096];
+  bool sent = false;
   for (ssize_t n; (n = ::read(ends[0], buffer, sizeof buffer)) > 0;) {
-    if (text.empty()) kill(pid, SIGINT);
     text.append(buffer, static_cast<size_t>(n));
+    if (!sent && text.find(after) != std::string::npos) sent = kill(pid, SIGINT) == 0;
   }
   close(ends[0]);
+  EXPECT_TRUE(sent) << text;
   return {finish(pid).code, text};
+}
+
+// What the program shows on standard error if that is a terminal.
+std::string CliTest::on_a_terminal(const Args& args) {
+  const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+  EXPECT_TRUE(terminal >= 0 && grantpt(terminal) == 0 && unlockpt(terminal) == 0);
+  const int end = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+  const pid_t pid = start(args, "", 2, end);
+  close(end);
+  std::string text;
+  char buffer[4096];
+  for (ssize_t n; (n = ::read(terminal, buffer, sizeof buffer)) > 0;)
+    text.append(buffer, static_cast<size_t>(n));
+  close(terminal);
+  EXPECT_EQ(finish(pid).code, 0) << text;
+  return text;
 }
 
 TEST_F(CliTest, CtrlCEndsTheText) {
@@ -353,6 +374,43 @@ TEST_F(CliTest, CtrlCEndsAPrompt) {
   EXPECT_EQ(code, 130);
   EXPECT_EQ(read("out"), "\n");
   EXPECT_NE(err.find("| generated: 0 tokens"), std::string::npos) << err;
+}
+
+// The stages before it stop in their own ways, which must not outlive them.
+TEST_F(CliTest, CtrlCEndsEveryStageOfTraining) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  const std::string draft = folder_ / "d";
+  const Args train = {"train",
+                      "-m",
+                      kSmolLm2,
+                      "-o",
+                      draft,
+                      "--prompts",
+                      write("p.txt", "Count to ten.\nName three colours.\nWhy?\n"),
+                      "--sequences",
+                      "2",
+                      "-n",
+                      "24",
+                      "--positions",
+                      "1"};
+  EXPECT_EQ(interrupted(2, train, "", "== how good").first, 130);
+  EXPECT_EQ(read("d").find("\\\"sampled\\\""), std::string::npos) << "calibrated all the same";
+  EXPECT_EQ(interrupted(2,
+                        {"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts",
+                         draft + ".held-out.jsonl", "--ctx", "9000", "-n", "2000"},
+                        "", "warning")
+                .first,
+            130);
+}
+
+TEST_F(CliTest, CtrlCEndsABenchmark) {
+  SKIP_IF_ABSENT(kStories);
+  const auto [code, err] = interrupted(
+      2, {"bench", "-m", kStories, "--ctx", "600", "--rounds", "1000", "--svg", folder_ / "x.svg"});
+  EXPECT_EQ(code, 130) << err;
+  EXPECT_EQ(read("out"), "");
+  for (const auto& entry : std::filesystem::directory_iterator(folder_))
+    EXPECT_FALSE(entry.path().filename().string().starts_with("x.svg")) << entry.path();
 }
 
 TEST_F(CliTest, ChatAndRaw) {

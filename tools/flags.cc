@@ -20,12 +20,6 @@ std::optional<T> parse_number(std::string_view text) {
   return value;
 }
 
-std::string short_text(float value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
-  return buffer;
-}
-
 template <typename T>
 FlagValue integer_between(T* target, int min, int max) {
   FlagValue value;
@@ -42,7 +36,7 @@ FlagValue integer_between(T* target, int min, int max) {
 template <typename T>
 FlagValue number_between(T* target, float min, float max) {
   FlagValue value;
-  value.expected = "a number from " + short_text(min) + " to " + short_text(max);
+  value.expected = "a number from " + number_text(min) + " to " + number_text(max);
   value.set = [=](std::string_view text) {
     const auto n = parse_number<double>(text);
     // Compared after rounding, and so that NaN fails.
@@ -152,7 +146,7 @@ FlagValue integer(uint64_t* target) {
 
 FlagValue number(float* target, float min, float max) {
   FlagValue value = number_between(target, min, max);
-  value.default_text = short_text(*target);
+  value.default_text = number_text(*target);
   return value;
 }
 
@@ -166,6 +160,11 @@ FlagValue on(bool* target) {
     return true;
   };
   return {set, "", ""};
+}
+
+Flag threads_flag(std::optional<int>* target) {
+  return {0, "threads", "N", "CPU threads (default: one for each physical core)",
+          integer(target, 1, 256)};
 }
 
 bool parse(const Command& declared, const std::vector<std::string>& args) {

@@ -54,6 +54,9 @@ inline Flag heading(const std::string& name) {
   return {0, name, "", "", {}};
 }
 
+// The same in all commands that compute. Not given: one for each physical core.
+Flag threads_flag(std::optional<int>* target);
+
 struct Command {
   std::string name;   // "run"
   std::string usage;  // what follows it

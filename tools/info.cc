@@ -45,12 +45,6 @@ std::string parameters_text(int64_t n) {
   return n < 1000000 ? std::to_string(n) : fixed_text(static_cast<double>(n) / 1e6, 1) + " million";
 }
 
-std::string short_text(float value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
-  return buffer;
-}
-
 }  // namespace
 
 int info(const std::vector<std::string>& args) {
@@ -113,7 +107,7 @@ int info(const std::vector<std::string>& args) {
                   {"head_dim", c.head_dim},
                   {"ffn_size", c.ffn_size},
                   {"max_context", c.max_context},
-                  {"rms_eps", std::stod(short_text(c.rms_eps))},
+                  {"rms_eps", std::stod(number_text(c.rms_eps))},
                   {"rope_base", c.rope_base},
                   {"tied_embedding", tied}}},
                 {"parameters", parameters},
@@ -156,7 +150,7 @@ int info(const std::vector<std::string>& args) {
   out += row("ffn", std::to_string(c.ffn_size));
   out += row("context", std::to_string(c.max_context) + " tokens in training");
   out += row("rope base", fixed_text(c.rope_base, 0) + (c.rope_divisors.empty() ? "" : ", scaled"));
-  out += row("norm epsilon", short_text(c.rms_eps));
+  out += row("norm epsilon", number_text(c.rms_eps));
   out += row("tokenizer",
              std::string(tokenizer) + ", " + std::to_string(model.tokenizer.size()) + " tokens");
   out += row("chat format", std::string(name(model.chat_format)));

@@ -7,6 +7,7 @@
 #include "tokenizer/unicode.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/output.h"
 
 namespace chimera {
@@ -51,6 +52,8 @@ int guarded(const std::vector<std::string>& args) {
     return dispatch(args);
   } catch (const OutputClosed&) {
     return 1;
+  } catch (const Interrupted& e) {
+    return e.exit_code;
   } catch (const UsageError& e) {
     note(std::string("chimera: ") + e.what());
     return 2;

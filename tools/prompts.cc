@@ -14,7 +14,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kLongestLine = 16 << 20;
 constexpr int kDeepest = 32;
 
 bool is_blank(std::string_view text) {

@@ -17,6 +17,8 @@
 
 namespace chimera {
 
+inline constexpr size_t kLongestLine = 16 << 20;  // bytes
+
 // A prompt is a conversation: one message of the user's unless the file has "messages".
 using Prompt = std::vector<Message>;
 

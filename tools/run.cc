@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
-#include <csignal>
 #include <cstdio>
 #include <cstring>
 
@@ -15,6 +13,7 @@
 #include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -65,8 +64,7 @@ Command command(Options* o) {
         "model), hybrid (both),\nstatic (a draft model, in the shape of --tree), none, or best\n"
         "(static with --tree, hybrid with --draft, else ngram)",
         choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "static", "best"})},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
         choice(&o->device, {"cpu", "cuda", "auto"})},
        {0, "eager", "", "launch a step's ops one by one on the GPU, for debugging", on(&o->eager)},
@@ -130,20 +128,6 @@ std::string read_prompt(const Options& o) {
   return text;
 }
 
-volatile std::sig_atomic_t interrupted = 0;
-
-// The first Ctrl-C ends the text; the second, if that takes too long, the program.
-void end_text_on_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupted = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-  sigaction(SIGINT, &action, nullptr);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 // plain_seconds: of a plain step; 0: this was plain decoding.
 std::string figures(const Generation& g, double plain_seconds) {
   std::string speedup;
@@ -167,7 +151,6 @@ int run(const std::vector<std::string>& args) {
   check_together(o);
 
   // The prompt is read and measured before the weights are: most mistakes show at once.
-  using Clock = std::chrono::steady_clock;
   Clock::time_point start = Clock::now();
   const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0), .eager = o.eager});
   Model model(*o.model);
@@ -200,7 +183,7 @@ int run(const std::vector<std::string>& args) {
   const CostCache costs(model, llama);
   if (!plain && o.drafter != "static" && !o.drafting.nodes) costs.tune(&session, o.drafting.tune);
   load_seconds += seconds_since(start);
-  end_text_on_interrupt();
+  const Interrupt interrupt;
   if (!o.json) {
     note(model.name() + " on " + backend->description() + ", loaded in " +
          fixed_text(load_seconds, 2) + " s");
@@ -216,7 +199,7 @@ int run(const std::vector<std::string>& args) {
     text += piece;
     if (!o.json && !piece.empty()) print(piece);
   };
-  options.cancelled = [] { return interrupted != 0; };
+  options.cancelled = [&] { return interrupt.asked(); };
   const Generation g = generate(session, drafter.get(), prompt, options,
                                 [&](int32_t id) { emit(decoder.push(id)); });
   emit(decoder.finish());
@@ -250,7 +233,7 @@ int run(const std::vector<std::string>& args) {
     }
     note(figures(g, plain ? 0 : session.plain_seconds()));
   }
-  return g.stop == Stop::kCancelled ? 128 + SIGINT : 0;
+  return g.stop == Stop::kCancelled ? interrupt.exit_code() : 0;
 }
 
 }  // namespace chimera

@@ -1,6 +1,5 @@
 // chimera bench: how fast this machine decodes, how fast it could, and where the time goes.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 
 #include "engine/generate.h"
@@ -12,6 +11,7 @@
 #include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -60,8 +60,7 @@ Command command(Options* o) {
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
         choice(&o->device, {"cpu", "cuda", "auto"})},
        {0, "shape", "NAME",
@@ -177,7 +176,6 @@ class ArithmeticLimit {
     for (int i = 0; i < kRows; ++i) step_->add_row(0, i - 1, false);
   }
   double measure() {
-    using Clock = std::chrono::steady_clock;
     double best = 1e9;
     for (int i = 0; i < 50; ++i) {
       const auto start = Clock::now();
@@ -186,7 +184,7 @@ class ArithmeticLimit {
                                       .x = static_cast<float*>(x_.get()),
                                       .y = static_cast<float*>(y_.get())});
       });
-      best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+      best = std::min(best, seconds_since(start));
     }
     return static_cast<double>(kRows * matrix_->rows * matrix_->cols) / best;
   }
@@ -324,12 +322,15 @@ int bench(const std::vector<std::string>& args) {
   }
   for (PromptSet& set : sets) set.results = results;
 
+  const Interrupt interrupt;
+  options.cancelled = [&] { return interrupt.asked(); };
   Progress progress;
   progress.show("warming up");
   const CostCache cost_cache(model, llama);
   if (!o.drafting.nodes) cost_cache.tune(&session, o.drafting.tune);
   for (const auto& drafter : drafters)
     generate(session, drafter.get(), sets.front().prompts.front(), options);
+  interrupt.check();
 
   Series bandwidth, share, arithmetic;
   for (int round = 0; round < o.rounds; ++round) {
@@ -345,6 +346,7 @@ int bench(const std::vector<std::string>& args) {
         std::vector<int32_t> plain;
         for (size_t d = 0; d < drafters.size(); ++d) {
           const Generation g = generate(session, drafters[d].get(), set.prompts[i], options);
+          interrupt.check();
           if (d == 0) plain = g.ids;
           check_same(plain, g.ids, set.name, i, results[d].drafter);
           totals[d].add(g);
@@ -360,6 +362,7 @@ int bench(const std::vector<std::string>& args) {
     progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
                   ", costs of a step");
     costs.measure_round();
+    interrupt.check();
     arithmetic.add(arithmetic_limit.measure());
     bandwidth.add(gb_per_second);
     share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(all[0].steps) /

@@ -9,6 +9,7 @@
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -61,8 +62,7 @@ Command command(Options* o) {
         "guesses that the draft goes on from at each depth\n(default: 12, a fifth of the largest "
         "tree)",
         integer(&o->drafting.width, 1, 32)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of tables", on(&o->json)},
@@ -117,11 +117,6 @@ std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
           {"hybrid", source(kHybridTree)}};
 }
 
-std::string percent(int64_t part, int64_t whole) {
-  return whole > 0 ? fixed_text(100 * static_cast<double>(part) / static_cast<double>(whole), 1)
-                   : "-";
-}
-
 std::string padded(const std::string& text, size_t width) {
   return std::string(width - std::min(width, text.size()), ' ') + text;
 }
@@ -146,8 +141,8 @@ std::string table_of(const EvalRow& row) {
   table += "  temperature\n";
   for (size_t d = 0; d < row.measurement.depths.size(); ++d) {
     const DepthAccuracy& a = row.measurement.depths[d];
-    table += padded(std::to_string(d + 1), 7) + padded(percent(a.known, a.n), 7);
-    for (const int64_t right : a.at_rank) table += padded(percent(right, a.n), 8);
+    table += padded(std::to_string(d + 1), 7) + padded(percent_text(a.known, a.n), 7);
+    for (const int64_t right : a.at_rank) table += padded(percent_text(right, a.n), 8);
     table += padded(fixed_text(a.best_temperature(), 2), 13) + "\n";
   }
   table += "\n  candidates of " + std::to_string(Measurement::kReliabilityNodes) +
@@ -241,6 +236,9 @@ int train_eval(const std::vector<std::string>& args) {
     throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),
                      std::to_string(o.drafting.tree.depth()) + " deep", "raise --depth");
 
+  for (const auto& path : {o.svg, o.calibrated})
+    if (path) expect_writable(*path);
+
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
   const bool chat = model.chat_format != ChatFormat::kNone;
@@ -261,6 +259,7 @@ int train_eval(const std::vector<std::string>& args) {
   Session session(llama, {.context = context});
 
   std::vector<EvalRow> rows;
+  const Interrupt interrupt;
   Progress progress;
   const std::vector<float> temperatures =
       o.temperature ? std::vector<float>{*o.temperature} : std::vector<float>{0, 1};
@@ -270,6 +269,7 @@ int train_eval(const std::vector<std::string>& args) {
       generation.max_tokens = o.n;
       if (model.tokenizer.eos() >= 0) generation.eos = {model.tokenizer.eos()};
       generation.sampling.temperature = temperature;
+      generation.cancelled = [&] { return interrupt.asked(); };
       EvalRow& row = rows.emplace_back();
       row.file = printable(std::filesystem::path(files[f]).filename().string(), 4096);
       row.temperature = temperature;
@@ -283,6 +283,7 @@ int train_eval(const std::vector<std::string>& args) {
             progress.bar(row.title, (static_cast<double>(rows.size() - 1) + done) /
                                         static_cast<double>(files.size() * temperatures.size()));
           });
+      interrupt.check();
       row.tree_nodes = o.drafting.tree.size();
       row.tree_tokens_per_pass = tokens_per_pass(row.measurement, [&](const MeasuredPosition& p) {
         return accepted_in(p, o.drafting.tree);
@@ -291,13 +292,6 @@ int train_eval(const std::vector<std::string>& args) {
     }
   progress.show("");
 
-  if (o.calibrated) {
-    DraftTensors calibrated = *draft;
-    calibrate(rows, true, &calibrated.config.greedy);
-    calibrate(rows, false, &calibrated.config.sampled);
-    save_draft(calibrated, *o.calibrated);
-  }
-  if (o.svg) write_eval_chart(rows, *o.svg);
   if (o.json) {
     ordered_json list = ordered_json::array();
     for (const EvalRow& row : rows) list.push_back(json_of(row));
@@ -309,13 +303,21 @@ int train_eval(const std::vector<std::string>& args) {
                 {"depth", o.drafting.depth},
                 {"width", width},
                 {"rows", list}});
-    return 0;
+  } else {
+    std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
+                         std::to_string(o.n) + " tokens each, trees of depth " +
+                         std::to_string(o.drafting.depth) + ", width " + std::to_string(width) +
+                         "\n";
+    for (const EvalRow& row : rows) tables += table_of(row);
+    print(tables);
   }
-  std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
-                       std::to_string(o.n) + " tokens each, trees of depth " +
-                       std::to_string(o.drafting.depth) + ", width " + std::to_string(width) + "\n";
-  for (const EvalRow& row : rows) tables += table_of(row);
-  print(tables);
+  if (o.calibrated) {
+    DraftTensors calibrated = *draft;
+    calibrate(rows, true, &calibrated.config.greedy);
+    calibrate(rows, false, &calibrated.config.sampled);
+    save_draft(calibrated, *o.calibrated);
+  }
+  if (o.svg) write_eval_chart(rows, *o.svg);
   return 0;
 }
 

@@ -1,8 +1,6 @@
 // chimera train fit: from texts that the target wrote to a draft model.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstring>
 #include <future>
 
@@ -15,6 +13,7 @@
 #include "loader/safetensors.h"
 #include "loader/text.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/output.h"
 #include "tools/train/train.h"
 #include "tools/train/training_texts.h"
@@ -22,8 +21,6 @@
 namespace chimera {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
 constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
@@ -67,8 +64,7 @@ Command command(Options* o) {
         "what products round their elements to; sums are f32. auto:\nbf16 where the device has it",
         choice(&o->precision, {"auto", "f32", "bf16"})},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        heading("The draft"),
        {0, "vocabulary", "N",
         "tokens to choose from besides those of the context and\nthe target's best: the "
@@ -207,31 +203,12 @@ void load_checkpoint(const std::string& path, const std::string& settings,
 
 // ---- The run -----------------------------------------------------------------------------------
 
-volatile std::sig_atomic_t interrupted = 0;
-
-// The first Ctrl-C saves and stops; the second, if that takes too long, stops.
-void stop_on_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupted = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-  sigaction(SIGINT, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
-}
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::string percent(int64_t n, int64_t of) {
-  return of == 0 ? "-" : fixed_text(100.0 * static_cast<double>(n) / static_cast<double>(of), 1);
-}
-
 // "loss 3.21, right 38.1 27.0 20.2 15.9%": of each step of the rollout
 std::string score_text(const training::Score& s, int steps) {
   std::string text = "loss " + fixed_text(s.weighted_loss(kStepWeight), 3) + ", right";
   for (int k = 0; k < steps; ++k) {
     const training::StepScore& step = s.step[static_cast<size_t>(k)];
-    text += " " + percent(step.correct, step.rows);
+    text += " " + percent_text(step.correct, step.rows);
   }
   return text + "%";
 }
@@ -295,6 +272,7 @@ int train_fit(const std::vector<std::string>& args) {
   if (bf16 && !has_bf16) throw Error("--precision", "f32, all that this processor has", "bf16");
   const auto precision = bf16 ? training::Precision::kBF16 : training::Precision::kF32;
   const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
+  for (const std::string& path : {*o.output, checkpoint}) expect_writable(path);
 
   // The target, and what the draft reads of it.
   const int threads = o.threads.value_or(cpu::physical_cores());
@@ -369,11 +347,11 @@ int train_fit(const std::vector<std::string>& args) {
        fixed_text(static_cast<double>(layout.total) / 1e6, 1) + " M parameters, " +
        std::to_string(draft.vocabulary.size()) + " tokens to choose from");
 
-  stop_on_interrupt();
+  const Interrupt interrupt;
   std::vector<training::TrainingText> validation;
   for (const Text& text : held_out) {
     validation.push_back(features.read(text));
-    if (interrupted) return 128 + SIGINT;
+    interrupt.check();
   }
 
   for (int64_t i = 0; i < at.texts; ++i) source.next();
@@ -418,7 +396,7 @@ int train_fit(const std::vector<std::string>& args) {
     return read_batch(o.batch, on_gpu ? 1 : o.micro_batches, &source, &features);
   };
   std::future<Batch> next;
-  while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
+  while (progress() < 1 && !interrupt.asked() && (o.stop_after == 0 || at.starts < o.stop_after)) {
     const Batch batch = next.valid() ? next.get() : read();
     if (on_gpu) next = std::async(std::launch::async, read);  // which leaves the CPU idle
     const training::Score score =
@@ -454,7 +432,7 @@ int train_fit(const std::vector<std::string>& args) {
   save();
   if (progress() < 1) {
     note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
-    return interrupted ? 128 + SIGINT : 0;
+    return interrupt.exit_code();
   }
   return 0;
 }

@@ -10,6 +10,7 @@
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
@@ -43,8 +44,7 @@ Command command(Options* o) {
        {0, "nodes", "N", "nodes of the tree (default: as many as pay here)",
         integer(&o->nodes, 1, StaticTree::kMostNodes)},
        {0, "depth", "N", "... and its depth, at most", integer(&o->depth, 1, kMostDepths)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)}}};
 }
@@ -83,6 +83,7 @@ int tune_tree(const std::vector<std::string>& args) {
   if (!o.model || !o.draft || !o.prompts || !o.output)
     throw UsageError("tune-tree", "-m MODEL, --draft DRAFT, --prompts FILE and -o TREE",
                      "one missing", "see chimera tune-tree --help");
+  expect_writable(*o.output);
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
@@ -105,11 +106,14 @@ int tune_tree(const std::vector<std::string>& args) {
   generation.max_tokens = o.n;
   if (model.tokenizer.eos() >= 0) generation.eos = {model.tokenizer.eos()};
   generation.sampling = o.sampling;
+  const Interrupt interrupt;
+  generation.cancelled = [&] { return interrupt.asked(); };
   Progress progress;
   const Measurement m =
       measure_draft(session, *draft, {.depth = o.depth}, false, prompts, generation,
                     [&](double done) { progress.bar("measuring the draft", done); });
   progress.show("");
+  interrupt.check();
   RankPaths paths;
   for (const MeasuredText& text : m.texts)
     for (const MeasuredPosition& position : text) paths.add(position);
@@ -130,6 +134,7 @@ int tune_tree(const std::vector<std::string>& args) {
       " with the tree; drafting takes " + ms(m.observe_seconds) + " and " + ms(m.depth_seconds) +
       " a depth\nSpeed over plain: " + fixed_text(best.tokens / best.seconds * plain, 2) +
       " expected";
+  print(summary + "\n");
   write_tree(best.tree,
              "A static tree for " + printable(*o.draft, 4096) + " and " + model.name() + ",\n" +
                  "by chimera tune-tree on " + cpu_model() + ", " + backend->description() + ".\n" +
@@ -137,7 +142,6 @@ int tune_tree(const std::vector<std::string>& args) {
                  "\nA line is a node: the ranks of the draft's guesses on the way to it, 1 the "
                  "likeliest.",
              *o.output);
-  print(summary + "\n");
   return 0;
 }
 
