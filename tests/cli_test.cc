@@ -645,7 +645,7 @@ TEST_F(CliTest, TrainData) {
   EXPECT_EQ(data("whole", {"--sequences", "2"}), whole);
   expect_error(
       {"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"},
-      1, "made with the same model and settings");
+      1, "whole: max_tokens: expected 25, found 24; a shard is of one model and one set");
   expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x",
                 "--shard", "2/2"},
                2, "0 <= i < n");
@@ -661,6 +661,81 @@ TEST_F(CliTest, TrainData) {
             std::string::npos)
       << rest.err;
   expect_error({"train", "dance"}, 2, "expected data, merge, fit or eval");
+}
+
+// A shard goes on where it was stopped, and nowhere else: what cannot be gone on with is named and
+// left as it is.
+TEST_F(CliTest, TrainDataGoesOnWithTheSameShard) {
+  const std::string models[] = {"../shared/data/models/tiny-quants/tiny-f32.gguf",
+                                "../shared/data/models/tiny-quants/tiny-q8_0.gguf"};
+  for (const std::string& model : models) SKIP_IF_ABSENT(model);
+  const std::string shard = folder_ / "shard";
+  const auto with = [&](const std::string& model, const std::string& prompts) {
+    return Args{"train", "data", "-m", model, "--prompts",    prompts,
+                "-o",    shard,  "-n", "4",   "--max-prompt", "40"};
+  };
+  const Args same = with(models[0], write("prompts.txt", "one\ntwo\nthree\n"));
+  ASSERT_EQ(chimera(same).code, 0) << read("err");
+  const std::string whole = read("shard");
+  const auto refused = [&](const Args& args, const std::string& message) {
+    const std::string before = read("shard");
+    expect_error(args, 1, message);
+    EXPECT_EQ(read("shard"), before);
+  };
+  refused(with(models[1], folder_ / "prompts.txt"), "shard: fingerprint: expected \"");
+  refused(with(models[0], write("others.txt", "one\ntwo\nfour\n")), "shard: prompts: expected \"");
+
+  const auto lines = [&](const std::string& third) {
+    std::string text, line;
+    std::istringstream all(whole);
+    for (int n = 1; std::getline(all, line); ++n) text += (n == 3 ? third : line) + "\n";
+    return text;
+  };
+  for (const std::string bad : {"{\"prompt\":1,\"ids\":[1", "{\"prompt\":\"1\",\"ids\":[1]}",
+                                "{\"prompt\":-1,\"ids\":[1]}", "[]", ""}) {
+    write("shard", lines(bad));
+    refused(same, "shard: line 3: expected an answer");
+  }
+  std::string second, line;
+  std::istringstream all(whole);
+  for (int n = 1; n <= 2; ++n) std::getline(all, second);
+  write("shard", lines(second));
+  refused(same, "shard: line 3: expected each prompt once");
+
+  // Stopped in the middle of the header, of an answer, or between two.
+  for (const size_t size : {size_t{0}, size_t{9}, whole.find('\n'), whole.find('\n') + 1,
+                            whole.find('\n') + 9, whole.size() - 1}) {
+    write("shard", whole.substr(0, size));
+    EXPECT_EQ(chimera(same).code, 0) << read("err");
+    EXPECT_EQ(read("shard"), whole) << size;
+  }
+  Args elsewhere = same;
+  for (const std::string path : {"/nowhere/shard", folder_.c_str()}) {
+    elsewhere.push_back("--output=" + path);
+    expect_error(elsewhere, 1, path + ": expected a file that can be read and written, found ");
+  }
+}
+
+TEST_F(CliTest, TrainDataSaysHowFarItIs) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts =
+      write("p.txt", "one\nlong " + std::string(50, '!') + "\nthree\nx\ny\n");
+  const Args args = {"train",       "data", "-m", kStories,       "--prompts", prompts,  "-o",
+                     folder_ / "s", "-n",   "3",  "--max-prompt", "20",        "--shard"};
+  const auto shown = [&](const std::string& shard, const std::string& output) {
+    Args with = args;
+    with.insert(with.end(), {shard, "--output", folder_ / output});
+    return on_a_terminal(with);
+  };
+  const std::string even = shown("0/2", "even"), odd = shown("1/2", "odd");
+  EXPECT_NE(even.find("\r\x1b[K3 of 3 prompts, "), std::string::npos) << even;
+  EXPECT_NE(odd.find("\r\x1b[K2 of 2 prompts, "), std::string::npos) << odd;
+  EXPECT_TRUE(odd.ends_with("\r\x1b[K1 answer, 1 prompt too long\r\n")) << odd;
+  // The answers would be longer than what the model was trained for.
+  EXPECT_NE(chimera({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "long",
+                     "-n", "3"})
+                .err.find("warning: the model was trained for 512 tokens"),
+            std::string::npos);
 }
 
 // Without a file of prompts the target writes them: each one the user's message of a conversation,
@@ -682,10 +757,11 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
       const json record = json::parse(line);
       answers[record["prompt"]] = record;
     }
-    EXPECT_NE(o.err.find(std::to_string(answers.size()) + " answers, " +
-                         std::to_string(6 - answers.size()) + " prompts without an end"),
-              std::string::npos)
-        << o.err;
+    const auto counted = [](size_t n, const std::string& thing) {
+      return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
+    };
+    EXPECT_EQ(o.err, counted(answers.size(), "answer") + ", " +
+                         counted(6 - answers.size(), "prompt") + " without an end\n");
     return answers;
   };
   const auto answers = data("three", "3");
@@ -771,9 +847,31 @@ TEST_F(CliTest, TrainEveryStage) {
   const std::string before = read("d.safetensors.on-policy.jsonl");
   EXPECT_EQ(chimera(args).code, 0);
   EXPECT_EQ(read("d.safetensors.on-policy.jsonl"), before);
+  // The draft has learnt from them since: it cannot go on with them.
+  expect_error({"train", "data", "-m", kStories, "--prompts", folder_ / "prompts.txt", "-n", "40",
+                "--draft", draft, "-o", draft + ".on-policy.jsonl"},
+               1, "on-policy.jsonl: draft: expected ");
   expect_error({"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", draft}, 1,
                "one.txt: expected two prompts at least");
   expect_error({"train", "-m", kStories, "-o", draft}, 2, "--prompts FILE");
+
+  // What a later stage would refuse is refused before the first.
+  const auto refused = [&](int code, const Args& more, const std::string& message) {
+    Args with = {"train", "-m",           kStories, "--prompts", folder_ / "prompts.txt",
+                 "-o",    folder_ / "new"};
+    with.insert(with.end(), more.begin(), more.end());
+    expect_error(with, code, message);
+    for (const auto& entry : std::filesystem::directory_iterator(folder_))
+      EXPECT_NE(entry.path().filename().string().substr(0, 3), "new") << entry.path();
+  };
+  refused(2, {"--threads", "300"}, "--threads: expected a whole number from 1 to 256");
+  refused(2, {"-n", "1"}, "-n: expected a whole number from 2 to 4096");
+  refused(1, {"-o", "/nowhere/new"}, "/nowhere/new: expected a file that can be written");
+  refused(1, {"-o", folder_}, ": expected a file that can be written, found a directory");
+  std::string words;
+  for (int i = 0; i < 600; ++i) words += "a ";
+  refused(1, {"--prompts", write("long.txt", "Once\n" + words + "\n")},
+          "the last 1 prompt: expected one of fewer than 512 tokens");
 }
 
 TEST_F(CliTest, TrainEval) {
