@@ -199,6 +199,11 @@ TEST_F(CliTest, ModelErrors) {
     expect_error(with(write("text", "hello, world")), 1, "expected a GGUF or llama2.c model");
     expect_error(with(write("a.pt", "\x80\x02}q\x01.")), 1, "a Python pickle");
     expect_error(with(write("a.pth", "PK\x03\x04 data.pkl")), 1, "a zip archive");
+    const std::string size("\x40\0\0\0\0\0\0\0", 8);
+    expect_error(with(write("a.safetensors", size + "{\"w\": 1}")), 1, "convert_hf_to_gguf.py");
+    expect_error(
+        with(write("d.safetensors", size + "{\"__metadata__\":{\"chimera_draft\":\"1\"}}")), 1,
+        "found a draft model; give it with --draft, and its target with -m");
   }
 }
 
