@@ -134,6 +134,20 @@ TEST_F(CliTest, Help) {
     }
   }
   EXPECT_NE(chimera({"run", "-h"}).out.find("--width N      "), std::string::npos);
+  EXPECT_EQ(chimera({"help"}).out, chimera({"--help"}).out);
+  for (const Args& command :
+       {Args{"run"}, Args{"info"}, Args{"bench"}, Args{"train", "data"}, Args{"train", "merge"},
+        Args{"train", "fit"}, Args{"train", "eval"}, Args{"tune-tree"}}) {
+    Args help = command, flag = command;
+    help.insert(help.begin(), "help");
+    flag.push_back("--help");
+    const std::string text = chimera(flag).out;
+    EXPECT_EQ(chimera(help).out, text);
+    EXPECT_NE(text.find(command[0] == "run" ? "\n\nPrompt" : "\n\nFlags\n  "), std::string::npos)
+        << text;
+    EXPECT_EQ(text.find("user (default: 0)"), std::string::npos) << "which would be refused";
+  }
+  expect_error({"help", "jump"}, 2, "found 'jump'");
 }
 
 TEST_F(CliTest, Version) {
@@ -148,7 +162,9 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"bench"}, 2, "bench: expected -m MODEL or --shape NAME, found neither");
   expect_error({"bench", "-m", "x", "--shape", "tiny"}, 2, "found both");
   expect_error({"bench", "--shape", "huge"}, 2, "--shape: expected tiny, ");
-  expect_error({"info"}, 2, "info: expected MODEL, found none");
+  expect_error({"info"}, 2, "info: expected MODEL or -m MODEL, found none");
+  expect_error({"info", "a", "-m", "b"}, 2, "info: expected MODEL or -m MODEL, found both");
+  expect_error({"info", ""}, 2, "info: expected an argument, found ''");
   expect_error({"info", "a", "b"}, 2, "expected one argument, found 'b' as well");
   expect_error({"run", "--speed", "9"}, 2, "expected one of its flags, found '--speed'");
   expect_error({"run", "-mp", "9"}, 2, "expected one of its flags, found '-mp'");
@@ -163,6 +179,59 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
   expect_error({"run", "-m", "x", "--raw", "--system", "s"}, 2, "--system: expected a chat");
   expect_error({"run", std::string("\x1b[31m\n")}, 2, "found '");
+}
+
+TEST_F(CliTest, NamesOfFilesAreNotEmpty) {
+  expect_error({"run", "-m", "", "-p", "x"}, 2, "-m: expected MODEL, found ''");
+  expect_error({"run", "-m", "x", "--draft="}, 2, "--draft: expected FILE, found ''");
+  expect_error({"train", "fit", "--data", "a,,b"}, 2, "--data: expected FILES, found 'a,,b'");
+  expect_error({"bench", "--prompts", "a,"}, 2, "--prompts: expected FILE,.., found 'a,'");
+}
+
+// A flag that would change nothing is a mistake.
+TEST_F(CliTest, FlagsThatWouldBeIgnored) {
+  const auto refused = [&](Args args, const Args& more, const std::string& message) {
+    args.insert(args.end(), more.begin(), more.end());
+    expect_error(args, 2, message);
+  };
+  const Args shape = {"bench", "--shape", "tiny"}, bench = {"bench", "-m", "x"},
+             run = {"run", "-m", "x", "-p", "y"};
+  for (const std::string flag : {"--draft", "--prompts", "--svg", "--tokens", "--tree"})
+    refused(shape, {flag, "3"}, flag + ": expected -m MODEL, found --shape");
+  refused(shape, {"--tune"}, "--tune: expected -m MODEL, found --shape");
+  refused(bench, {"--type", "f32"}, "--type: expected --shape NAME, found -m MODEL");
+  for (const Args& command : {bench, run}) {
+    refused(command, {"--tune", "--nodes", "8"}, "--tune: expected trees of a size");
+    refused(command, {"--tree", "3,2"}, "--tree: expected a draft model");
+  }
+  for (const std::string drafter : {"none", "ngram"})
+    refused(run, {"--draft", "d", "--drafter", drafter}, "--draft: expected a drafter that asks");
+  for (const std::string drafter : {"chimera", "hybrid"})
+    refused(run, {"--draft", "d", "--tree", "3", "--drafter", drafter},
+            "--tree: expected --drafter static, found --drafter " + drafter);
+  refused(run, {"--drafter", "chimera"}, "--drafter chimera: expected a draft model, found none");
+  refused(run, {"--drafter", "none", "--tune"}, "--tune: expected a drafter that sizes its trees");
+  refused(run, {"--draft", "d", "--tree", "3", "--tune"}, "--tune: expected a drafter");
+  refused(run, {"--eager", "--device", "cpu"}, "--eager: expected a GPU");
+}
+
+// ... is said before anything else is done.
+TEST_F(CliTest, AFileThatCannotBeWritten) {
+  const auto refused = [&](const Args& args) {
+    expect_error(args, 1, "/nowhere/x: expected a file that can be written, found No such file");
+  };
+  const std::string x = "/nowhere/x";
+  refused({"bench", "-m", "absent", "--svg", x});
+  const Args eval = {"train", "eval", "-m", "absent", "--draft", "absent", "--prompts", "absent"};
+  for (const std::string flag : {"--svg", "--calibrate"}) {
+    Args with = eval;
+    with.insert(with.end(), {flag, x});
+    refused(with);
+  }
+  refused({"tune-tree", "-m", "absent", "--draft", "absent", "--prompts", "absent", "-o", x});
+  refused({"train", "fit", "-m", "absent", "--data", "absent", "-o", x});
+  refused(
+      {"train", "fit", "-m", "absent", "--data", "absent", "-o", folder_ / "y", "--checkpoint", x});
 }
 
 TEST_F(CliTest, NumbersOutOfRangeOrMalformed) {
@@ -222,6 +291,16 @@ TEST_F(CliTest, PromptErrors) {
                "a model with a chat format");
   expect_error({"bench", "-m", kStories, "--prompts", write("a.jsonl", "{\"prompt\": 1}")}, 1,
                "a.jsonl: line 1: \"prompt\": expected a string, found number");
+  expect_error({"bench", "-m", kStories, "--prompts",
+                write("short.txt", "a\n") + "," + write("long.txt", "\nb\n" + words + "\nc\n")},
+               1, "long.txt: line 3: expected fewer than 512 tokens (the context), found 60");
+  // What is no UTF-8 would be left out, or be something else.
+  expect_error({"run", "-m", kStories, "-p", "caf\xC3"}, 1,
+               "-p: expected UTF-8, found other bytes at byte 4");
+  expect_error({"run", "-m", kStories, "--raw", "-p", "\xFF"}, 1, "-p: expected UTF-8");
+  expect_error({"run", "-m", kStories, "-f", write("latin1", "\xE9t\xE9")}, 1,
+               "latin1: expected UTF-8, found other bytes at byte 1");
+  expect_error({"run", "-m", kStories}, 1, "standard input: expected UTF-8", "a\xFF");
 }
 
 TEST_F(CliTest, TextAloneIsOnStandardOutput) {
@@ -293,11 +372,11 @@ TEST_F(CliTest, Json) {
   EXPECT_EQ(object({"run", "-m", kStories, "-p", "Once upon a time", "--json"})["stop"], "eos");
 }
 
-// Tokens that are bytes of no character, and a prompt that is no UTF-8.
+// Tokens that are bytes of no character.
 TEST_F(CliTest, BytesThatAreNoUtf8) {
   SKIP_IF_ABSENT(kStories);
-  const json o = object({"run", "-m", kStories, "-p", "\xFF\xC3 caf", "-n", "300", "--json",
-                         "--temp", "1000", "--seed", "3"});
+  const json o = object(
+      {"run", "-m", kStories, "-p", "caf", "-n", "300", "--json", "--temp", "1000", "--seed", "3"});
   ASSERT_TRUE(o.is_object());
   EXPECT_NE(o["text"].get<std::string>().find("\xEF\xBF\xBD"), std::string::npos);
 }
@@ -434,6 +513,7 @@ TEST_F(CliTest, ChatAndRaw) {
 TEST_F(CliTest, Info) {
   SKIP_IF_ABSENT(kStories);
   const json o = object({"info", kStories, "--json"});
+  EXPECT_EQ(object({"info", "-m", kStories, "--json"}), o);
   EXPECT_EQ(o["format"], "llama2.c");
   EXPECT_EQ(o["parameters"], 260032);
   EXPECT_EQ(o["weights"]["F32"]["tensors"], 47);
@@ -946,6 +1026,9 @@ TEST_F(CliTest, TuneTree) {
   EXPECT_EQ(b["drafter"], "static");
   EXPECT_LE(b["drafted"].get<int>(), 7 * b["steps"].get<int>());
   EXPECT_GT(b["tokens_per_step"], 1.2);
+  Args widths = run;
+  widths.insert(widths.end(), {"--draft", draft, "--tree", "3,2,1"});
+  EXPECT_EQ(object(widths)["nodes"], 15);
   expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", "3,2,0"}, 2, "--tree: expected widths");
   expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", folder_ / "absent"}, 1, "absent");
   expect_error(

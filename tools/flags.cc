@@ -61,6 +61,7 @@ std::string help(const Command& command) {
   }
 
   std::string out = "usage: chimera " + command.name + " " + command.usage + "\n\n" + command.about;
+  if (command.flags.front().value.set) out += "\nFlags\n";
   for (const Flag& flag : command.flags) {
     if (!flag.value.set) {
       out += "\n" + flag.name + "\n";
@@ -98,16 +99,24 @@ FlagValue text(std::optional<std::string>* target) {
   return {set, "", ""};
 }
 
-FlagValue texts(std::vector<std::string>* target) {
-  const auto set = [=](std::string_view text) {
+FlagValue file(std::optional<std::string>* target) {
+  const auto set = [=](std::string_view name) {
+    *target = name;
+    return !name.empty();
+  };
+  return {set, "", ""};
+}
+
+FlagValue files(std::vector<std::string>* target) {
+  const auto set = [=](std::string_view names) {
     target->assign(1, "");
-    for (const char c : text) {
+    for (const char c : names) {
       if (c == ',')
         target->emplace_back();
       else
         target->back() += c;
     }
-    return true;
+    return std::find(target->begin(), target->end(), "") == target->end();
   };
   return {set, "", ""};
 }
@@ -167,7 +176,8 @@ Flag threads_flag(std::optional<int>* target) {
           integer(target, 1, 256)};
 }
 
-bool parse(const Command& declared, const std::vector<std::string>& args) {
+bool parse(const Command& declared, const std::vector<std::string>& args,
+           std::set<std::string>* given) {
   Command command = declared;
   bool wants_help = false;
   command.flags.push_back({'h', "help", "", "print this text", on(&wants_help)});
@@ -176,6 +186,7 @@ bool parse(const Command& declared, const std::vector<std::string>& args) {
   for (size_t i = 0; i < args.size() && !wants_help; ++i) {
     const std::string& arg = args[i];
     if (command.argument && !arg.starts_with("-")) {
+      if (arg.empty()) throw UsageError(command.name, "an argument", "''", see_help);
       if (*command.argument) {
         throw UsageError(command.name, "one argument", in_quotes(arg) + " as well", see_help);
       }
@@ -186,6 +197,7 @@ bool parse(const Command& declared, const std::vector<std::string>& args) {
     const std::string name = arg.substr(0, equals);
     const Flag* flag = find(command, name);
     if (!flag) throw UsageError(command.name, "one of its flags", in_quotes(name), see_help);
+    if (given) given->insert(flag->name);
     if (flag->value_name.empty()) {
       if (equals != std::string::npos) {
         throw UsageError(name, "no value", in_quotes(arg.substr(equals + 1)), see_help);

@@ -48,13 +48,13 @@ std::string parameters_text(int64_t n) {
 }  // namespace
 
 int info(const std::vector<std::string>& args) {
-  std::optional<std::string> path;
+  std::optional<std::string> path, model_path;
   std::optional<int> ctx;
   bool json = false;
   const Command command{"info",
-                        "MODEL [FLAGS]",
+                        "MODEL | -m MODEL [FLAGS]",
                         "Shows what is in a model file, and the memory that `run` needs for it.\n",
-                        {heading("Flags"),
+                        {{'m', "model", "MODEL", "a GGUF or llama2.c file", file(&model_path)},
                          {0, "ctx", "N",
                           "plan the memory for N tokens of prompt and text\n(default: 2048, and no "
                           "more than the model was trained for)",
@@ -62,10 +62,12 @@ int info(const std::vector<std::string>& args) {
                          {0, "json", "", "print one JSON object instead", on(&json)}},
                         &path};
   if (!parse(command, args)) return 0;
-  if (!path) throw UsageError("info", "MODEL", "none", "see chimera info --help");
+  if (path.has_value() == model_path.has_value())
+    throw UsageError("info", "MODEL or -m MODEL", path ? "both" : "none",
+                     "see chimera info --help");
 
   const auto backend = make_backend("cpu", {});
-  const Model model(*path);
+  const Model model(path ? *path : *model_path);
   const LlamaConfig& c = model.file.tensors.config;
   const SessionOptions options{.context = ctx.value_or(std::min(c.max_context, 2048)),
                                .max_nodes = DrafterFlags::kMostNodes};

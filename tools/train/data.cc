@@ -38,8 +38,8 @@ using nlohmann::ordered_json;
 
 struct Options {
   std::optional<std::string> model, prompts, output, shard, draft;
-  std::optional<int> threads;
-  int n = 256, sequences = 96, max_prompt = 512, limit = 0, own_prompts = 0;
+  std::optional<int> threads, own_prompts;
+  int n = 256, sequences = 96, max_prompt = 512, limit = 0;
   float on_policy = 0.2f;  // with a draft
   bool features = false, strict = false;
   uint64_t seed = 1;
@@ -139,7 +139,7 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
 std::string hash_of(std::span<const Prompt> prompts) {
   std::string all;
   for (const Prompt& prompt : prompts) {
-    for (const Message& m : prompt) all += m.role + '\0' + m.content + '\0';
+    for (const Message& m : prompt.messages) all += m.role + '\0' + m.content + '\0';
     all += '\n';
   }
   return hash_text(all);
@@ -163,7 +163,7 @@ ordered_json header_of(const Options& o, const Model& model, std::span<const Pro
                      {"shard", o.shard.value_or("0/1")},
                      {"chat", model.chat_format != ChatFormat::kNone}};
   if (o.prompts) about["prompts"] = hash_of(prompts);
-  if (o.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
+  if (o.own_prompts) about["prompt_temperature"] = kPromptTemperature;
   if (o.draft) about["draft"] = hash_of_file(*o.draft);
   if (o.draft) about["on_policy"] = o.on_policy;
   if (o.device != "cpu") about["device"] = o.device;
@@ -199,9 +199,9 @@ class Answerer {
         session_(llama, {.context = context, .n_sequences = o.sequences, .prefill_rows = 128}),
         recorder_(llama.config(), o.sequences),
         jobs_(static_cast<size_t>(o.sequences)) {
-    count_ = o.own_prompts > 0 ? static_cast<size_t>(o.own_prompts) : prompts_.size();
+    count_ = o.own_prompts ? static_cast<size_t>(*o.own_prompts) : prompts_.size();
     if (o.limit > 0) count_ = std::min(count_, static_cast<size_t>(o.limit));
-    if (o.own_prompts > 0) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
+    if (o.own_prompts) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
     if (draft) {
       turns_.emplace(llama, *draft, o.sequences, context);
       session_.replace_sampled([this](int s, int32_t sampled) {
@@ -250,7 +250,7 @@ class Answerer {
   std::string summary() const {
     return count_text(static_cast<int64_t>(output_.shard.answers()), "answer") + ", " +
            count_text(static_cast<int64_t>(left_out_), "prompt") +
-           (o_.own_prompts > 0 ? " without an end" : " too long");
+           (o_.own_prompts ? " without an end" : " too long");
   }
 
  private:
@@ -259,10 +259,10 @@ class Answerer {
   void begin(int s, size_t prompt) {
     if (prompt % shards_ != shard_ || output_.shard.answered(prompt)) return;
     job(s).prompt = prompt;
-    if (o_.own_prompts > 0)
+    if (o_.own_prompts)
       write(s, /*asks=*/true, opening_);
     else
-      answer(s, prompts_[prompt]);
+      answer(s, prompts_[prompt].messages);
   }
 
   void answer(int s, std::span<const Message> prompt) {
@@ -342,23 +342,23 @@ int train_data(const std::vector<std::string>& args) {
       "Answers prompts in the model's chat format, many at once, and writes the token ids: what\n"
       "`chimera train fit` learns from. A run that was stopped goes on where it was.\n",
       {
-          {'m', "model", "FILE", "the target: GGUF or llama2.c", text(&o.model)},
-          {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o.prompts)},
+          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o.model)},
+          {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o.prompts)},
           {0, "own-prompts", "N", "instead: N prompts that the target writes itself, as a user",
            integer(&o.own_prompts, 1, 100000000)},
-          {'o', "output", "FILE", "the shard to write or to go on with", text(&o.output)},
+          {'o', "output", "FILE", "the shard to write or to go on with", file(&o.output)},
           {0, "features", "",
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
            "fit need not run it again (1.4 KB a\ntoken for a hidden size of 576)",
            on(&o.features)},
           {0, "draft", "DRAFT", "a draft that takes turns in the answers, see --on-policy",
-           text(&o.draft)},
+           file(&o.draft)},
           {0, "on-policy", "P",
            "share of an answer's tokens that the draft chooses, right or\nwrong; the target goes "
            "on from "
            "there, and the draft learns\nwhere its own mistakes lead",
            number(&o.on_policy, 0, 1)},
-          {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
+          {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
            on(&o.strict)},
@@ -371,14 +371,14 @@ int train_data(const std::vector<std::string>& args) {
            choice(&o.device, {"cpu", "cuda"})},
       }};
   if (!parse(command, args)) return 0;
-  if (!o.model || !o.output || o.prompts.has_value() == (o.own_prompts > 0))
+  if (!o.model || !o.output || o.prompts.has_value() == o.own_prompts.has_value())
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
-                     o.prompts && o.own_prompts > 0 ? "both of them" : "one missing",
+                     o.prompts && o.own_prompts ? "both of them" : "one missing",
                      "see chimera train data --help");
   const auto which = parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
-  if (o.own_prompts > 0 && model.chat_format == ChatFormat::kNone)
+  if (o.own_prompts && model.chat_format == ChatFormat::kNone)
     throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
                 "give --prompts FILE");
   std::vector<Prompt> prompts;
@@ -388,7 +388,7 @@ int train_data(const std::vector<std::string>& args) {
   const auto draft = load_draft_for(model, {.draft = o.draft});
   Output output(o, model, prompts);
   const int context = choose_context(model.file.tensors.config, o.max_prompt + o.n,
-                                     static_cast<size_t>(o.max_prompt), o.n);
+                                     {.tokens = static_cast<size_t>(o.max_prompt)}, o.n);
   const Llama llama = prepare_weights(*backend, &model);
   Answerer answerer(o, which, model, llama, context, draft ? &*draft : nullptr, std::move(prompts),
                     &output);

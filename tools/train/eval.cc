@@ -13,7 +13,6 @@
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
-#include "tools/prompts.h"
 #include "tools/train/draft_measurement.h"
 #include "tools/train/eval_chart.h"
 #include "tools/train/train.h"
@@ -42,10 +41,10 @@ Command command(Options* o) {
       "pass of the target (the root's own included) for n-grams, chains, the best static trees,\n"
       "trees grown by the draft's probabilities and hybrids with n-grams, each of several sizes\n"
       "(without the root); how often its guesses are right; how far its probabilities are true.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "draft", "DRAFT", "a draft that was trained for it", text(&o->drafting.draft)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "draft", "DRAFT", "a draft that was trained for it", file(&o->drafting.draft)},
        {0, "prompts", "FILES", "JSONL or one prompt a line; several separated by commas",
-        texts(&o->prompts)},
+        files(&o->prompts)},
        {0, "limit", "N", "prompts of a file to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
@@ -55,7 +54,7 @@ Command command(Options* o) {
        {0, "calibrate", "OUT",
         "write the draft again, to read its probabilities as they\nwere true here: at temperature "
         "0, at others, or both",
-        text(&o->calibrated)},
+        file(&o->calibrated)},
        {0, "depth", "N", "how far ahead of the text trees reach",
         integer(&o->drafting.depth, 1, kMostDepths)},
        {0, "width", "N",
@@ -66,7 +65,7 @@ Command command(Options* o) {
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of tables", on(&o->json)},
-       {0, "svg", "FILE", "draw a picture as well", text(&o->svg)}}};
+       {0, "svg", "FILE", "draw a picture as well", file(&o->svg)}}};
 }
 
 template <typename F>
@@ -241,18 +240,11 @@ int train_eval(const std::vector<std::string>& args) {
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
-  const bool chat = model.chat_format != ChatFormat::kNone;
   const std::vector<std::string>& files = o.prompts;
   std::vector<std::vector<std::vector<int32_t>>> prompts;  // of each file
-  size_t longest = 0;
-  for (const std::string& file : files) {
-    prompts.emplace_back();
-    for (const Prompt& prompt : load_prompts(file)) {
-      if (o.limit && prompts.back().size() == static_cast<size_t>(*o.limit)) break;
-      prompts.back().push_back(encode(model, prompt, chat));
-      longest = std::max(longest, prompts.back().back().size());
-    }
-  }
+  LongestPrompt longest;
+  for (const std::string& file : files)
+    prompts.push_back(encode_file(model, file, o.limit, &longest));
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
   const auto draft = load_draft_for(model, o.drafting);
   const Llama llama = prepare_weights(*backend, &model);

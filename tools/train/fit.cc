@@ -46,9 +46,9 @@ Command command(Options* o) {
       "Trains a draft model on texts that the target wrote (chimera train data). What the target\n"
       "says of each token is read from SHARD.features; what is not there is computed, and added.\n"
       "Ctrl-C saves and stops; --resume goes on.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "data", "FILES", "shards of texts, separated by commas", texts(&o->data)},
-       {'o', "output", "DRAFT", "the draft: a safetensors file", text(&o->output)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "data", "FILES", "shards of texts, separated by commas", files(&o->data)},
+       {'o', "output", "DRAFT", "the draft: a safetensors file", file(&o->output)},
        heading("How long"),
        {0, "positions", "N", "positions to start a rollout from; 0: each once",
         integer(&o->positions, 0, 2'000'000'000)},
@@ -74,10 +74,10 @@ Command command(Options* o) {
         integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
-       {0, "init", "DRAFT", "start from this draft; it says the configuration", text(&o->init)},
+       {0, "init", "DRAFT", "start from this draft; it says the configuration", file(&o->init)},
        {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
        heading("Stopping and going on"),
-       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", text(&o->checkpoint)},
+       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", file(&o->checkpoint)},
        {0, "save-every", "S", "seconds between two of them",
         integer(&o->save_seconds, 1, 1'000'000)},
        {0, "stop-after", "N", "save and stop at this position; 0: at the end",
@@ -86,7 +86,7 @@ Command command(Options* o) {
         "go on from a checkpoint: the same bits as without a break\n(but for --minutes, or on "
         "another "
         "device)",
-        text(&o->resume)},
+        file(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
 

@@ -77,8 +77,8 @@ int train_merge(const std::vector<std::string>& args) {
       "as\n"
       "if a single run had made it. Their features (SHARD.features) are not joined:\n"
       "`chimera train fit` takes several shards as well, and reads those.\n",
-      {{0, "data", "FILES", "the shards, separated by commas", texts(&paths)},
-       {'o', "output", "FILE", "the shard to write", text(&output)}}};
+      {{0, "data", "FILES", "the shards, separated by commas", files(&paths)},
+       {'o', "output", "FILE", "the shard to write", file(&output)}}};
   if (!parse(command, args)) return 0;
   if (paths.empty() || !output)
     throw UsageError("train merge", "--data SHARD,SHARD... and -o SHARD", "one missing",

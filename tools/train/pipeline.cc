@@ -37,10 +37,12 @@ size_t hold_out(const std::vector<Prompt>& prompts, const Options& o, const std:
   OutputFile file(path);
   bool any = false;
   for (const Prompt& prompt : std::span(prompts).last(n)) {
-    if (encode(model, prompt, model.chat_format != ChatFormat::kNone).size() >= room) continue;
+    if (encode(model, prompt.messages, model.chat_format != ChatFormat::kNone).size() >= room)
+      continue;
     any = true;
     nlohmann::ordered_json messages = nlohmann::ordered_json::array();
-    for (const Message& m : prompt) messages.push_back({{"role", m.role}, {"content", m.content}});
+    for (const Message& m : prompt.messages)
+      messages.push_back({{"role", m.role}, {"content", m.content}});
     file.write(nlohmann::ordered_json{{"messages", messages}}.dump() + "\n");
   }
   if (!any)
@@ -63,16 +65,16 @@ int train_all(const std::vector<std::string>& args) {
       "Makes a draft model for a target, from nothing but the target and a file of prompts: data,\n"
       "fit, eval. Stopped with Ctrl-C, the same command goes on where it was.\n",
       {
-          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o.model)},
-          {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", text(&o.prompts)},
+          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o.model)},
+          {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", file(&o.prompts)},
           {'o', "output", "DRAFT", "the draft; answers and checkpoints lie beside it",
-           text(&o.output)},
+           file(&o.output)},
           {0, "positions", "N", "positions to learn from; 0: each once",
            integer(&o.positions, 0, 2'000'000'000)},
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
           {0, "on-policy", "", "then a third as long on answers in which the draft took turns",
            on(&o.on_policy)},
-          {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 2, 4096)},
+          {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 2, 4096)},
           {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, Step::kMaxSequences)},
           threads_flag(&o.threads),
       }};

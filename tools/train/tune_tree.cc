@@ -14,7 +14,6 @@
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
-#include "tools/prompts.h"
 #include "tools/train/draft_measurement.h"
 #include "tools/tree_file.h"
 
@@ -34,10 +33,10 @@ Command command(Options* o) {
       "-m MODEL --draft DRAFT --prompts FILE -o TREE [FLAGS]",
       "Finds the best static tree for a draft on this machine, on the answers to prompts that\n"
       "the draft has not learnt from. chimera run --tree TREE then uses it.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "draft", "DRAFT", "a draft that was trained for it", text(&o->draft)},
-       {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o->prompts)},
-       {'o', "output", "TREE", "the file to write", text(&o->output)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "draft", "DRAFT", "a draft that was trained for it", file(&o->draft)},
+       {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o->prompts)},
+       {'o', "output", "TREE", "the file to write", file(&o->output)},
        {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
@@ -87,13 +86,8 @@ int tune_tree(const std::vector<std::string>& args) {
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
-  std::vector<std::vector<int32_t>> prompts;
-  size_t longest = 0;
-  for (const Prompt& prompt : load_prompts(*o.prompts)) {
-    if (o.limit && prompts.size() == static_cast<size_t>(*o.limit)) break;
-    prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
-    longest = std::max(longest, prompts.back().size());
-  }
+  LongestPrompt longest;
+  const auto prompts = encode_file(model, *o.prompts, o.limit, &longest);
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
   DrafterFlags drafting;
   drafting.draft = o.draft;
