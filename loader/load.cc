@@ -1,5 +1,6 @@
 #include "loader/load.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
@@ -21,12 +22,15 @@ bool is_pickle(std::string_view start) {
          start[2] != '\0';
 }
 
-// u64 length of the header, at most 100,000,000, and the header, which begins with '{'.
-bool is_safetensors(std::span<const std::byte> bytes) {
-  if (bytes.size() < 9 || static_cast<char>(bytes[8]) != '{') return false;
+// u64 length of the header, at most 100,000,000, and the header, which begins with '{'. Empty: this
+// is no safetensors file.
+std::string_view safetensors_header(std::span<const std::byte> bytes) {
+  if (bytes.size() < 9 || static_cast<char>(bytes[8]) != '{') return {};
   uint64_t header_bytes;
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
-  return header_bytes <= 100'000'000;
+  if (header_bytes > 100'000'000) return {};
+  return {reinterpret_cast<const char*>(bytes.data()) + 8,
+          std::min<size_t>(header_bytes, bytes.size() - 8)};
 }
 
 void refuse_known_formats(std::span<const std::byte> bytes, const std::string& name) {
@@ -38,7 +42,9 @@ void refuse_known_formats(std::span<const std::byte> bytes, const std::string& n
         name, expected, start[0] == 'P' ? "a zip archive (PyTorch?)" : "a Python pickle",
         "loading pickles runs the code in them: use a GGUF or safetensors file of the model");
   }
-  if (is_safetensors(bytes)) {
+  if (const std::string_view header = safetensors_header(bytes); !header.empty()) {
+    if (header.find("\"chimera_draft\"") != std::string_view::npos)
+      throw Error(name, expected, "a draft model", "give it with --draft, and its target with -m");
     throw Error(name, expected, "a safetensors file",
                 "not supported yet: convert it to GGUF with llama.cpp's convert_hf_to_gguf.py");
   }

@@ -94,7 +94,9 @@ class CliTest : public testing::Test {
     return finish(start(args, standard_input));
   }
   std::pair<int, std::string> interrupted(int stream, const Args& args,
-                                          const std::string& standard_input = "");
+                                          const std::string& standard_input = "",
+                                          const std::string& after = "");
+  std::string on_a_terminal(const Args& args);
   json object(const Args& args) {
     const Output o = chimera(args);
     EXPECT_EQ(o.code, 0) << o.err;
@@ -133,6 +135,20 @@ TEST_F(CliTest, Help) {
     }
   }
   EXPECT_NE(chimera({"run", "-h"}).out.find("--width N      "), std::string::npos);
+  EXPECT_EQ(chimera({"help"}).out, chimera({"--help"}).out);
+  for (const Args& command :
+       {Args{"run"}, Args{"info"}, Args{"bench"}, Args{"train", "data"}, Args{"train", "merge"},
+        Args{"train", "fit"}, Args{"train", "eval"}, Args{"tune-tree"}}) {
+    Args help = command, flag = command;
+    help.insert(help.begin(), "help");
+    flag.push_back("--help");
+    const std::string text = chimera(flag).out;
+    EXPECT_EQ(chimera(help).out, text);
+    EXPECT_NE(text.find(command[0] == "run" ? "\n\nPrompt" : "\n\nFlags\n  "), std::string::npos)
+        << text;
+    EXPECT_EQ(text.find("user (default: 0)"), std::string::npos) << "which would be refused";
+  }
+  expect_error({"help", "jump"}, 2, "found 'jump'");
 }
 
 TEST_F(CliTest, Version) {
@@ -147,7 +163,9 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"bench"}, 2, "bench: expected -m MODEL or --shape NAME, found neither");
   expect_error({"bench", "-m", "x", "--shape", "tiny"}, 2, "found both");
   expect_error({"bench", "--shape", "huge"}, 2, "--shape: expected tiny, ");
-  expect_error({"info"}, 2, "info: expected MODEL, found none");
+  expect_error({"info"}, 2, "info: expected MODEL or -m MODEL, found none");
+  expect_error({"info", "a", "-m", "b"}, 2, "info: expected MODEL or -m MODEL, found both");
+  expect_error({"info", ""}, 2, "info: expected an argument, found ''");
   expect_error({"info", "a", "b"}, 2, "expected one argument, found 'b' as well");
   expect_error({"run", "--speed", "9"}, 2, "expected one of its flags, found '--speed'");
   expect_error({"run", "-mp", "9"}, 2, "expected one of its flags, found '-mp'");
@@ -162,6 +180,59 @@ TEST_F(CliTest, UsageErrors) {
   expect_error({"run", "-m", "x", "--chat", "--raw"}, 2, "expected --chat or --raw, found both");
   expect_error({"run", "-m", "x", "--raw", "--system", "s"}, 2, "--system: expected a chat");
   expect_error({"run", std::string("\x1b[31m\n")}, 2, "found '");
+}
+
+TEST_F(CliTest, NamesOfFilesAreNotEmpty) {
+  expect_error({"run", "-m", "", "-p", "x"}, 2, "-m: expected MODEL, found ''");
+  expect_error({"run", "-m", "x", "--draft="}, 2, "--draft: expected FILE, found ''");
+  expect_error({"train", "fit", "--data", "a,,b"}, 2, "--data: expected FILES, found 'a,,b'");
+  expect_error({"bench", "--prompts", "a,"}, 2, "--prompts: expected FILE,.., found 'a,'");
+}
+
+// A flag that would change nothing is a mistake.
+TEST_F(CliTest, FlagsThatWouldBeIgnored) {
+  const auto refused = [&](Args args, const Args& more, const std::string& message) {
+    args.insert(args.end(), more.begin(), more.end());
+    expect_error(args, 2, message);
+  };
+  const Args shape = {"bench", "--shape", "tiny"}, bench = {"bench", "-m", "x"},
+             run = {"run", "-m", "x", "-p", "y"};
+  for (const std::string flag : {"--draft", "--prompts", "--svg", "--tokens", "--tree"})
+    refused(shape, {flag, "3"}, flag + ": expected -m MODEL, found --shape");
+  refused(shape, {"--tune"}, "--tune: expected -m MODEL, found --shape");
+  refused(bench, {"--type", "f32"}, "--type: expected --shape NAME, found -m MODEL");
+  for (const Args& command : {bench, run}) {
+    refused(command, {"--tune", "--nodes", "8"}, "--tune: expected trees of a size");
+    refused(command, {"--tree", "3,2"}, "--tree: expected a draft model");
+  }
+  for (const std::string drafter : {"none", "ngram"})
+    refused(run, {"--draft", "d", "--drafter", drafter}, "--draft: expected a drafter that asks");
+  for (const std::string drafter : {"chimera", "hybrid"})
+    refused(run, {"--draft", "d", "--tree", "3", "--drafter", drafter},
+            "--tree: expected --drafter static, found --drafter " + drafter);
+  refused(run, {"--drafter", "chimera"}, "--drafter chimera: expected a draft model, found none");
+  refused(run, {"--drafter", "none", "--tune"}, "--tune: expected a drafter that sizes its trees");
+  refused(run, {"--draft", "d", "--tree", "3", "--tune"}, "--tune: expected a drafter");
+  refused(run, {"--eager", "--device", "cpu"}, "--eager: expected a GPU");
+}
+
+// ... is said before anything else is done.
+TEST_F(CliTest, AFileThatCannotBeWritten) {
+  const auto refused = [&](const Args& args) {
+    expect_error(args, 1, "/nowhere/x: expected a file that can be written, found No such file");
+  };
+  const std::string x = "/nowhere/x";
+  refused({"bench", "-m", "absent", "--svg", x});
+  const Args eval = {"train", "eval", "-m", "absent", "--draft", "absent", "--prompts", "absent"};
+  for (const std::string flag : {"--svg", "--calibrate"}) {
+    Args with = eval;
+    with.insert(with.end(), {flag, x});
+    refused(with);
+  }
+  refused({"tune-tree", "-m", "absent", "--draft", "absent", "--prompts", "absent", "-o", x});
+  refused({"train", "fit", "-m", "absent", "--data", "absent", "-o", x});
+  refused(
+      {"train", "fit", "-m", "absent", "--data", "absent", "-o", folder_ / "y", "--checkpoint", x});
 }
 
 TEST_F(CliTest, NumbersOutOfRangeOrMalformed) {
@@ -198,6 +269,11 @@ TEST_F(CliTest, ModelErrors) {
     expect_error(with(write("text", "hello, world")), 1, "expected a GGUF or llama2.c model");
     expect_error(with(write("a.pt", "\x80\x02}q\x01.")), 1, "a Python pickle");
     expect_error(with(write("a.pth", "PK\x03\x04 data.pkl")), 1, "a zip archive");
+    const std::string size("\x40\0\0\0\0\0\0\0", 8);
+    expect_error(with(write("a.safetensors", size + "{\"w\": 1}")), 1, "convert_hf_to_gguf.py");
+    expect_error(
+        with(write("d.safetensors", size + "{\"__metadata__\":{\"chimera_draft\":\"1\"}}")), 1,
+        "found a draft model; give it with --draft, and its target with -m");
   }
 }
 
@@ -216,6 +292,16 @@ TEST_F(CliTest, PromptErrors) {
                "a model with a chat format");
   expect_error({"bench", "-m", kStories, "--prompts", write("a.jsonl", "{\"prompt\": 1}")}, 1,
                "a.jsonl: line 1: \"prompt\": expected a string, found number");
+  expect_error({"bench", "-m", kStories, "--prompts",
+                write("short.txt", "a\n") + "," + write("long.txt", "\nb\n" + words + "\nc\n")},
+               1, "long.txt: line 3: expected fewer than 512 tokens (the context), found 60");
+  // What is no UTF-8 would be left out, or be something else.
+  expect_error({"run", "-m", kStories, "-p", "caf\xC3"}, 1,
+               "-p: expected UTF-8, found other bytes at byte 4");
+  expect_error({"run", "-m", kStories, "--raw", "-p", "\xFF"}, 1, "-p: expected UTF-8");
+  expect_error({"run", "-m", kStories, "-f", write("latin1", "\xE9t\xE9")}, 1,
+               "latin1: expected UTF-8, found other bytes at byte 1");
+  expect_error({"run", "-m", kStories}, 1, "standard input: expected UTF-8", "a\xFF");
 }
 
 TEST_F(CliTest, TextAloneIsOnStandardOutput) {
@@ -287,11 +373,11 @@ TEST_F(CliTest, Json) {
   EXPECT_EQ(object({"run", "-m", kStories, "-p", "Once upon a time", "--json"})["stop"], "eos");
 }
 
-// Tokens that are bytes of no character, and a prompt that is no UTF-8.
+// Tokens that are bytes of no character.
 TEST_F(CliTest, BytesThatAreNoUtf8) {
   SKIP_IF_ABSENT(kStories);
-  const json o = object({"run", "-m", kStories, "-p", "\xFF\xC3 caf", "-n", "300", "--json",
-                         "--temp", "1000", "--seed", "3"});
+  const json o = object(
+      {"run", "-m", kStories, "-p", "caf", "-n", "300", "--json", "--temp", "1000", "--seed", "3"});
   ASSERT_TRUE(o.is_object());
   EXPECT_NE(o["text"].get<std::string>().find("\xEF\xBF\xBD"), std::string::npos);
 }
@@ -324,22 +410,41 @@ TEST_F(CliTest, OutputThatCannotBeWritten) {
   EXPECT_EQ(unread.err.find("chimera:"), std::string::npos) << unread.err;
 }
 
-// Ctrl-C once something has come on standard output (1) or standard error (2): what that stream
-// holds in the end, and the exit code.
+// Ctrl-C once something, `after` among it, has come on standard output (1) or standard error (2):
+// what that stream holds in the end, and the exit code.
 std::pair<int, std::string> CliTest::interrupted(int stream, const Args& args,
-                                                 const std::string& standard_input) {
+                                                 const std::string& standard_input,
+                                                 const std::string& after) {
   int ends[2];
   EXPECT_EQ(pipe(ends), 0);
   const pid_t pid = start(args, standard_input, stream, ends[1]);
   close(ends[1]);
   std::string text;
   char buffer[4096];
+  bool sent = false;
   for (ssize_t n; (n = ::read(ends[0], buffer, sizeof buffer)) > 0;) {
-    if (text.empty()) kill(pid, SIGINT);
     text.append(buffer, static_cast<size_t>(n));
+    if (!sent && text.find(after) != std::string::npos) sent = kill(pid, SIGINT) == 0;
   }
   close(ends[0]);
+  EXPECT_TRUE(sent) << text;
   return {finish(pid).code, text};
+}
+
+// What the program shows on standard error if that is a terminal.
+std::string CliTest::on_a_terminal(const Args& args) {
+  const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+  EXPECT_TRUE(terminal >= 0 && grantpt(terminal) == 0 && unlockpt(terminal) == 0);
+  const int end = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+  const pid_t pid = start(args, "", 2, end);
+  close(end);
+  std::string text;
+  char buffer[4096];
+  for (ssize_t n; (n = ::read(terminal, buffer, sizeof buffer)) > 0;)
+    text.append(buffer, static_cast<size_t>(n));
+  close(terminal);
+  EXPECT_EQ(finish(pid).code, 0) << text;
+  return text;
 }
 
 TEST_F(CliTest, CtrlCEndsTheText) {
@@ -362,6 +467,43 @@ TEST_F(CliTest, CtrlCEndsAPrompt) {
   EXPECT_NE(err.find("| generated: 0 tokens"), std::string::npos) << err;
 }
 
+// The stages before it stop in their own ways, which must not outlive them.
+TEST_F(CliTest, CtrlCEndsEveryStageOfTraining) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  const std::string draft = folder_ / "d";
+  const Args train = {"train",
+                      "-m",
+                      kSmolLm2,
+                      "-o",
+                      draft,
+                      "--prompts",
+                      write("p.txt", "Count to ten.\nName three colours.\nWhy?\n"),
+                      "--sequences",
+                      "2",
+                      "-n",
+                      "24",
+                      "--positions",
+                      "1"};
+  EXPECT_EQ(interrupted(2, train, "", "== how good").first, 130);
+  EXPECT_EQ(read("d").find("\\\"sampled\\\""), std::string::npos) << "calibrated all the same";
+  EXPECT_EQ(interrupted(2,
+                        {"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts",
+                         draft + ".held-out.jsonl", "--ctx", "9000", "-n", "2000"},
+                        "", "warning")
+                .first,
+            130);
+}
+
+TEST_F(CliTest, CtrlCEndsABenchmark) {
+  SKIP_IF_ABSENT(kStories);
+  const auto [code, err] = interrupted(
+      2, {"bench", "-m", kStories, "--ctx", "600", "--rounds", "1000", "--svg", folder_ / "x.svg"});
+  EXPECT_EQ(code, 130) << err;
+  EXPECT_EQ(read("out"), "");
+  for (const auto& entry : std::filesystem::directory_iterator(folder_))
+    EXPECT_FALSE(entry.path().filename().string().starts_with("x.svg")) << entry.path();
+}
+
 TEST_F(CliTest, ChatAndRaw) {
   SKIP_IF_ABSENT(kSmolLm2);
   const auto prompt = [&](Args args) {
@@ -378,6 +520,7 @@ TEST_F(CliTest, ChatAndRaw) {
 TEST_F(CliTest, Info) {
   SKIP_IF_ABSENT(kStories);
   const json o = object({"info", kStories, "--json"});
+  EXPECT_EQ(object({"info", "-m", kStories, "--json"}), o);
   EXPECT_EQ(o["format"], "llama2.c");
   EXPECT_EQ(o["parameters"], 260032);
   EXPECT_EQ(o["weights"]["F32"]["tensors"], 47);
@@ -594,7 +737,7 @@ TEST_F(CliTest, TrainData) {
   EXPECT_EQ(data("whole", {"--sequences", "2"}), whole);
   expect_error(
       {"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "whole", "-n", "25"},
-      1, "made with the same model and settings");
+      1, "whole: max_tokens: expected 25, found 24; a shard is of one model and one set");
   expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "x",
                 "--shard", "2/2"},
                2, "0 <= i < n");
@@ -610,6 +753,81 @@ TEST_F(CliTest, TrainData) {
             std::string::npos)
       << rest.err;
   expect_error({"train", "dance"}, 2, "expected data, merge, fit or eval");
+}
+
+// A shard goes on where it was stopped, and nowhere else: what cannot be gone on with is named and
+// left as it is.
+TEST_F(CliTest, TrainDataGoesOnWithTheSameShard) {
+  const std::string models[] = {"../shared/data/models/tiny-quants/tiny-f32.gguf",
+                                "../shared/data/models/tiny-quants/tiny-q8_0.gguf"};
+  for (const std::string& model : models) SKIP_IF_ABSENT(model);
+  const std::string shard = folder_ / "shard";
+  const auto with = [&](const std::string& model, const std::string& prompts) {
+    return Args{"train", "data", "-m", model, "--prompts",    prompts,
+                "-o",    shard,  "-n", "4",   "--max-prompt", "40"};
+  };
+  const Args same = with(models[0], write("prompts.txt", "one\ntwo\nthree\n"));
+  ASSERT_EQ(chimera(same).code, 0) << read("err");
+  const std::string whole = read("shard");
+  const auto refused = [&](const Args& args, const std::string& message) {
+    const std::string before = read("shard");
+    expect_error(args, 1, message);
+    EXPECT_EQ(read("shard"), before);
+  };
+  refused(with(models[1], folder_ / "prompts.txt"), "shard: fingerprint: expected \"");
+  refused(with(models[0], write("others.txt", "one\ntwo\nfour\n")), "shard: prompts: expected \"");
+
+  const auto lines = [&](const std::string& third) {
+    std::string text, line;
+    std::istringstream all(whole);
+    for (int n = 1; std::getline(all, line); ++n) text += (n == 3 ? third : line) + "\n";
+    return text;
+  };
+  for (const std::string bad : {"{\"prompt\":1,\"ids\":[1", "{\"prompt\":\"1\",\"ids\":[1]}",
+                                "{\"prompt\":-1,\"ids\":[1]}", "[]", ""}) {
+    write("shard", lines(bad));
+    refused(same, "shard: line 3: expected an answer");
+  }
+  std::string second, line;
+  std::istringstream all(whole);
+  for (int n = 1; n <= 2; ++n) std::getline(all, second);
+  write("shard", lines(second));
+  refused(same, "shard: line 3: expected each prompt once");
+
+  // Stopped in the middle of the header, of an answer, or between two.
+  for (const size_t size : {size_t{0}, size_t{9}, whole.find('\n'), whole.find('\n') + 1,
+                            whole.find('\n') + 9, whole.size() - 1}) {
+    write("shard", whole.substr(0, size));
+    EXPECT_EQ(chimera(same).code, 0) << read("err");
+    EXPECT_EQ(read("shard"), whole) << size;
+  }
+  Args elsewhere = same;
+  for (const std::string path : {"/nowhere/shard", folder_.c_str()}) {
+    elsewhere.push_back("--output=" + path);
+    expect_error(elsewhere, 1, path + ": expected a file that can be read and written, found ");
+  }
+}
+
+TEST_F(CliTest, TrainDataSaysHowFarItIs) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts =
+      write("p.txt", "one\nlong " + std::string(50, '!') + "\nthree\nx\ny\n");
+  const Args args = {"train",       "data", "-m", kStories,       "--prompts", prompts,  "-o",
+                     folder_ / "s", "-n",   "3",  "--max-prompt", "20",        "--shard"};
+  const auto shown = [&](const std::string& shard, const std::string& output) {
+    Args with = args;
+    with.insert(with.end(), {shard, "--output", folder_ / output});
+    return on_a_terminal(with);
+  };
+  const std::string even = shown("0/2", "even"), odd = shown("1/2", "odd");
+  EXPECT_NE(even.find("\r\x1b[K3 of 3 prompts, "), std::string::npos) << even;
+  EXPECT_NE(odd.find("\r\x1b[K2 of 2 prompts, "), std::string::npos) << odd;
+  EXPECT_TRUE(odd.ends_with("\r\x1b[K1 answer, 1 prompt too long\r\n")) << odd;
+  // The answers would be longer than what the model was trained for.
+  EXPECT_NE(chimera({"train", "data", "-m", kStories, "--prompts", prompts, "-o", folder_ / "long",
+                     "-n", "3"})
+                .err.find("warning: the model was trained for 512 tokens"),
+            std::string::npos);
 }
 
 // Without a file of prompts the target writes them: each one the user's message of a conversation,
@@ -631,10 +849,11 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
       const json record = json::parse(line);
       answers[record["prompt"]] = record;
     }
-    EXPECT_NE(o.err.find(std::to_string(answers.size()) + " answers, " +
-                         std::to_string(6 - answers.size()) + " prompts without an end"),
-              std::string::npos)
-        << o.err;
+    const auto counted = [](size_t n, const std::string& thing) {
+      return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
+    };
+    EXPECT_EQ(o.err, counted(answers.size(), "answer") + ", " +
+                         counted(6 - answers.size(), "prompt") + " without an end\n");
     return answers;
   };
   const auto answers = data("three", "3");
@@ -720,9 +939,31 @@ TEST_F(CliTest, TrainEveryStage) {
   const std::string before = read("d.safetensors.on-policy.jsonl");
   EXPECT_EQ(chimera(args).code, 0);
   EXPECT_EQ(read("d.safetensors.on-policy.jsonl"), before);
+  // The draft has learnt from them since: it cannot go on with them.
+  expect_error({"train", "data", "-m", kStories, "--prompts", folder_ / "prompts.txt", "-n", "40",
+                "--draft", draft, "-o", draft + ".on-policy.jsonl"},
+               1, "on-policy.jsonl: draft: expected ");
   expect_error({"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", draft}, 1,
                "one.txt: expected two prompts at least");
   expect_error({"train", "-m", kStories, "-o", draft}, 2, "--prompts FILE");
+
+  // What a later stage would refuse is refused before the first.
+  const auto refused = [&](int code, const Args& more, const std::string& message) {
+    Args with = {"train", "-m",           kStories, "--prompts", folder_ / "prompts.txt",
+                 "-o",    folder_ / "new"};
+    with.insert(with.end(), more.begin(), more.end());
+    expect_error(with, code, message);
+    for (const auto& entry : std::filesystem::directory_iterator(folder_))
+      EXPECT_NE(entry.path().filename().string().substr(0, 3), "new") << entry.path();
+  };
+  refused(2, {"--threads", "300"}, "--threads: expected a whole number from 1 to 256");
+  refused(2, {"-n", "1"}, "-n: expected a whole number from 2 to 4096");
+  refused(1, {"-o", "/nowhere/new"}, "/nowhere/new: expected a file that can be written");
+  refused(1, {"-o", folder_}, ": expected a file that can be written, found a directory");
+  std::string words;
+  for (int i = 0; i < 600; ++i) words += "a ";
+  refused(1, {"--prompts", write("long.txt", "Once\n" + words + "\n")},
+          "the last 1 prompt: expected one of fewer than 512 tokens");
 }
 
 TEST_F(CliTest, TrainEval) {
@@ -792,6 +1033,9 @@ TEST_F(CliTest, TuneTree) {
   EXPECT_EQ(b["drafter"], "static");
   EXPECT_LE(b["drafted"].get<int>(), 7 * b["steps"].get<int>());
   EXPECT_GT(b["tokens_per_step"], 1.2);
+  Args widths = run;
+  widths.insert(widths.end(), {"--draft", draft, "--tree", "3,2,1"});
+  EXPECT_EQ(object(widths)["nodes"], 15);
   expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", "3,2,0"}, 2, "--tree: expected widths");
   expect_error({"run", "-m", kSmolLm2, "-p", "x", "--tree", folder_ / "absent"}, 1, "absent");
   expect_error(

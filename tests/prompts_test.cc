@@ -26,7 +26,7 @@ class PromptsTest : public testing::Test {
     std::vector<std::string> out;
     for (const Prompt& prompt : load_prompts(write(name, content))) {
       std::string text;
-      for (const Message& message : prompt) {
+      for (const Message& message : prompt.messages) {
         text += (text.empty() ? "" : " | ") + message.role + ": " + message.content;
       }
       out.push_back(text);
@@ -124,10 +124,9 @@ TEST_F(PromptsTest, BadFiles) {
   EXPECT_EQ(error("b.txt", "\n \t\r\n"),
             "b.txt: expected at least one prompt, found only blank lines");
   EXPECT_EQ(error("c.txt", "fine\nb\xC3\xA9\xFF\n"),
-            "c.txt: line 2: expected UTF-8, found other bytes at byte 4; save the file as UTF-8");
-  EXPECT_EQ(
-      error("d.jsonl", "{\"prompt\": \"\xC3\"}"),
-      "d.jsonl: line 1: expected UTF-8, found other bytes at byte 13; save the file as UTF-8");
+            "c.txt: line 2: expected UTF-8, found other bytes at byte 4; convert it to UTF-8");
+  EXPECT_EQ(error("d.jsonl", "{\"prompt\": \"\xC3\"}"),
+            "d.jsonl: line 1: expected UTF-8, found other bytes at byte 13; convert it to UTF-8");
   EXPECT_THROW(load_prompts("/"), Error);
   EXPECT_THROW(load_prompts("/no/such/file"), Error);
 }
@@ -151,7 +150,7 @@ TEST_F(PromptsTest, SharedSets) {
   if (!std::filesystem::exists(path)) GTEST_SKIP() << "skipped: " << path << " is absent";
   const auto prompts = load_prompts(path);
   EXPECT_EQ(prompts.size(), 80u);
-  EXPECT_TRUE(prompts[0][0].content.starts_with("Compose an engaging travel blog post"));
+  EXPECT_TRUE(prompts[0].messages[0].content.starts_with("Compose an engaging travel blog post"));
 }
 
 TEST_F(PromptsTest, BrokenLinesAreNamedAndLeftOut) {
@@ -163,7 +162,8 @@ TEST_F(PromptsTest, BrokenLinesAreNamedAndLeftOut) {
   const std::vector<Prompt> prompts = load_prompts(path, BrokenLines::kLeaveOut);
   const std::string said = testing::internal::GetCapturedStderr();
   ASSERT_EQ(prompts.size(), 2u);
-  EXPECT_EQ(prompts[1][0].content, "five");
+  EXPECT_EQ(prompts[1].messages[0].content, "five");
+  EXPECT_EQ(prompts[1].line, 6);
   EXPECT_NE(said.find("a.jsonl: 3 broken lines left out: 2, 4, 5; the first: "), std::string::npos)
       << said;
   EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;

@@ -455,7 +455,31 @@ TEST(Train, ResumedRunGivesTheSameBits) {
                Error);
   EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--resume", shard}),
                Error);
-  EXPECT_THROW(train_fit({"-m", model, "--data", folder("none"), "-o", folder("x")}), Error);
+
+  // A checkpoint says its precision; one of before that is taken for "auto".
+  const std::string half_way = folder("half.safetensors.checkpoint");
+  const auto refused = [&](const std::string& precision, const std::string& checkpoint) {
+    try {
+      fit("other.safetensors", {"--precision", precision, "--resume", checkpoint});
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  std::string old = test::read_text(half_way);
+  const std::string said = ",\\\"precision\\\":\\\"auto\\\"";
+  ASSERT_NE(old.find(said), std::string::npos);
+  old.insert(old.find('{') + 1, said.size(), ' ');  // the header stays as long as it says
+  old.erase(old.find(said), said.size());
+  std::ofstream(folder("old"), std::ios::binary) << old;
+  for (const std::string& checkpoint : {half_way, folder("old")}) {
+    EXPECT_EQ(refused("f32", checkpoint),
+              checkpoint +
+                  ": settings: precision: expected \"f32\", found \"auto\"; give the flags and "
+                  "data that the run was started with");
+    EXPECT_EQ(refused("auto", checkpoint), "");
+    EXPECT_EQ(pack_parameters(load_draft(folder("other.safetensors"))), pack_parameters(a));
+  }
 }
 
 // ---- The prototype -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // The sub-commands, one file each. They return the exit code: 0 success, 1 failure, 2 usage; and
-// throw UsageError, other Errors and OutputClosed (main.cc catches them).
+// throw UsageError, other Errors, OutputClosed and Interrupted (main.cc catches them).
 #pragma once
 
 #include <string>

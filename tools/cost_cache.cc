@@ -23,14 +23,6 @@ fs::path cache_folder() {
   return {};
 }
 
-std::string hash_text(const std::string& text) {  // FNV-1a
-  uint64_t h = 0xcbf29ce484222325u;
-  for (const char c : text) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  char hex[17];
-  std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(h));
-  return hex;
-}
-
 int rows_of(const Session& session) {
   return std::min(session.options().max_nodes + 1, CostCurve::kMaxRows);
 }

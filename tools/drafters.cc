@@ -6,10 +6,17 @@
 #include "tools/tree_file.h"
 
 namespace chimera {
+namespace {
+
+bool needs_draft(const std::string& drafter) {
+  return drafter != "none" && drafter != "ngram";
+}
+
+}  // namespace
 
 std::vector<Flag> DrafterFlags::flags() {
   return {
-      {0, "draft", "FILE", "a draft model that was trained for this model", text(&draft)},
+      {0, "draft", "FILE", "a draft model that was trained for this model", file(&draft)},
       {0, "nodes", "N",
        "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
        "measured once and kept)",
@@ -27,6 +34,30 @@ std::vector<Flag> DrafterFlags::flags() {
        tree_value(&tree)}};
 }
 
+void DrafterFlags::check() const {
+  if (!tree.empty() && !draft)
+    throw UsageError("--tree", "a draft model, which makes the guesses", "none",
+                     "give one with --draft FILE");
+  if (tune && nodes)
+    throw UsageError("--tune", "trees of a size that is to be found out", "--nodes",
+                     "leave one out");
+}
+
+void DrafterFlags::check(const std::string& drafter) const {
+  check();
+  if (needs_draft(drafter) && !draft)
+    throw UsageError("--drafter " + drafter, "a draft model", "none", "give one with --draft FILE");
+  if (!needs_draft(drafter) && draft)
+    throw UsageError("--draft", "a drafter that asks it", "--drafter " + drafter, "leave one out");
+  if (drafter == "static" && tree.empty())
+    throw UsageError("--drafter static", "a tree", "none", "give one with --tree SPEC");
+  if (drafter != "static" && !tree.empty())
+    throw UsageError("--tree", "--drafter static", "--drafter " + drafter, "leave one out");
+  if (tune && (drafter == "none" || drafter == "static"))
+    throw UsageError("--tune", "a drafter that sizes its trees", "--drafter " + drafter,
+                     "leave one out");
+}
+
 std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags) {
   if (!flags.draft) return std::nullopt;
   DraftTensors draft = load_draft(*flags.draft);
@@ -40,9 +71,7 @@ std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFla
 std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
                                       const std::optional<DraftTensors>& draft, const Llama& target,
                                       int context) {
-  const bool has_draft = name != "none" && name != "ngram";
-  if (has_draft && !draft)
-    throw UsageError("--drafter " + name, "a draft model", "none", "give one with --draft FILE");
+  const bool has_draft = needs_draft(name);
   const NgramOptions ngram{.nodes = flags.most_nodes()};
   if (name != "static" && target.backend().tree_ops() != nullptr) {
     ResidentOptions options{.nodes = name == "none" ? 0 : flags.most_nodes(),
@@ -64,8 +93,6 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
                          .width = flags.most_width(),
                          .ngrams = name == "hybrid"};
   if (name == "static") {
-    if (flags.tree.empty())
-      throw UsageError("--drafter static", "a tree", "none", "give one with --tree SPEC");
     options.tree = flags.tree;
     options.nodes = flags.tree.size();
   }

@@ -22,8 +22,16 @@ struct DrafterFlags {
   int depth = 8;
   std::optional<int> width{};  // not given: a large tree is wide, too
 
+  // That they go together; that they are what `drafter` needs, and nothing is left unused. Throw
+  // UsageError.
+  void check() const;
+  void check(const std::string& drafter) const;
+
   int most_width() const { return width.value_or(std::max(4, nodes.value_or(0) / 5)); }
   int most_nodes() const { return std::max(nodes.value_or(kMostNodes), tree.size()); }
+  int nodes_of(const std::string& drafter) const {
+    return drafter == "none" ? 0 : drafter == "static" ? tree.size() : nodes.value_or(kMostNodes);
+  }
   static constexpr int kMostNodes = 31;
 
   // The flags that set them.
@@ -37,8 +45,7 @@ std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFla
 // For a session of one sequence. Where the backend can draft, all but "static" do so there
 // (resident_drafter.h), "none" too. Else: "none" (nullptr), "ngram", "chimera" (the draft model
 // alone), "hybrid" (both in one tree) or "static" (the draft model's guesses in the shape of
-// --tree). Throws UsageError for the last three without a draft model, and for "static" without a
-// tree.
+// --tree).
 std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
                                       const std::optional<DraftTensors>& draft, const Llama& target,
                                       int context);

@@ -20,12 +20,6 @@ std::optional<T> parse_number(std::string_view text) {
   return value;
 }
 
-std::string short_text(float value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
-  return buffer;
-}
-
 template <typename T>
 FlagValue integer_between(T* target, int min, int max) {
   FlagValue value;
@@ -42,7 +36,7 @@ FlagValue integer_between(T* target, int min, int max) {
 template <typename T>
 FlagValue number_between(T* target, float min, float max) {
   FlagValue value;
-  value.expected = "a number from " + short_text(min) + " to " + short_text(max);
+  value.expected = "a number from " + number_text(min) + " to " + number_text(max);
   value.set = [=](std::string_view text) {
     const auto n = parse_number<double>(text);
     // Compared after rounding, and so that NaN fails.
@@ -67,6 +61,7 @@ std::string help(const Command& command) {
   }
 
   std::string out = "usage: chimera " + command.name + " " + command.usage + "\n\n" + command.about;
+  if (command.flags.front().value.set) out += "\nFlags\n";
   for (const Flag& flag : command.flags) {
     if (!flag.value.set) {
       out += "\n" + flag.name + "\n";
@@ -104,16 +99,24 @@ FlagValue text(std::optional<std::string>* target) {
   return {set, "", ""};
 }
 
-FlagValue texts(std::vector<std::string>* target) {
-  const auto set = [=](std::string_view text) {
+FlagValue file(std::optional<std::string>* target) {
+  const auto set = [=](std::string_view name) {
+    *target = name;
+    return !name.empty();
+  };
+  return {set, "", ""};
+}
+
+FlagValue files(std::vector<std::string>* target) {
+  const auto set = [=](std::string_view names) {
     target->assign(1, "");
-    for (const char c : text) {
+    for (const char c : names) {
       if (c == ',')
         target->emplace_back();
       else
         target->back() += c;
     }
-    return true;
+    return std::find(target->begin(), target->end(), "") == target->end();
   };
   return {set, "", ""};
 }
@@ -152,7 +155,7 @@ FlagValue integer(uint64_t* target) {
 
 FlagValue number(float* target, float min, float max) {
   FlagValue value = number_between(target, min, max);
-  value.default_text = short_text(*target);
+  value.default_text = number_text(*target);
   return value;
 }
 
@@ -168,7 +171,13 @@ FlagValue on(bool* target) {
   return {set, "", ""};
 }
 
-bool parse(const Command& declared, const std::vector<std::string>& args) {
+Flag threads_flag(std::optional<int>* target) {
+  return {0, "threads", "N", "CPU threads (default: one for each physical core)",
+          integer(target, 1, 256)};
+}
+
+bool parse(const Command& declared, const std::vector<std::string>& args,
+           std::set<std::string>* given) {
   Command command = declared;
   bool wants_help = false;
   command.flags.push_back({'h', "help", "", "print this text", on(&wants_help)});
@@ -177,6 +186,7 @@ bool parse(const Command& declared, const std::vector<std::string>& args) {
   for (size_t i = 0; i < args.size() && !wants_help; ++i) {
     const std::string& arg = args[i];
     if (command.argument && !arg.starts_with("-")) {
+      if (arg.empty()) throw UsageError(command.name, "an argument", "''", see_help);
       if (*command.argument) {
         throw UsageError(command.name, "one argument", in_quotes(arg) + " as well", see_help);
       }
@@ -187,6 +197,7 @@ bool parse(const Command& declared, const std::vector<std::string>& args) {
     const std::string name = arg.substr(0, equals);
     const Flag* flag = find(command, name);
     if (!flag) throw UsageError(command.name, "one of its flags", in_quotes(name), see_help);
+    if (given) given->insert(flag->name);
     if (flag->value_name.empty()) {
       if (equals != std::string::npos) {
         throw UsageError(name, "no value", in_quotes(arg.substr(equals + 1)), see_help);

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -34,7 +35,8 @@ struct FlagValue {
   std::string default_text;                   // empty: --help shows none
 };
 FlagValue text(std::optional<std::string>* target);
-FlagValue texts(std::vector<std::string>* target);  // separated by commas
+FlagValue file(std::optional<std::string>* target);  // a name, so not empty
+FlagValue files(std::vector<std::string>* target);   // names, separated by commas
 FlagValue choice(std::string* target, std::vector<std::string> choices);
 FlagValue integer(int* target, int min, int max);
 FlagValue integer(std::optional<int>* target, int min, int max);
@@ -54,6 +56,9 @@ inline Flag heading(const std::string& name) {
   return {0, name, "", "", {}};
 }
 
+// The same in all commands that compute. Not given: one for each physical core.
+Flag threads_flag(std::optional<int>* target);
+
 struct Command {
   std::string name;   // "run"
   std::string usage;  // what follows it
@@ -64,7 +69,8 @@ struct Command {
 };
 
 // Sets the flags' targets; the last of two wins. Returns false after --help, which it prints.
-// Throws UsageError.
-bool parse(const Command& command, const std::vector<std::string>& args);
+// given: the names of the flags that were. Throws UsageError.
+bool parse(const Command& command, const std::vector<std::string>& args,
+           std::set<std::string>* given = nullptr);
 
 }  // namespace chimera

@@ -45,22 +45,16 @@ std::string parameters_text(int64_t n) {
   return n < 1000000 ? std::to_string(n) : fixed_text(static_cast<double>(n) / 1e6, 1) + " million";
 }
 
-std::string short_text(float value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
-  return buffer;
-}
-
 }  // namespace
 
 int info(const std::vector<std::string>& args) {
-  std::optional<std::string> path;
+  std::optional<std::string> path, model_path;
   std::optional<int> ctx;
   bool json = false;
   const Command command{"info",
-                        "MODEL [FLAGS]",
+                        "MODEL | -m MODEL [FLAGS]",
                         "Shows what is in a model file, and the memory that `run` needs for it.\n",
-                        {heading("Flags"),
+                        {{'m', "model", "MODEL", "a GGUF or llama2.c file", file(&model_path)},
                          {0, "ctx", "N",
                           "plan the memory for N tokens of prompt and text\n(default: 2048, and no "
                           "more than the model was trained for)",
@@ -68,10 +62,12 @@ int info(const std::vector<std::string>& args) {
                          {0, "json", "", "print one JSON object instead", on(&json)}},
                         &path};
   if (!parse(command, args)) return 0;
-  if (!path) throw UsageError("info", "MODEL", "none", "see chimera info --help");
+  if (path.has_value() == model_path.has_value())
+    throw UsageError("info", "MODEL or -m MODEL", path ? "both" : "none",
+                     "see chimera info --help");
 
   const auto backend = make_backend("cpu", {});
-  const Model model(*path);
+  const Model model(path ? *path : *model_path);
   const LlamaConfig& c = model.file.tensors.config;
   const SessionOptions options{.context = ctx.value_or(std::min(c.max_context, 2048)),
                                .max_nodes = DrafterFlags::kMostNodes};
@@ -113,7 +109,7 @@ int info(const std::vector<std::string>& args) {
                   {"head_dim", c.head_dim},
                   {"ffn_size", c.ffn_size},
                   {"max_context", c.max_context},
-                  {"rms_eps", std::stod(short_text(c.rms_eps))},
+                  {"rms_eps", std::stod(number_text(c.rms_eps))},
                   {"rope_base", c.rope_base},
                   {"tied_embedding", tied}}},
                 {"parameters", parameters},
@@ -156,7 +152,7 @@ int info(const std::vector<std::string>& args) {
   out += row("ffn", std::to_string(c.ffn_size));
   out += row("context", std::to_string(c.max_context) + " tokens in training");
   out += row("rope base", fixed_text(c.rope_base, 0) + (c.rope_divisors.empty() ? "" : ", scaled"));
-  out += row("norm epsilon", short_text(c.rms_eps));
+  out += row("norm epsilon", number_text(c.rms_eps));
   out += row("tokenizer",
              std::string(tokenizer) + ", " + std::to_string(model.tokenizer.size()) + " tokens");
   out += row("chat format", std::string(name(model.chat_format)));

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <fstream>
 
 #include "engine/error.h"
+#include "tools/clock.h"
 
 namespace chimera {
 namespace {
@@ -68,10 +68,6 @@ ReadBandwidth::ReadBandwidth(size_t bytes, int threads)
 }
 
 double ReadBandwidth::measure() {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point t) {
-    return std::chrono::duration<double>(Clock::now() - t).count();
-  };
   std::atomic<uint64_t> sum{0};
   double best = 1e9;
   for (const auto start = Clock::now(); seconds_since(start) < 0.2;) {

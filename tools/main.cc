@@ -7,6 +7,7 @@
 #include "tokenizer/unicode.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/output.h"
 
 namespace chimera {
@@ -26,7 +27,7 @@ constexpr char kHelp[] =
     "  train      make a draft model for another model\n"
     "  tune-tree  the best static tree for a draft model on this machine\n"
     "\n"
-    "  chimera COMMAND --help   the flags of a command\n"
+    "  chimera help COMMAND     the flags of a command, as chimera COMMAND --help\n"
     "  chimera --version\n"
     "\n"
     "for example:\n"
@@ -34,7 +35,11 @@ constexpr char kHelp[] =
 
 int dispatch(const std::vector<std::string>& args) {
   const std::string command = args.empty() ? "--help" : args.front();
-  const std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
+  std::vector<std::string> rest(args.begin() + (args.empty() ? 0 : 1), args.end());
+  if (command == "help") {
+    rest.push_back("--help");
+    return dispatch(rest);
+  }
   if (command == "run") return run(rest);
   if (command == "info") return info(rest);
   if (command == "bench") return bench(rest);
@@ -51,6 +56,8 @@ int guarded(const std::vector<std::string>& args) {
     return dispatch(args);
   } catch (const OutputClosed&) {
     return 1;
+  } catch (const Interrupted& e) {
+    return e.exit_code;
   } catch (const UsageError& e) {
     note(std::string("chimera: ") + e.what());
     return 2;

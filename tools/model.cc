@@ -10,6 +10,7 @@
 #include "loader/draft_file.h"
 #include "loader/text.h"
 #include "tools/output.h"
+#include "tools/prompts.h"
 
 namespace chimera {
 
@@ -37,18 +38,31 @@ std::vector<int32_t> encode(const Model& model, std::span<const Message> message
   return ids;
 }
 
-int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t longest_prompt,
+std::vector<std::vector<int32_t>> encode_file(const Model& model, const std::string& path,
+                                              std::optional<int> limit, LongestPrompt* longest) {
+  std::vector<std::vector<int32_t>> prompts;
+  for (const Prompt& prompt : load_prompts(path)) {
+    if (limit && prompts.size() == static_cast<size_t>(*limit)) break;
+    prompts.push_back(encode(model, prompt.messages, model.chat_format != ChatFormat::kNone));
+    if (prompts.back().size() > longest->tokens)
+      *longest = {prompts.back().size(),
+                  printable(path, 4096) + ": line " + std::to_string(prompt.line)};
+  }
+  return prompts;
+}
+
+int choose_context(const LlamaConfig& config, std::optional<int> ctx, const LongestPrompt& longest,
                    int n) {
-  const auto enough = static_cast<int64_t>(longest_prompt) + n;
+  const auto enough = static_cast<int64_t>(longest.tokens) + n;
   const int trained = std::min(config.max_context, kMaxContext);
   const int context = ctx ? *ctx : static_cast<int>(std::min<int64_t>(trained, enough));
   if (context > config.max_context) {
     note("warning: the model was trained for " + std::to_string(config.max_context) +
          " tokens; expect nonsense beyond");
   }
-  if (longest_prompt >= static_cast<size_t>(context)) {
-    throw Error("prompt", "fewer than " + std::to_string(context) + " tokens (the context)",
-                std::to_string(longest_prompt),
+  if (longest.tokens >= static_cast<size_t>(context)) {
+    throw Error(longest.where, "fewer than " + std::to_string(context) + " tokens (the context)",
+                std::to_string(longest.tokens),
                 ctx ? "shorten it or raise --ctx"
                     : "shorten it, or go beyond what the model was trained for with --ctx");
   }

@@ -30,11 +30,21 @@ struct Model {
 // each on its own lines, with BOS in front where the model wants it.
 std::vector<int32_t> encode(const Model& model, std::span<const Message> messages, bool chat);
 
-// Tokens of context for prompts of up to `longest_prompt` tokens and `n` new ones each: --ctx if
-// given, else just enough, and no more than the model was trained for. Throws Error if there is no
-// room for a single new token.
+// The longest of some prompts, and where it stands.
+struct LongestPrompt {
+  size_t tokens = 0;
+  std::string where = "prompt";
+};
+
+// The prompts of a file, `limit` at most, in the model's chat format where it has one.
+std::vector<std::vector<int32_t>> encode_file(const Model& model, const std::string& path,
+                                              std::optional<int> limit, LongestPrompt* longest);
+
+// Tokens of context for the prompts and `n` new ones each: --ctx if given, else just enough, and no
+// more than the model was trained for. Throws Error if there is no room for a single new token.
 inline constexpr int kMaxContext = 1 << 20;
-int choose_context(const LlamaConfig& config, std::optional<int> ctx, size_t longest_prompt, int n);
+int choose_context(const LlamaConfig& config, std::optional<int> ctx, const LongestPrompt& longest,
+                   int n);
 
 // Repacks the weights for the backend. The file is no longer needed then, and closed: model->file
 // keeps its configuration only. mapped: the backend reads them where the file has them, and the

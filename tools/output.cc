@@ -5,8 +5,11 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 
 #include "engine/error.h"
+#include "loader/output_file.h"
+#include "loader/text.h"
 
 namespace chimera {
 
@@ -26,7 +29,7 @@ void note(const std::string& line) {
 }
 
 Progress::Progress()
-    : terminal_(isatty(STDERR_FILENO) != 0), start_(std::chrono::steady_clock::now()) {}
+    : terminal_(isatty(STDERR_FILENO) != 0), start_(Clock::now()), logged_(start_) {}
 
 void Progress::show(const std::string& line) {
   if (terminal_) std::fprintf(stderr, "\r\033[K%s", line.c_str());
@@ -35,11 +38,24 @@ void Progress::show(const std::string& line) {
 void Progress::bar(const std::string& label, double done) {
   constexpr int kWidth = 20;
   const auto full = static_cast<size_t>(done * kWidth);
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  const double seconds = seconds_since(start_);
   show(label + " [" + std::string(full, '#') + std::string(kWidth - full, '-') + "] " +
        fixed_text(100 * done, 0) + "%" +
        (done > 0.02 ? ", " + fixed_text(seconds * (1 - done) / done, 0) + " s left" : ""));
+}
+
+void Progress::log(const std::string& line) {
+  show(line);
+  if (terminal_ || seconds_since(logged_) < 60) return;
+  note(line);
+  logged_ = Clock::now();
+}
+
+void expect_writable(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error))
+    throw Error(printable(path, 4096), "a file that can be written", "a directory");
+  const OutputFile there(path);
 }
 
 std::string xml_text(const std::string& text) {
@@ -63,6 +79,24 @@ std::string bytes_text(size_t bytes) {
 
 std::string count_text(int64_t n, const std::string& thing) {
   return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
+}
+
+std::string hash_text(std::string_view bytes) {
+  uint64_t h = 0xcbf29ce484222325u;
+  for (const char c : bytes) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  char hex[17];
+  std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(h));
+  return hex;
+}
+
+std::string number_text(float value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
+  return buffer;
+}
+
+std::string percent_text(int64_t n, int64_t of) {
+  return of > 0 ? fixed_text(100 * static_cast<double>(n) / static_cast<double>(of), 1) : "-";
 }
 
 std::string fixed_text(double value, int decimals) {

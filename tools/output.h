@@ -1,12 +1,13 @@
 // What the program says: results on standard output, everything else on standard error.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+
+#include "tools/clock.h"
 
 namespace chimera {
 
@@ -29,15 +30,23 @@ class Progress {
   void show(const std::string& line);
   // "mt_bench.jsonl [#######-------------] 35%, 20 s left". done: from 0 to 1, in equal steps.
   void bar(const std::string& label, double done);
+  // ... and without a terminal a line a minute, for the log of what takes hours.
+  void log(const std::string& line);
 
  private:
   bool terminal_;
-  std::chrono::steady_clock::time_point start_;
+  Clock::time_point start_, logged_;
 };
 
+// Throws Error, before hours of work, where a file could not be written after them.
+void expect_writable(const std::string& path);
+
 std::string fixed_text(double value, int decimals);           // "3.14"
+std::string number_text(float value);                         // "3.14", "1e-06": as short as can be
+std::string percent_text(int64_t n, int64_t of);              // "31.4", "-" of none
 std::string bytes_text(size_t bytes);                         // "98.4 MB"
 std::string xml_text(const std::string& text);                // for the inside of an SVG element
 std::string count_text(int64_t n, const std::string& thing);  // "1 token", "2 tokens"
+std::string hash_text(std::string_view bytes);                // 16 hex digits: FNV-1a
 
 }  // namespace chimera

@@ -14,22 +14,10 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kLongestLine = 16 << 20;
 constexpr int kDeepest = 32;
 
 bool is_blank(std::string_view text) {
   return text.find_first_not_of(" \t\r") == std::string_view::npos;
-}
-
-void check_utf8(const std::string& where, std::string_view line) {
-  for (size_t i = 0; i < line.size();) {
-    const Utf8Char c = first_utf8_char(line.substr(i));
-    if (c.state != Utf8::kValid) {
-      throw Error(where, "UTF-8", "other bytes at byte " + std::to_string(i + 1),
-                  "save the file as UTF-8");
-    }
-    i += c.length;
-  }
 }
 
 json parse_object(const std::string& where, std::string_view line) {
@@ -66,13 +54,15 @@ std::string string_field(const std::string& where, const json& object, const cha
   return found->get<std::string>();
 }
 
-Prompt user(std::string text) {
+using Messages = std::vector<Message>;
+
+Messages user(std::string text) {
   return {{"user", std::move(text)}};
 }
 
-Prompt read_messages(const std::string& where, const json& messages) {
+Messages read_messages(const std::string& where, const json& messages) {
   if (!messages.is_array()) throw Error(where, "a list of messages", messages.type_name());
-  Prompt prompt;
+  Messages prompt;
   for (size_t i = 0; i < messages.size(); ++i) {
     const std::string message = where + ": message " + std::to_string(i + 1);
     if (!messages[i].is_object()) throw Error(message, "an object", messages[i].type_name());
@@ -85,7 +75,7 @@ Prompt read_messages(const std::string& where, const json& messages) {
   return prompt;
 }
 
-Prompt read_json_line(const std::string& where, std::string_view line) {
+Messages read_json_line(const std::string& where, std::string_view line) {
   const json object = parse_object(where, line);
   if (const auto turns = object.find("turns"); turns != object.end()) {
     if (!turns->is_array() || turns->empty() || !turns->front().is_string()) {
@@ -103,7 +93,7 @@ Prompt read_json_line(const std::string& where, std::string_view line) {
   throw Error(where, "\"turns\", \"prompt\", \"text\" or \"messages\"", "none of them");
 }
 
-Prompt read_line(const std::string& where, std::string_view line, bool jsonl) {
+Messages read_line(const std::string& where, std::string_view line, bool jsonl) {
   if (line.size() > kLongestLine)
     throw Error(where, "at most 16 MB", std::to_string(line.size()) + " bytes");
   check_utf8(where, line);
@@ -122,6 +112,17 @@ void note_broken(const std::string& file, const std::vector<int>& lines, const s
 
 }  // namespace
 
+void check_utf8(const std::string& where, std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const Utf8Char c = first_utf8_char(text.substr(i));
+    if (c.state != Utf8::kValid) {
+      throw Error(where, "UTF-8", "other bytes at byte " + std::to_string(i + 1),
+                  "convert it to UTF-8");
+    }
+    i += c.length;
+  }
+}
+
 std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lines) {
   const MappedFile file(path);
   std::string_view rest(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
@@ -139,7 +140,8 @@ std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lin
     if (line.ends_with('\r')) line.remove_suffix(1);
     if (is_blank(line)) continue;
     try {
-      prompts.push_back(read_line(file.name() + ": line " + std::to_string(number), line, jsonl));
+      prompts.push_back(
+          {read_line(file.name() + ": line " + std::to_string(number), line, jsonl), number});
     } catch (const Error& e) {
       if (broken_lines == BrokenLines::kStop) throw;
       if (broken.empty()) what = e.what();

@@ -11,19 +11,29 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tokenizer/chat.h"
 
 namespace chimera {
 
-// A prompt is a conversation: one message of the user's unless the file has "messages".
-using Prompt = std::vector<Message>;
+inline constexpr size_t kLongestLine = 16 << 20;  // bytes
+
+// A conversation: one message of the user's unless the file has "messages".
+struct Prompt {
+  std::vector<Message> messages;
+  int line = 0;  // of the file
+};
 
 // At least one; blank lines are skipped. Throws Error, which names the file and the line - unless
 // broken lines are to be left out: then notes which, if there are any.
 enum class BrokenLines { kStop, kLeaveOut };
 std::vector<Prompt> load_prompts(const std::string& path,
                                  BrokenLines broken_lines = BrokenLines::kStop);
+
+// Throws Error, which names the first byte that is part of no character: a tokenizer has no token
+// for it, or another one.
+void check_utf8(const std::string& where, std::string_view text);
 
 }  // namespace chimera

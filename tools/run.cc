@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
-#include <csignal>
 #include <cstdio>
 #include <cstring>
 
@@ -15,9 +13,11 @@
 #include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
+#include "tools/prompts.h"
 
 namespace chimera {
 namespace {
@@ -42,7 +42,7 @@ Command command(Options* o) {
       "warnings go to standard error. Ctrl-C ends the text early.\n",
       {heading("Prompt (from standard input without -p and -f)"),
        {'p', "prompt", "TEXT", "the prompt itself", text(&o->prompt)},
-       {'f', "file", "FILE", "a file that holds it", text(&o->file)},
+       {'f', "file", "FILE", "a file that holds it", file(&o->file)},
        {0, "chat", "", "ask in the model's chat format (default where it has one)", on(&o->chat)},
        {0, "raw", "", "continue the prompt as it stands", on(&o->raw)},
        {0, "system", "TEXT", "the system message of the chat", text(&o->system)},
@@ -65,13 +65,12 @@ Command command(Options* o) {
         "model), hybrid (both),\nstatic (a draft model, in the shape of --tree), none, or best\n"
         "(static with --tree, hybrid with --draft, else ngram)",
         choice(&o->drafter, {"none", "ngram", "chimera", "hybrid", "static", "best"})},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
         choice(&o->device, {"cpu", "cuda", "auto"})},
        {0, "eager", "", "launch a step's ops one by one on the GPU, for debugging", on(&o->eager)},
        heading("Model and memory"),
-       {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
+       {'m', "model", "MODEL", "a GGUF or llama2.c file", file(&o->model)},
        {0, "ctx", "N",
         "tokens of prompt and text together, at most (default:\nwhat the prompt and -n need, 2048 "
         "more than the prompt\n"
@@ -92,12 +91,16 @@ Command command(Options* o) {
   return command;
 }
 
-void check_together(const Options& o) {
+void check_together(Options* options) {
+  Options& o = *options;
   const std::string see_help = "see chimera run --help";
   if (!o.model) throw UsageError("run", "-m MODEL", "none", see_help);
   if (o.prompt && o.file) throw UsageError("run", "-p or -f", "both", see_help);
   if (o.chat && o.raw) throw UsageError("run", "--chat or --raw", "both", see_help);
   if (o.raw && o.system) throw UsageError("--system", "a chat", "--raw", "put it into the prompt");
+  if (o.drafter == "best")
+    o.drafter = !o.drafting.tree.empty() ? "static" : o.drafting.draft ? "hybrid" : "ngram";
+  o.drafting.check(o.drafter);
 }
 
 // All of a stream, which may be a pipe. The last newline is dropped: editors and `echo` add it.
@@ -109,13 +112,17 @@ std::string read_all(std::FILE* file, const std::string& name) {
     if (text.size() > kLongestPrompt) throw Error(name, "a prompt of at most 64 MiB", "more");
   }
   if (std::ferror(file)) throw Error(name, "a readable file", std::strerror(errno));
+  check_utf8(name, text);
   if (text.ends_with('\n')) text.pop_back();
   if (text.ends_with('\r')) text.pop_back();
   return text;
 }
 
 std::string read_prompt(const Options& o) {
-  if (o.prompt) return *o.prompt;
+  if (o.prompt) {
+    check_utf8("-p", *o.prompt);
+    return *o.prompt;
+  }
   if (o.file) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(o.file->c_str(), "rb"),
                                                                std::fclose);
@@ -128,20 +135,6 @@ std::string read_prompt(const Options& o) {
     throw UsageError("standard input", "a prompt", "nothing", "give one with -p TEXT or -f FILE");
   }
   return text;
-}
-
-volatile std::sig_atomic_t interrupted = 0;
-
-// The first Ctrl-C ends the text; the second, if that takes too long, the program.
-void end_text_on_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupted = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-  sigaction(SIGINT, &action, nullptr);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // plain_seconds: of a plain step; 0: this was plain decoding.
@@ -164,12 +157,13 @@ std::string figures(const Generation& g, double plain_seconds) {
 int run(const std::vector<std::string>& args) {
   Options o;
   if (!parse(command(&o), args)) return 0;
-  check_together(o);
+  check_together(&o);
 
   // The prompt is read and measured before the weights are: most mistakes show at once.
-  using Clock = std::chrono::steady_clock;
   Clock::time_point start = Clock::now();
   const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0), .eager = o.eager});
+  if (o.eager && backend->name() != "cuda")
+    throw UsageError("--eager", "a GPU, for which it is", "device " + backend->name());
   Model model(*o.model);
   double load_seconds = seconds_since(start);
 
@@ -178,29 +172,30 @@ int run(const std::vector<std::string>& args) {
     throw UsageError("--system", "a model with a chat format", "none", "put it into the prompt");
   }
   std::vector<Message> messages;
-  if (o.system) messages.push_back({"system", *o.system});
+  if (o.system) {
+    check_utf8("--system", *o.system);
+    messages.push_back({"system", *o.system});
+  }
   messages.push_back({"user", read_prompt(o)});
   const std::vector<int32_t> prompt = encode(model, messages, chat);
   if (prompt.empty())
     throw UsageError("prompt", "text", "none", "this model cannot start from nothing");
-  const int context =
-      choose_context(model.file.tensors.config, o.ctx, prompt.size(), o.n.value_or(kTokensUnasked));
+  const int context = choose_context(model.file.tensors.config, o.ctx, {.tokens = prompt.size()},
+                                     o.n.value_or(kTokensUnasked));
 
   start = Clock::now();
   std::optional<DraftTensors> draft = load_draft_for(model, o.drafting);
-  if (o.drafter == "best")
-    o.drafter = !o.drafting.tree.empty() ? "static" : draft ? "hybrid" : "ngram";
   const Llama llama = prepare_weights(*backend, &model, o.weights == "mapped");
   const bool plain = o.drafter == "none";
   Session session(llama, {.context = context,
-                          .max_nodes = plain ? 0 : o.drafting.most_nodes(),
+                          .max_nodes = o.drafting.nodes_of(o.drafter),
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
   draft.reset();  // its weights are packed by now
   const CostCache costs(model, llama);
   if (!plain && o.drafter != "static" && !o.drafting.nodes) costs.tune(&session, o.drafting.tune);
   load_seconds += seconds_since(start);
-  end_text_on_interrupt();
+  const Interrupt interrupt;
   if (!o.json) {
     note(model.name() + " on " + backend->description() + ", loaded in " +
          fixed_text(load_seconds, 2) + " s");
@@ -216,7 +211,7 @@ int run(const std::vector<std::string>& args) {
     text += piece;
     if (!o.json && !piece.empty()) print(piece);
   };
-  options.cancelled = [] { return interrupted != 0; };
+  options.cancelled = [&] { return interrupt.asked(); };
   const Generation g = generate(session, drafter.get(), prompt, options,
                                 [&](int32_t id) { emit(decoder.push(id)); });
   emit(decoder.finish());
@@ -231,7 +226,7 @@ int run(const std::vector<std::string>& args) {
                 {"chat_format", chat ? name(model.chat_format) : "none"},
                 {"context", context},
                 {"drafter", o.drafter},
-                {"nodes", plain ? 0 : o.drafting.most_nodes()},
+                {"nodes", o.drafting.nodes_of(o.drafter)},
                 {"device", backend->name()},
                 {"isa", backend->isa()},
                 {"contract_version", backend->contract_version()},
@@ -250,7 +245,7 @@ int run(const std::vector<std::string>& args) {
     }
     note(figures(g, plain ? 0 : session.plain_seconds()));
   }
-  return g.stop == Stop::kCancelled ? 128 + SIGINT : 0;
+  return g.stop == Stop::kCancelled ? interrupt.exit_code() : 0;
 }
 
 }  // namespace chimera

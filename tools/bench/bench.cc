@@ -1,9 +1,12 @@
 // chimera bench: how fast this machine decodes, how fast it could, and where the time goes.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
+#include <filesystem>
+#include <functional>
+#include <set>
 
 #include "engine/generate.h"
+#include "loader/text.h"
 #include "tools/bench/roofline.h"
 #include "tools/bench/shape.h"
 #include "tools/bench/step_costs.h"
@@ -12,10 +15,10 @@
 #include "tools/cost_cache.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
-#include "tools/prompts.h"
 
 namespace chimera {
 namespace {
@@ -32,7 +35,8 @@ const char* const kPrompts[] = {
 };
 
 struct Options {
-  std::optional<std::string> model, prompts, svg;
+  std::optional<std::string> model, svg;
+  std::vector<std::string> prompts;
   std::optional<int> limit, ctx, threads;
   std::string device = "auto", shape = "", type = "bf16", weights = "packed";
   int n = 128, rounds = 5;
@@ -49,19 +53,17 @@ Command command(Options* o) {
       "texts of growing length, times every op of a pass, and reads memory as fast as it goes: "
       "all\n"
       "of it in every round. Reports medians of the rounds, and the lowest and highest.\n",
-      {heading("Flags"),
-       {'m', "model", "MODEL", "a GGUF or llama2.c file", text(&o->model)},
+      {{'m', "model", "MODEL", "a GGUF or llama2.c file", file(&o->model)},
        {0, "prompts", "FILE,..",
         "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line; each "
         "file is a set (default: four\nprompts of its own)",
-        text(&o->prompts)},
+        files(&o->prompts)},
        {0, "limit", "N", "prompts of a set to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "device", "NAME", "cpu, cuda or auto (cuda where there is a GPU)",
         choice(&o->device, {"cpu", "cuda", "auto"})},
        {0, "shape", "NAME",
@@ -73,7 +75,7 @@ Command command(Options* o) {
        {0, "weights", "HOW", "packed for this machine, or mapped: see chimera run --help",
         choice(&o->weights, {"packed", "mapped"})},
        {0, "svg", "FILE", "draw the passes under the limits of memory and arithmetic",
-        text(&o->svg)},
+        file(&o->svg)},
        {0, "json", "", "print one JSON object instead of a table", on(&o->json)}}};
   const std::vector<Flag> drafting = o->drafting.flags();
   command.flags.insert(command.flags.end() - 1, drafting.begin(), drafting.end());
@@ -89,6 +91,11 @@ struct Total {
     seconds += g.step_seconds;
     steps += g.steps;
     tokens += g.step_tokens;
+  }
+  void add(const Total& other) {
+    seconds += other.seconds;
+    steps += other.steps;
+    tokens += other.tokens;
   }
   double tokens_per_second() const { return static_cast<double>(tokens) / seconds; }
   double tokens_per_step() const {
@@ -116,29 +123,22 @@ struct PromptSet {
   std::vector<Result> results;
 };
 
-std::vector<PromptSet> choose_prompts(const Options& o, const Model& model) {
+std::vector<PromptSet> choose_prompts(const Options& o, const Model& model,
+                                      LongestPrompt* longest) {
   std::vector<PromptSet> sets;
-  const auto add = [&](const std::string& name, const std::vector<Prompt>& prompts) {
-    PromptSet& set = sets.emplace_back();
-    set.name = name;
-    for (const Prompt& prompt : prompts) {
-      if (o.limit && set.prompts.size() == static_cast<size_t>(*o.limit)) break;
-      set.prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
-    }
-  };
-  if (!o.prompts) {
-    std::vector<Prompt> own;
-    for (const char* text : kPrompts) own.push_back({{"user", text}});
-    add("own", own);
-    return sets;
+  for (const std::string& file : o.prompts)
+    sets.push_back({printable(std::filesystem::path(file).filename().string(), 4096),
+                    encode_file(model, file, o.limit, longest),
+                    {}});
+  if (!sets.empty()) return sets;
+  PromptSet own{"own", {}, {}};
+  for (const char* text : kPrompts) {
+    if (o.limit && own.prompts.size() == static_cast<size_t>(*o.limit)) break;
+    const Message message{"user", text};
+    own.prompts.push_back(encode(model, {&message, 1}, model.chat_format != ChatFormat::kNone));
+    longest->tokens = std::max(longest->tokens, own.prompts.back().size());
   }
-  for (size_t at = 0; at <= o.prompts->size();) {
-    const size_t end = std::min(o.prompts->find(',', at), o.prompts->size());
-    const std::string path = o.prompts->substr(at, end - at);
-    add(path.substr(path.rfind('/') + 1), load_prompts(path));
-    at = end + 1;
-  }
-  return sets;
+  return {own};
 }
 
 void check_same(const std::vector<int32_t>& plain, const std::vector<int32_t>& drafted,
@@ -177,7 +177,6 @@ class ArithmeticLimit {
     for (int i = 0; i < kRows; ++i) step_->add_row(0, i - 1, false);
   }
   double measure() {
-    using Clock = std::chrono::steady_clock;
     double best = 1e9;
     for (int i = 0; i < 50; ++i) {
       const auto start = Clock::now();
@@ -186,7 +185,7 @@ class ArithmeticLimit {
                                       .x = static_cast<float*>(x_.get()),
                                       .y = static_cast<float*>(y_.get())});
       });
-      best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+      best = std::min(best, seconds_since(start));
     }
     return static_cast<double>(kRows * matrix_->rows * matrix_->cols) / best;
   }
@@ -278,15 +277,142 @@ std::string table_of(const std::vector<StepCosts::Op>& ops) {
   return text;
 }
 
+// ---- The run ------------------------------------------------------------------------------------
+
+// Of a shape, single steps are run: there are no texts, and no file to draw.
+void check_together(const Options& o, const std::set<std::string>& given) {
+  static const std::set<std::string> kOfShapes = {"shape",   "type",   "ctx", "rounds",
+                                                  "threads", "device", "json"};
+  const std::string see_help = "see chimera bench --help";
+  if (o.model.has_value() != o.shape.empty())
+    throw UsageError("bench", "-m MODEL or --shape NAME", o.model ? "both" : "neither", see_help);
+  for (const std::string& flag : given)
+    if (o.model ? flag == "type" : kOfShapes.count(flag) == 0)
+      throw UsageError("--" + flag, o.model ? "--shape NAME" : "-m MODEL",
+                       o.model ? "-m MODEL" : "--shape", "leave one out");
+  o.drafting.check();
+}
+
+struct Contestant {
+  std::string name;
+  std::unique_ptr<Drafter> drafter;
+};
+
+std::vector<Contestant> choose_drafters(const Options& o, const std::optional<DraftTensors>& draft,
+                                        const Llama& llama, int context) {
+  std::vector<std::string> names = {"none", "ngram"};
+  if (draft) names.insert(names.end(), {"chimera", "hybrid"});
+  if (!o.drafting.tree.empty()) names.push_back("static");
+  std::vector<Contestant> all;
+  for (const std::string& name : names)
+    all.push_back({name, make_drafter(name, o.drafting, draft, llama, context)});
+  return all;
+}
+
+// One round over a set: what each drafter did.
+std::vector<Total> decode(const PromptSet& set, const std::vector<Contestant>& drafters,
+                          Session* session, GenerateOptions options, const Interrupt& interrupt,
+                          const std::function<void(const std::string&)>& tell) {
+  std::vector<Total> totals(drafters.size());
+  for (size_t i = 0; i < set.prompts.size(); ++i) {
+    tell(set.name + ", prompt " + std::to_string(i + 1) + " of " +
+         std::to_string(set.prompts.size()));
+    options.sampling.seed = i;
+    std::vector<int32_t> plain;
+    for (size_t d = 0; d < drafters.size(); ++d) {
+      const Generation g = generate(*session, drafters[d].drafter.get(), set.prompts[i], options);
+      interrupt.check();
+      if (d == 0) plain = g.ids;
+      check_same(plain, g.ids, set.name, i, drafters[d].name);
+      totals[d].add(g);
+    }
+  }
+  if (totals[0].steps == 0)
+    throw Error("bench, " + set.name, "texts of two tokens and more", "none", "use other prompts");
+  return totals;
+}
+
+// What all rounds gave, with what has to be said about it.
+struct Report {
+  const Options& o;
+  std::string model, device;  // as people read them
+  const Backend& backend;
+  int threads = 0;
+  size_t weight_bytes = 0, n_prompts = 0;
+  std::vector<PromptSet> sets;
+  std::vector<Result> results;  // of all sets together
+  Series bandwidth, share, arithmetic;
+  const StepCosts& costs;
+};
+
+Json json_of(const Report& r) {
+  Json by_set = Json::array();
+  for (const PromptSet& set : r.sets)
+    by_set.push_back(
+        {{"set", set.name}, {"prompts", set.prompts.size()}, {"results", json_of(set.results)}});
+  return {{"model", r.model},
+          {"cpu", cpu_model()},
+          {"device", r.backend.name()},
+          {"isa", r.backend.isa()},
+          {"threads", r.threads},
+          {"prompts", r.n_prompts},
+          {"tokens", r.o.n},
+          {"rounds", r.o.rounds},
+          {"nodes", r.o.drafting.most_nodes()},
+          {"temperature", r.o.sampling.temperature},
+          {"weight_bytes", r.weight_bytes},
+          {"peak_memory_bytes", peak_memory_bytes()},
+          {"read_bandwidth_gb_s", r.bandwidth.median()},
+          {"read_bandwidth_gb_s_spread", r.bandwidth.spread()},
+          {"bandwidth_share", r.share.median()},
+          {"bandwidth_share_spread", r.share.spread()},
+          {"arithmetic_limit_g_multiply_adds_s", r.arithmetic.median() / 1e9},
+          {"results", json_of(r.results)},
+          {"sets", by_set},
+          {"passes", json_of("rows", r.costs.by_rows())},
+          {"contexts", json_of("tokens", r.costs.by_context())},
+          {"ops", json_of(r.costs.by_op())},
+          {"prefill_tokens", r.costs.prefill_tokens()},
+          {"prefill_tokens_per_second", r.costs.prefill_tokens_per_second().median()},
+          {"prefill_tokens_per_second_spread", r.costs.prefill_tokens_per_second().spread()}};
+}
+
+std::string table_of(const Report& r) {
+  std::string by_set;
+  for (const PromptSet& set : r.sets)
+    if (r.sets.size() > 1)
+      by_set += set.name + ", " + count_text(static_cast<int64_t>(set.prompts.size()), "prompt") +
+                "\n" + table_of(set.results) + "\n";
+  return r.model + " on " + r.device + "\n" +
+         count_text(static_cast<int64_t>(r.n_prompts), "prompt") + ", up to " +
+         std::to_string(r.o.n) + " tokens each; median (lowest..highest) of " +
+         count_text(r.o.rounds, "round") + "\n\n" + by_set + table_of(r.results) +
+         table_of("rows of a pass", r.costs.by_rows()) +
+         table_of("tokens of context", r.costs.by_context()) + table_of(r.costs.by_op()) +
+         "\nprefill of " + std::to_string(r.costs.prefill_tokens()) +
+         " tokens: " + r.costs.prefill_tokens_per_second().text(0) + " tokens/s" +
+         "\nreading memory at " + r.bandwidth.text(1) + " GB/s; plain decoding reads " +
+         bytes_text(r.weight_bytes) + " of weights a token,\n" + r.share.text(2) +
+         " of that speed. All texts were the same, token for token.\n";
+}
+
+void draw(const Report& r, double multiply_adds_of_a_row, const std::string& path) {
+  Roofline roofline{r.model + " on " + r.device, 1e9 * r.bandwidth.median(),
+                    r.arithmetic.median(),       static_cast<double>(r.weight_bytes),
+                    multiply_adds_of_a_row,      {}};
+  for (const StepCosts::Point& p : r.costs.by_rows())
+    roofline.passes.push_back({p.at, p.seconds.median()});
+  write_roofline(roofline, path);
+}
+
 }  // namespace
 
 int bench(const std::vector<std::string>& args) {
   Options o;
-  if (!parse(command(&o), args)) return 0;
-  if (!o.model && o.shape.empty())
-    throw UsageError("bench", "-m MODEL or --shape NAME", "neither", "see chimera bench --help");
-  if (o.model && !o.shape.empty())
-    throw UsageError("bench", "-m MODEL or --shape NAME", "both", "see chimera bench --help");
+  std::set<std::string> given;
+  if (!parse(command(&o), args, &given)) return 0;
+  check_together(o, given);
+  if (o.svg) expect_writable(*o.svg);
 
   const int threads = o.threads.value_or(cpu::physical_cores());
   auto device = make_backend(o.device, {.threads = threads});
@@ -295,12 +421,8 @@ int bench(const std::vector<std::string>& args) {
                        {o.shape, o.type, o.ctx.value_or(512), o.rounds, threads, o.json});
   TimedBackend backend(std::move(device));
   Model model(*o.model);
-  std::vector<PromptSet> sets = choose_prompts(o, model);
-  size_t longest = 0, n_prompts = 0;
-  for (const PromptSet& set : sets) {
-    n_prompts += set.prompts.size();
-    for (const auto& prompt : set.prompts) longest = std::max(longest, prompt.size());
-  }
+  LongestPrompt longest;
+  std::vector<PromptSet> sets = choose_prompts(o, model, &longest);
   const LlamaConfig config = model.file.tensors.config;
   const int context = choose_context(config, o.ctx, longest, o.n);
 
@@ -309,122 +431,68 @@ int bench(const std::vector<std::string>& args) {
   const Llama llama = prepare_weights(backend, &model, o.weights == "mapped");
   Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
   StepCosts costs(llama, &backend);
+  const std::vector<Contestant> drafters = choose_drafters(o, draft, llama, context);
+  Report report{o,
+                model.name(),
+                cpu_model() + ", " + backend.description(),
+                backend,
+                threads,
+                llama.weight_bytes(),
+                0,
+                std::move(sets),
+                {},
+                {},
+                {},
+                {},
+                costs};
+  for (const Contestant& c : drafters) report.results.push_back({c.name, {}, {}, {}});
+  for (PromptSet& set : report.sets) {
+    set.results = report.results;
+    report.n_prompts += set.prompts.size();
+  }
+
+  const Interrupt interrupt;
   GenerateOptions options;
   options.max_tokens = o.n;
   if (model.tokenizer.eos() >= 0) options.eos = {model.tokenizer.eos()};
   options.sampling = o.sampling;
-
-  std::vector<Result> results;
-  std::vector<std::unique_ptr<Drafter>> drafters;
-  for (const char* name : {"none", "ngram", "chimera", "hybrid", "static"}) {
-    if (drafters.size() == 2 && !draft) break;
-    if (name == std::string("static") && o.drafting.tree.empty()) break;
-    drafters.push_back(make_drafter(name, o.drafting, draft, llama, context));
-    results.emplace_back().drafter = name;
-  }
-  for (PromptSet& set : sets) set.results = results;
-
+  options.cancelled = [&] { return interrupt.asked(); };
   Progress progress;
   progress.show("warming up");
   const CostCache cost_cache(model, llama);
   if (!o.drafting.nodes) cost_cache.tune(&session, o.drafting.tune);
-  for (const auto& drafter : drafters)
-    generate(session, drafter.get(), sets.front().prompts.front(), options);
+  for (const Contestant& c : drafters)
+    generate(session, c.drafter.get(), report.sets.front().prompts.front(), options);
+  interrupt.check();
 
-  Series bandwidth, share, arithmetic;
   for (int round = 0; round < o.rounds; ++round) {
+    const auto tell = [&](const std::string& what) {
+      progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
+                    ", " + what);
+    };
     const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), threads);
     std::vector<Total> all(drafters.size());
-    for (PromptSet& set : sets) {
-      std::vector<Total> totals(drafters.size());
-      for (size_t i = 0; i < set.prompts.size(); ++i) {
-        progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
-                      ", " + set.name + ", prompt " + std::to_string(i + 1) + " of " +
-                      std::to_string(set.prompts.size()));
-        options.sampling.seed = i;
-        std::vector<int32_t> plain;
-        for (size_t d = 0; d < drafters.size(); ++d) {
-          const Generation g = generate(session, drafters[d].get(), set.prompts[i], options);
-          if (d == 0) plain = g.ids;
-          check_same(plain, g.ids, set.name, i, results[d].drafter);
-          totals[d].add(g);
-          all[d].add(g);
-        }
-      }
-      if (totals[0].steps == 0)
-        throw Error("bench, " + set.name, "texts of two tokens and more", "none",
-                    "use other prompts");
+    for (PromptSet& set : report.sets) {
+      const auto totals = decode(set, drafters, &session, options, interrupt, tell);
       add_round(totals, &set.results);
+      for (size_t d = 0; d < all.size(); ++d) all[d].add(totals[d]);
     }
-    add_round(all, &results);
-    progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
-                  ", costs of a step");
+    add_round(all, &report.results);
+    tell("costs of a step");
     costs.measure_round();
-    arithmetic.add(arithmetic_limit.measure());
-    bandwidth.add(gb_per_second);
-    share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(all[0].steps) /
-              all[0].seconds / 1e9 / gb_per_second);
+    interrupt.check();
+    report.arithmetic.add(arithmetic_limit.measure());
+    report.bandwidth.add(gb_per_second);
+    report.share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(all[0].steps) /
+                     all[0].seconds / 1e9 / gb_per_second);
   }
   progress.show("");
 
-  if (o.svg) {
-    Roofline roofline{model.name() + " on " + cpu_model() + ", " + backend.description(),
-                      1e9 * bandwidth.median(),
-                      arithmetic.median(),
-                      static_cast<double>(llama.weight_bytes()),
-                      multiply_adds(config),
-                      {}};
-    for (const StepCosts::Point& p : costs.by_rows())
-      roofline.passes.push_back({p.at, p.seconds.median()});
-    write_roofline(roofline, *o.svg);
-  }
-  if (o.json) {
-    Json by_set = Json::array();
-    for (const PromptSet& set : sets)
-      by_set.push_back(
-          {{"set", set.name}, {"prompts", set.prompts.size()}, {"results", json_of(set.results)}});
-    print_json({{"model", model.name()},
-                {"cpu", cpu_model()},
-                {"device", backend.name()},
-                {"isa", backend.isa()},
-                {"threads", threads},
-                {"prompts", n_prompts},
-                {"tokens", o.n},
-                {"rounds", o.rounds},
-                {"nodes", o.drafting.most_nodes()},
-                {"temperature", o.sampling.temperature},
-                {"weight_bytes", llama.weight_bytes()},
-                {"peak_memory_bytes", peak_memory_bytes()},
-                {"read_bandwidth_gb_s", bandwidth.median()},
-                {"read_bandwidth_gb_s_spread", bandwidth.spread()},
-                {"bandwidth_share", share.median()},
-                {"bandwidth_share_spread", share.spread()},
-                {"arithmetic_limit_g_multiply_adds_s", arithmetic.median() / 1e9},
-                {"results", json_of(results)},
-                {"sets", by_set},
-                {"passes", json_of("rows", costs.by_rows())},
-                {"contexts", json_of("tokens", costs.by_context())},
-                {"ops", json_of(costs.by_op())},
-                {"prefill_tokens", costs.prefill_tokens()},
-                {"prefill_tokens_per_second", costs.prefill_tokens_per_second().median()},
-                {"prefill_tokens_per_second_spread", costs.prefill_tokens_per_second().spread()}});
-    return 0;
-  }
-  std::string by_set;
-  for (const PromptSet& set : sets)
-    if (sets.size() > 1)
-      by_set += set.name + ", " + count_text(static_cast<int64_t>(set.prompts.size()), "prompt") +
-                "\n" + table_of(set.results) + "\n";
-  print(model.name() + " on " + cpu_model() + ", " + backend.description() + "\n" +
-        count_text(static_cast<int64_t>(n_prompts), "prompt") + ", up to " + std::to_string(o.n) +
-        " tokens each; median (lowest..highest) of " + count_text(o.rounds, "round") + "\n\n" +
-        by_set + table_of(results) + table_of("rows of a pass", costs.by_rows()) +
-        table_of("tokens of context", costs.by_context()) + table_of(costs.by_op()) +
-        "\nprefill of " + std::to_string(costs.prefill_tokens()) +
-        " tokens: " + costs.prefill_tokens_per_second().text(0) + " tokens/s" +
-        "\nreading memory at " + bandwidth.text(1) + " GB/s; plain decoding reads " +
-        bytes_text(llama.weight_bytes()) + " of weights a token,\n" + share.text(2) +
-        " of that speed. All texts were the same, token for token.\n");
+  if (o.json)
+    print_json(json_of(report));
+  else
+    print(table_of(report));
+  if (o.svg) draw(report, multiply_adds(config), *o.svg);
   return 0;
 }
 

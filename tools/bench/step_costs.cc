@@ -1,7 +1,6 @@
 #include "tools/bench/step_costs.h"
 
 #include <algorithm>
-#include <chrono>
 
 namespace chimera {
 namespace {
@@ -9,12 +8,6 @@ namespace {
 constexpr int kMostRows = 64, kRowsContext = 32, kOpsContext = 128, kPrefill = 512;
 constexpr int kMostContext = 2048;
 constexpr int kSteps = 5;  // for each figure and round; the median counts
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point t) {
-  return std::chrono::duration<double>(Clock::now() - t).count();
-}
 
 SessionOptions options_for(const LlamaConfig& config) {
   return {.context = std::min(config.max_context, kMostContext + kMostRows + 16),

@@ -1,13 +1,12 @@
 #include "tools/bench/timed_backend.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
+
+#include "tools/clock.h"
 
 namespace chimera {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 std::string name_of(const Linear& op) {
   const char* input = "";
@@ -39,7 +38,7 @@ void TimedBackend::timed(Part part, const std::string& name, size_t weight_bytes
   if (!on_) return call();
   const auto begin = Clock::now();
   call();
-  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  const double seconds = seconds_since(begin);
   auto op = std::find_if(ops_.begin(), ops_.end(), [&](const Op& o) { return o.name == name; });
   if (op == ops_.end()) op = ops_.insert(op, Op{name});
   ++op->calls;

@@ -2,23 +2,16 @@
 // learn from.
 //
 // The shard it writes is JSONL. The first line describes it:
-//   {"chimera_data":1,"model":"...","seed":1,"max_tokens":256,"temperatures":[0,0,0.7,1],"shard":"0/1",
-//   ...}
+//   {"chimera_data":1,"model":"...","fingerprint":"...","prompts":"...","seed":1,"max_tokens":256,
+//   "temperatures":[0,0,0.7,1],"shard":"0/1",...}
 // and each of the others is one answer:
 //   {"prompt":17,"prompt_len":41,"temperature":0.7,"ids":[1,9690,...]}
-// ids are the prompt's tokens and the answer's. An answer depends on the model, the seed, the
-// settings and the prompt's number alone - not on the batch, the shard or the machine. (GPUs have
-// an arithmetic of their own: their shards say "device":"cuda". And a draft that takes part, see
+// ids are the prompt's tokens and the answer's. fingerprint is the model's (draft_file.h), prompts
+// a hash of all of them. An answer depends on the model, the prompts, the seed, the settings and
+// the prompt's number alone - not on the batch, the shard or the machine. (GPUs have an arithmetic
+// of their own: their shards say "device":"cuda". And a draft that takes part, see
 // --on-policy, chooses from a vocabulary that all answers of a batch share.)
-#include <unistd.h>
-
 #include <algorithm>
-#include <chrono>
-#include <csignal>
-#include <filesystem>
-#include <fstream>
-#include <tuple>
-#include <unordered_set>
 
 #include "engine/candidate_tree.h"
 #include "engine/chimera/chimera_drafter.h"
@@ -26,13 +19,16 @@
 #include "engine/session.h"
 #include "engine/train/target_features.h"
 #include "loader/feature_file.h"
+#include "loader/mapped_file.h"
 #include "tokenizer/unicode.h"
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
+#include "tools/train/shard.h"
 #include "tools/train/train.h"
 
 namespace chimera {
@@ -40,11 +36,10 @@ namespace {
 
 using nlohmann::ordered_json;
 
-volatile std::sig_atomic_t interrupted = 0;
-
 struct Options {
   std::optional<std::string> model, prompts, output, shard, draft;
-  int n = 256, sequences = 96, threads = 0, max_prompt = 512, limit = 0, own_prompts = 0;
+  std::optional<int> threads, own_prompts;
+  int n = 256, sequences = 96, max_prompt = 512, limit = 0;
   float on_policy = 0.2f;  // with a draft
   bool features = false, strict = false;
   uint64_t seed = 1;
@@ -133,28 +128,6 @@ struct Job {
   static constexpr size_t kNone = SIZE_MAX;
 };
 
-// The prompts already answered in a shard that an earlier run left, which must have the same
-// header. A last line that was cut short is taken off.
-std::unordered_set<size_t> resume(const std::string& path, const std::string& header) {
-  std::unordered_set<size_t> done;
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return done;
-  std::string line;
-  if (!std::getline(file, line) || line != header)
-    throw Error(path, "a shard made with the same model and settings", "another file",
-                "name another --output, or remove it");
-  auto good = static_cast<uint64_t>(line.size() + 1);
-  while (std::getline(file, line)) {
-    const ordered_json record = ordered_json::parse(line, nullptr, false);
-    if (file.eof() || !record.is_object() || !record.contains("prompt")) break;
-    done.insert(record["prompt"].get<size_t>());
-    good += line.size() + 1;
-  }
-  file.close();
-  std::filesystem::resize_file(path, good);
-  return done;
-}
-
 std::pair<size_t, size_t> parse_shard(const std::string& text) {
   size_t i = 0, n = 0;
   char rest = 0;
@@ -163,32 +136,74 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
   return {i, n};
 }
 
-// The answers of one shard, written as they are finished.
-class ShardWriter {
+std::string hash_of(std::span<const Prompt> prompts) {
+  std::string all;
+  for (const Prompt& prompt : prompts) {
+    for (const Message& m : prompt.messages) all += m.role + '\0' + m.content + '\0';
+    all += '\n';
+  }
+  return hash_text(all);
+}
+
+std::string hash_of_file(const std::string& path) {
+  const MappedFile file(path);
+  return hash_text({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()});
+}
+
+// All that the answers depend on but their prompts' numbers: a shard's first line.
+ordered_json header_of(const Options& o, const Model& model, std::span<const Prompt> prompts) {
+  ordered_json about{{"chimera_data", 1},
+                     {"model", model.name()},
+                     {"fingerprint", model.fingerprint},
+                     {"vocab_size", model.tokenizer.size()},
+                     {"seed", o.seed},
+                     {"max_tokens", o.n},
+                     {"max_prompt", o.max_prompt},
+                     {"temperatures", kTemperatures},
+                     {"shard", o.shard.value_or("0/1")},
+                     {"chat", model.chat_format != ChatFormat::kNone}};
+  if (o.prompts) about["prompts"] = hash_of(prompts);
+  if (o.own_prompts) about["prompt_temperature"] = kPromptTemperature;
+  if (o.draft) about["draft"] = hash_of_file(*o.draft);
+  if (o.draft) about["on_policy"] = o.on_policy;
+  if (o.device != "cpu") about["device"] = o.device;
+  return about;
+}
+
+// Where the answers go. Opened before the work begins: what an earlier run left may be of another.
+struct Output {
+  ShardFile shard;
+  std::optional<FeatureFile> features;
+
+  Output(const Options& o, const Model& model, std::span<const Prompt> prompts)
+      : shard(*o.output, header_of(o, model, prompts)) {
+    if (o.features)
+      features.emplace(features_path(*o.output), model.fingerprint,
+                       model.file.tensors.config.hidden_size);
+  }
+};
+
+// Answers the prompts of one shard.
+class Answerer {
  public:
-  ShardWriter(const Options& o, std::pair<size_t, size_t> shard, const Model& model,
-              const Llama& llama, const DraftTensors* draft, std::vector<Prompt> prompts)
+  Answerer(const Options& o, std::pair<size_t, size_t> shard, const Model& model,
+           const Llama& llama, int context, const DraftTensors* draft, std::vector<Prompt> prompts,
+           Output* output)
       : o_(o),
         model_(model),
         chat_(model.chat_format != ChatFormat::kNone),
         prompts_(std::move(prompts)),
-        session_(llama,
-                 {.context = o.max_prompt + o.n, .n_sequences = o.sequences, .prefill_rows = 128}),
+        shard_(shard.first),
+        shards_(shard.second),
+        output_(*output),
+        session_(llama, {.context = context, .n_sequences = o.sequences, .prefill_rows = 128}),
         recorder_(llama.config(), o.sequences),
         jobs_(static_cast<size_t>(o.sequences)) {
-    std::tie(shard_, shards_) = shard;
-    count_ = o.own_prompts > 0 ? static_cast<size_t>(o.own_prompts) : prompts_.size();
+    count_ = o.own_prompts ? static_cast<size_t>(*o.own_prompts) : prompts_.size();
     if (o.limit > 0) count_ = std::min(count_, static_cast<size_t>(o.limit));
-    if (o.own_prompts > 0) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
-    const std::string header = this->header();
-    done_ = resume(*o.output, header);
-    answers_ = done_.size();
-    out_.open(*o.output, std::ios::binary | std::ios::app);
-    if (done_.empty() && std::filesystem::file_size(*o.output) == 0) out_ << header << "\n";
-    if (o.features)
-      features_.emplace(features_path(*o.output), model.fingerprint, llama.config().hidden_size);
+    if (o.own_prompts) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
     if (draft) {
-      turns_.emplace(llama, *draft, o.sequences, session_.options().context);
+      turns_.emplace(llama, *draft, o.sequences, context);
       session_.replace_sampled([this](int s, int32_t sampled) {
         const auto position = static_cast<uint64_t>(session_.tokens(s).size());
         const bool drafts = !job(s).asks && sampled != model_.tokenizer.eos() &&
@@ -197,7 +212,7 @@ class ShardWriter {
         return drafts ? turns_->guess_or(s, sampled) : sampled;
       });
     }
-    watcher_.emplace(features_ ? &recorder_ : nullptr, turns_ ? &*turns_ : nullptr);
+    watcher_.emplace(output_.features ? &recorder_ : nullptr, turns_ ? &*turns_ : nullptr);
   }
 
   // One pass over all sequences; false: there is nothing left to do.
@@ -225,42 +240,29 @@ class ShardWriter {
     return true;
   }
 
-  std::string progress(double seconds) const {
-    return std::to_string(answers_) + " of " + std::to_string(count_ / shards_) + " answers, " +
-           std::to_string(tokens_) + " tokens, " +
-           fixed_text(static_cast<double>(tokens_) / seconds, 0) + " tokens/s";
+  std::string progress() const {
+    // Prompts of this shard: numbers below count_ that are shard_ modulo shards_.
+    const size_t prompts = (count_ + shards_ - 1 - shard_) / shards_;
+    return std::to_string(output_.shard.answers() + left_out_) + " of " + std::to_string(prompts) +
+           " prompts, " + std::to_string(tokens_) + " tokens, " +
+           fixed_text(static_cast<double>(tokens_) / seconds_since(start_), 0) + " tokens/s";
   }
   std::string summary() const {
-    return std::to_string(answers_) + " answers, " + std::to_string(left_out_) +
-           (o_.own_prompts > 0 ? " prompts without an end" : " prompts too long");
+    return count_text(static_cast<int64_t>(output_.shard.answers()), "answer") + ", " +
+           count_text(static_cast<int64_t>(left_out_), "prompt") +
+           (o_.own_prompts ? " without an end" : " too long");
   }
 
  private:
   Job& job(int sequence) { return jobs_[static_cast<size_t>(sequence)]; }
 
-  std::string header() const {
-    ordered_json about{{"chimera_data", 1},
-                       {"model", model_.name()},
-                       {"vocab_size", model_.tokenizer.size()},
-                       {"seed", o_.seed},
-                       {"max_tokens", o_.n},
-                       {"max_prompt", o_.max_prompt},
-                       {"temperatures", kTemperatures},
-                       {"shard", o_.shard.value_or("0/1")},
-                       {"chat", chat_}};
-    if (o_.own_prompts > 0) about["prompt_temperature"] = kPromptTemperature;
-    if (o_.draft) about["on_policy"] = o_.on_policy;
-    if (o_.device != "cpu") about["device"] = o_.device;
-    return about.dump();
-  }
-
   void begin(int s, size_t prompt) {
-    if (prompt % shards_ != shard_ || done_.count(prompt)) return;
+    if (prompt % shards_ != shard_ || output_.shard.answered(prompt)) return;
     job(s).prompt = prompt;
-    if (o_.own_prompts > 0)
+    if (o_.own_prompts)
       write(s, /*asks=*/true, opening_);
     else
-      answer(s, prompts_[prompt]);
+      answer(s, prompts_[prompt].messages);
   }
 
   void answer(int s, std::span<const Message> prompt) {
@@ -304,13 +306,11 @@ class ShardWriter {
                               {"prompt_len", j.given_tokens},
                               {"temperature", sampling_of(o_.seed, j.prompt).temperature},
                               {"ids", text}};
-    out_ << record.dump() << "\n" << std::flush;
-    if (!out_)
-      throw Error(*o_.output, "room to write", "none", "free some and run the same command again");
-    if (features_ && text.size() >= j.given_tokens + 2)
-      features_->append(static_cast<int64_t>(answers_), recorder_.take(s, text));
+    const auto number = static_cast<int64_t>(output_.shard.answers());
+    output_.shard.append(j.prompt, record);
+    if (output_.features && text.size() >= j.given_tokens + 2)
+      output_.features->append(number, recorder_.take(s, text));
     j = {};
-    ++answers_;
   }
 
   const Options& o_;
@@ -318,18 +318,18 @@ class ShardWriter {
   const bool chat_;
   const std::vector<Prompt> prompts_;  // none where the target writes them
   std::vector<int32_t> opening_;       // of a user's message
-  size_t shard_ = 0, shards_ = 1, count_ = 0, next_ = 0;
-  std::unordered_set<size_t> done_;
-  std::ofstream out_;
-  std::optional<FeatureFile> features_;
+  const size_t shard_, shards_;
+  size_t count_ = 0, next_ = 0;
+  Output& output_;
   Session session_;
   training::FeatureRecorder recorder_;
   static constexpr uint64_t kTurns = 0x7475726e73;  // a stream of random numbers of its own
   std::optional<DraftsTurns> turns_;
   std::optional<Watcher> watcher_;
   std::vector<Job> jobs_;  // by sequence
-  size_t answers_ = 0, left_out_ = 0;
+  size_t left_out_ = 0;
   int64_t tokens_ = 0;
+  const Clock::time_point start_ = Clock::now();
 };
 
 }  // namespace
@@ -342,23 +342,23 @@ int train_data(const std::vector<std::string>& args) {
       "Answers prompts in the model's chat format, many at once, and writes the token ids: what\n"
       "`chimera train fit` learns from. A run that was stopped goes on where it was.\n",
       {
-          {'m', "model", "FILE", "the target: GGUF or llama2.c", text(&o.model)},
-          {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o.prompts)},
+          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o.model)},
+          {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o.prompts)},
           {0, "own-prompts", "N", "instead: N prompts that the target writes itself, as a user",
            integer(&o.own_prompts, 1, 100000000)},
-          {'o', "output", "FILE", "the shard to write or to go on with", text(&o.output)},
+          {'o', "output", "FILE", "the shard to write or to go on with", file(&o.output)},
           {0, "features", "",
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
            "fit need not run it again (1.4 KB a\ntoken for a hidden size of 576)",
            on(&o.features)},
           {0, "draft", "DRAFT", "a draft that takes turns in the answers, see --on-policy",
-           text(&o.draft)},
+           file(&o.draft)},
           {0, "on-policy", "P",
            "share of an answer's tokens that the draft chooses, right or\nwrong; the target goes "
            "on from "
            "there, and the draft learns\nwhere its own mistakes lead",
            number(&o.on_policy, 0, 1)},
-          {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
+          {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
            on(&o.strict)},
@@ -366,43 +366,40 @@ int train_data(const std::vector<std::string>& args) {
           {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, Step::kMaxSequences)},
           {0, "shard", "I/N", "only prompts whose number is I modulo N", text(&o.shard)},
           {0, "seed", "S", "of the sampled answers", integer(&o.seed)},
-          {0, "threads", "N", "0: one for each physical core", integer(&o.threads, 0, 1024)},
+          threads_flag(&o.threads),
           {0, "device", "NAME", "cpu or cuda, whose answers differ a little",
            choice(&o.device, {"cpu", "cuda"})},
       }};
   if (!parse(command, args)) return 0;
-  if (!o.model || !o.output || o.prompts.has_value() == (o.own_prompts > 0))
+  if (!o.model || !o.output || o.prompts.has_value() == o.own_prompts.has_value())
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
-                     o.prompts && o.own_prompts > 0 ? "both of them" : "one missing",
+                     o.prompts && o.own_prompts ? "both of them" : "one missing",
                      "see chimera train data --help");
   const auto which = parse_shard(o.shard.value_or("0/1"));
 
   Model model(*o.model);
-  if (o.own_prompts > 0 && model.chat_format == ChatFormat::kNone)
+  if (o.own_prompts && model.chat_format == ChatFormat::kNone)
     throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
                 "give --prompts FILE");
   std::vector<Prompt> prompts;
   if (o.prompts)
     prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
-  const auto backend = make_backend(o.device, {.threads = o.threads});
+  const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
   const auto draft = load_draft_for(model, {.draft = o.draft});
+  Output output(o, model, prompts);
+  const int context = choose_context(model.file.tensors.config, o.max_prompt + o.n,
+                                     {.tokens = static_cast<size_t>(o.max_prompt)}, o.n);
   const Llama llama = prepare_weights(*backend, &model);
-  ShardWriter shard(o, which, model, llama, draft ? &*draft : nullptr, std::move(prompts));
+  Answerer answerer(o, which, model, llama, context, draft ? &*draft : nullptr, std::move(prompts),
+                    &output);
 
-  const auto start = std::chrono::steady_clock::now();
-  auto last_note = start;
-  std::signal(SIGINT, [](int) { interrupted = 1; });
-  while (!interrupted && shard.step()) {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_note > std::chrono::seconds(isatty(2) ? 1 : 60)) {
-      last_note = now;
-      const double seconds = std::chrono::duration<double>(now - start).count();
-      std::fprintf(stderr, "%s%s%s", isatty(2) ? "\r" : "", shard.progress(seconds).c_str(),
-                   isatty(2) ? "  " : "\n");
-    }
+  const Interrupt interrupt;
+  {
+    Progress progress;
+    while (!interrupt.asked() && answerer.step()) progress.log(answerer.progress());
   }
-  note((isatty(2) ? "\n" : "") + shard.summary());
-  return interrupted ? 130 : 0;
+  note(answerer.summary());
+  return interrupt.exit_code();
 }
 
 }  // namespace chimera

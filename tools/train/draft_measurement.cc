@@ -231,8 +231,10 @@ Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOp
     text.insert(text.end(), g.ids.begin(), g.ids.end());
     spectator.watch(text, prompts[i].size());
     session.start(0, prompts[i], own.sampling);
-    while (session.tokens(0).size() < text.size()) session.step(&spectator);
+    const auto cancelled = [&] { return own.cancelled && own.cancelled(); };
+    while (!cancelled() && session.tokens(0).size() < text.size()) session.step(&spectator);
     session.stop(0);
+    if (cancelled()) return result;
   }
   progress(1);
   result.depth_seconds = spectator.drafter().depth_seconds();

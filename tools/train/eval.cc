@@ -9,10 +9,10 @@
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
-#include "tools/prompts.h"
 #include "tools/train/draft_measurement.h"
 #include "tools/train/eval_chart.h"
 #include "tools/train/train.h"
@@ -41,10 +41,10 @@ Command command(Options* o) {
       "pass of the target (the root's own included) for n-grams, chains, the best static trees,\n"
       "trees grown by the draft's probabilities and hybrids with n-grams, each of several sizes\n"
       "(without the root); how often its guesses are right; how far its probabilities are true.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "draft", "DRAFT", "a draft that was trained for it", text(&o->drafting.draft)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "draft", "DRAFT", "a draft that was trained for it", file(&o->drafting.draft)},
        {0, "prompts", "FILES", "JSONL or one prompt a line; several separated by commas",
-        texts(&o->prompts)},
+        files(&o->prompts)},
        {0, "limit", "N", "prompts of a file to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
@@ -54,19 +54,18 @@ Command command(Options* o) {
        {0, "calibrate", "OUT",
         "write the draft again, to read its probabilities as they\nwere true here: at temperature "
         "0, at others, or both",
-        text(&o->calibrated)},
+        file(&o->calibrated)},
        {0, "depth", "N", "how far ahead of the text trees reach",
         integer(&o->drafting.depth, 1, kMostDepths)},
        {0, "width", "N",
         "guesses that the draft goes on from at each depth\n(default: 12, a fifth of the largest "
         "tree)",
         integer(&o->drafting.width, 1, 32)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)},
        {0, "json", "", "print one JSON object instead of tables", on(&o->json)},
-       {0, "svg", "FILE", "draw a picture as well", text(&o->svg)}}};
+       {0, "svg", "FILE", "draw a picture as well", file(&o->svg)}}};
 }
 
 template <typename F>
@@ -117,11 +116,6 @@ std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
           {"hybrid", source(kHybridTree)}};
 }
 
-std::string percent(int64_t part, int64_t whole) {
-  return whole > 0 ? fixed_text(100 * static_cast<double>(part) / static_cast<double>(whole), 1)
-                   : "-";
-}
-
 std::string padded(const std::string& text, size_t width) {
   return std::string(width - std::min(width, text.size()), ' ') + text;
 }
@@ -146,8 +140,8 @@ std::string table_of(const EvalRow& row) {
   table += "  temperature\n";
   for (size_t d = 0; d < row.measurement.depths.size(); ++d) {
     const DepthAccuracy& a = row.measurement.depths[d];
-    table += padded(std::to_string(d + 1), 7) + padded(percent(a.known, a.n), 7);
-    for (const int64_t right : a.at_rank) table += padded(percent(right, a.n), 8);
+    table += padded(std::to_string(d + 1), 7) + padded(percent_text(a.known, a.n), 7);
+    for (const int64_t right : a.at_rank) table += padded(percent_text(right, a.n), 8);
     table += padded(fixed_text(a.best_temperature(), 2), 13) + "\n";
   }
   table += "\n  candidates of " + std::to_string(Measurement::kReliabilityNodes) +
@@ -241,26 +235,23 @@ int train_eval(const std::vector<std::string>& args) {
     throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),
                      std::to_string(o.drafting.tree.depth()) + " deep", "raise --depth");
 
+  for (const auto& path : {o.svg, o.calibrated})
+    if (path) expect_writable(*path);
+
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
-  const bool chat = model.chat_format != ChatFormat::kNone;
   const std::vector<std::string>& files = o.prompts;
   std::vector<std::vector<std::vector<int32_t>>> prompts;  // of each file
-  size_t longest = 0;
-  for (const std::string& file : files) {
-    prompts.emplace_back();
-    for (const Prompt& prompt : load_prompts(file)) {
-      if (o.limit && prompts.back().size() == static_cast<size_t>(*o.limit)) break;
-      prompts.back().push_back(encode(model, prompt, chat));
-      longest = std::max(longest, prompts.back().back().size());
-    }
-  }
+  LongestPrompt longest;
+  for (const std::string& file : files)
+    prompts.push_back(encode_file(model, file, o.limit, &longest));
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
   const auto draft = load_draft_for(model, o.drafting);
   const Llama llama = prepare_weights(*backend, &model);
   Session session(llama, {.context = context});
 
   std::vector<EvalRow> rows;
+  const Interrupt interrupt;
   Progress progress;
   const std::vector<float> temperatures =
       o.temperature ? std::vector<float>{*o.temperature} : std::vector<float>{0, 1};
@@ -270,6 +261,7 @@ int train_eval(const std::vector<std::string>& args) {
       generation.max_tokens = o.n;
       if (model.tokenizer.eos() >= 0) generation.eos = {model.tokenizer.eos()};
       generation.sampling.temperature = temperature;
+      generation.cancelled = [&] { return interrupt.asked(); };
       EvalRow& row = rows.emplace_back();
       row.file = printable(std::filesystem::path(files[f]).filename().string(), 4096);
       row.temperature = temperature;
@@ -283,6 +275,7 @@ int train_eval(const std::vector<std::string>& args) {
             progress.bar(row.title, (static_cast<double>(rows.size() - 1) + done) /
                                         static_cast<double>(files.size() * temperatures.size()));
           });
+      interrupt.check();
       row.tree_nodes = o.drafting.tree.size();
       row.tree_tokens_per_pass = tokens_per_pass(row.measurement, [&](const MeasuredPosition& p) {
         return accepted_in(p, o.drafting.tree);
@@ -291,13 +284,6 @@ int train_eval(const std::vector<std::string>& args) {
     }
   progress.show("");
 
-  if (o.calibrated) {
-    DraftTensors calibrated = *draft;
-    calibrate(rows, true, &calibrated.config.greedy);
-    calibrate(rows, false, &calibrated.config.sampled);
-    save_draft(calibrated, *o.calibrated);
-  }
-  if (o.svg) write_eval_chart(rows, *o.svg);
   if (o.json) {
     ordered_json list = ordered_json::array();
     for (const EvalRow& row : rows) list.push_back(json_of(row));
@@ -309,13 +295,21 @@ int train_eval(const std::vector<std::string>& args) {
                 {"depth", o.drafting.depth},
                 {"width", width},
                 {"rows", list}});
-    return 0;
+  } else {
+    std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
+                         std::to_string(o.n) + " tokens each, trees of depth " +
+                         std::to_string(o.drafting.depth) + ", width " + std::to_string(width) +
+                         "\n";
+    for (const EvalRow& row : rows) tables += table_of(row);
+    print(tables);
   }
-  std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
-                       std::to_string(o.n) + " tokens each, trees of depth " +
-                       std::to_string(o.drafting.depth) + ", width " + std::to_string(width) + "\n";
-  for (const EvalRow& row : rows) tables += table_of(row);
-  print(tables);
+  if (o.calibrated) {
+    DraftTensors calibrated = *draft;
+    calibrate(rows, true, &calibrated.config.greedy);
+    calibrate(rows, false, &calibrated.config.sampled);
+    save_draft(calibrated, *o.calibrated);
+  }
+  if (o.svg) write_eval_chart(rows, *o.svg);
   return 0;
 }
 

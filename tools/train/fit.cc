@@ -1,8 +1,6 @@
 // chimera train fit: from texts that the target wrote to a draft model.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstring>
 #include <future>
 
@@ -15,15 +13,16 @@
 #include "loader/safetensors.h"
 #include "loader/text.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/output.h"
+#include "tools/train/shard.h"
 #include "tools/train/train.h"
 #include "tools/train/training_texts.h"
 
 namespace chimera {
-
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using nlohmann::ordered_json;
 
 constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
 constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
@@ -47,9 +46,9 @@ Command command(Options* o) {
       "Trains a draft model on texts that the target wrote (chimera train data). What the target\n"
       "says of each token is read from SHARD.features; what is not there is computed, and added.\n"
       "Ctrl-C saves and stops; --resume goes on.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "data", "FILES", "shards of texts, separated by commas", texts(&o->data)},
-       {'o', "output", "DRAFT", "the draft: a safetensors file", text(&o->output)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "data", "FILES", "shards of texts, separated by commas", files(&o->data)},
+       {'o', "output", "DRAFT", "the draft: a safetensors file", file(&o->output)},
        heading("How long"),
        {0, "positions", "N", "positions to start a rollout from; 0: each once",
         integer(&o->positions, 0, 2'000'000'000)},
@@ -67,8 +66,7 @@ Command command(Options* o) {
         "what products round their elements to; sums are f32. auto:\nbf16 where the device has it",
         choice(&o->precision, {"auto", "f32", "bf16"})},
        {0, "seed", "S", "of the start and of the order of texts", integer(&o->seed)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        heading("The draft"),
        {0, "vocabulary", "N",
         "tokens to choose from besides those of the context and\nthe target's best: the "
@@ -76,10 +74,10 @@ Command command(Options* o) {
         integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
-       {0, "init", "DRAFT", "start from this draft; it says the configuration", text(&o->init)},
+       {0, "init", "DRAFT", "start from this draft; it says the configuration", file(&o->init)},
        {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
        heading("Stopping and going on"),
-       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", text(&o->checkpoint)},
+       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", file(&o->checkpoint)},
        {0, "save-every", "S", "seconds between two of them",
         integer(&o->save_seconds, 1, 1'000'000)},
        {0, "stop-after", "N", "save and stop at this position; 0: at the end",
@@ -88,7 +86,7 @@ Command command(Options* o) {
         "go on from a checkpoint: the same bits as without a break\n(but for --minutes, or on "
         "another "
         "device)",
-        text(&o->resume)},
+        file(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
 
@@ -116,29 +114,30 @@ struct Position {
 };
 
 // What has to be the same for a resumed run to give the same bits. A run that ends by the clock
-// cannot promise that, and may be given more time and texts.
-std::string run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
-                         const std::string& target) {
+// cannot promise that, and may be given more time and texts. "auto" stays "auto" on a device where
+// it means something else: a run may go on there, though not with the same bits.
+ordered_json run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
+                          const std::string& target) {
   if (o.minutes > 0) n_texts = 0, total = 0;
-  return nlohmann::ordered_json{{"optimizer", "muon"},
-                                {"target", target},
-                                {"texts", n_texts},
-                                {"positions", total},
-                                {"rate", o.rate},
-                                {"batch", o.batch},
-                                {"micro_batches", o.micro_batches},
-                                {"steps", o.steps},
-                                {"seed", o.seed},
-                                {"hidden_size", c.hidden_size},
-                                {"ffn", c.ffn_size},
-                                {"rank", c.head_rank},
-                                {"ctx", o.context}}
-      .dump();
+  return {{"optimizer", "muon"},
+          {"target", target},
+          {"texts", n_texts},
+          {"positions", total},
+          {"rate", o.rate},
+          {"batch", o.batch},
+          {"micro_batches", o.micro_batches},
+          {"steps", o.steps},
+          {"seed", o.seed},
+          {"hidden_size", c.hidden_size},
+          {"ffn", c.ffn_size},
+          {"rank", c.head_rank},
+          {"ctx", o.context},
+          {"precision", o.precision}};
 }
 
 void save_checkpoint(const std::string& path, training::Ops<float>* ops,
                      const training::OptimizerState& s, const Position& at,
-                     const std::vector<int32_t>& vocabulary, const std::string& settings) {
+                     const std::vector<int32_t>& vocabulary, const ordered_json& settings) {
   const int64_t n = s.values.size();
   const std::vector<float> values = ops->get(s.values), first = ops->get(s.first),
                            second = ops->get(s.second), averaged = ops->get(s.averaged);
@@ -152,14 +151,14 @@ void save_checkpoint(const std::string& path, training::Ops<float>* ops,
                       SafeType::kI32,
                       vocabulary.data()}},
                     {{"chimera_checkpoint", "1"},
-                     {"settings", settings},
+                     {"settings", settings.dump()},
                      {"step", std::to_string(s.step)},
                      {"texts", std::to_string(at.texts)},
                      {"starts", std::to_string(at.starts)},
                      {"seconds", std::to_string(at.seconds)}});
 }
 
-void load_checkpoint(const std::string& path, const std::string& settings,
+void load_checkpoint(const std::string& path, const ordered_json& settings,
                      training::Ops<float>* ops, training::OptimizerState* s, Position* at,
                      std::vector<int32_t>* vocabulary) {
   const MappedFile file(path);
@@ -174,10 +173,11 @@ void load_checkpoint(const std::string& path, const std::string& settings,
   if (meta("chimera_checkpoint") != "1")
     throw Error(file.name(), "version 1 of checkpoints",
                 chimera::quoted(meta("chimera_checkpoint")));
-  if (meta("settings") != settings) {
-    throw Error(file.name(), "a checkpoint of this run, " + settings,
-                printable(meta("settings"), 1000), "give the flags and data it was started with");
-  }
+  ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
+  // Older ones do not say: it was auto, unless somebody had asked for something else.
+  if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
+  expect_same_settings(file.name() + ": settings", settings, found,
+                       "give the flags and data that the run was started with");
   const auto number = [&](const char* key) {
     const std::string t = meta(key);
     if (t.empty() || t.size() > 15 || t.find_first_not_of("0123456789") != std::string::npos)
@@ -207,31 +207,12 @@ void load_checkpoint(const std::string& path, const std::string& settings,
 
 // ---- The run -----------------------------------------------------------------------------------
 
-volatile std::sig_atomic_t interrupted = 0;
-
-// The first Ctrl-C saves and stops; the second, if that takes too long, stops.
-void stop_on_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupted = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-  sigaction(SIGINT, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
-}
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::string percent(int64_t n, int64_t of) {
-  return of == 0 ? "-" : fixed_text(100.0 * static_cast<double>(n) / static_cast<double>(of), 1);
-}
-
 // "loss 3.21, right 38.1 27.0 20.2 15.9%": of each step of the rollout
 std::string score_text(const training::Score& s, int steps) {
   std::string text = "loss " + fixed_text(s.weighted_loss(kStepWeight), 3) + ", right";
   for (int k = 0; k < steps; ++k) {
     const training::StepScore& step = s.step[static_cast<size_t>(k)];
-    text += " " + percent(step.correct, step.rows);
+    text += " " + percent_text(step.correct, step.rows);
   }
   return text + "%";
 }
@@ -280,43 +261,34 @@ Batch read_batch(int starts, int micro_batches, TrainingTexts* source, TextFeatu
   return batch;
 }
 
-}  // namespace
+// What the flags make of this machine.
+struct Compute {
+  bool on_gpu = false;
+  training::Precision precision = training::Precision::kF32;
+  int threads = 1;
+};
+Compute choose_compute(const Options& o) {
+  Compute c;
+  c.on_gpu = o.device == "cuda" || (o.device == "auto" && cuda_available());
+  const bool has_bf16 = c.on_gpu || training::machine_has(training::Precision::kBF16);
+  const bool bf16 = o.precision == "auto" ? has_bf16 : o.precision == "bf16";
+  if (bf16 && !has_bf16) throw Error("--precision", "f32, all that this processor has", "bf16");
+  if (bf16) c.precision = training::Precision::kBF16;
+  c.threads = o.threads.value_or(cpu::physical_cores());
+  return c;
+}
 
-int train_fit(const std::vector<std::string>& args) {
-  Options o;
-  if (!parse(command(&o), args)) return 0;
+void check_given(const Options& o) {
   const std::string see_help = "see chimera train fit --help";
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
   if (o.data.empty()) throw UsageError("train fit", "--data FILES", "none", see_help);
   if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
-  const bool on_gpu = o.device == "cuda" || (o.device == "auto" && cuda_available());
-  const bool has_bf16 = on_gpu || training::machine_has(training::Precision::kBF16);
-  const bool bf16 = o.precision == "auto" ? has_bf16 : o.precision == "bf16";
-  if (bf16 && !has_bf16) throw Error("--precision", "f32, all that this processor has", "bf16");
-  const auto precision = bf16 ? training::Precision::kBF16 : training::Precision::kF32;
-  const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
+}
 
-  // The target, and what the draft reads of it.
-  const int threads = o.threads.value_or(cpu::physical_cores());
-  const auto backend = make_backend(on_gpu ? "cuda" : "cpu", {.threads = threads});
-  training::TrainingDevice device =
-      on_gpu ? training::TrainingDevice{training::make_cuda_training_ops(precision), {}}
-             : training::cpu_training_device(o.micro_batches, threads, precision);
-  training::Ops<float>* ops = device.all.get();
-  const ModelFile model = load_model(*o.model);
-  for (const std::string& warning : model.warnings) note("warning: " + warning);
-  const LlamaTensors& t = model.tensors;
-  const std::string target_name = printable(t.name);
-  const std::string target_fingerprint = fingerprint(t, model.vocabulary);
-  const int vocab = t.config.vocab_size;
-  const int context = std::min(o.context, t.config.max_context);
-  TrainingTexts source(o.data, vocab, context, o.seed);
-  const std::vector<Text>& texts = source.texts();
-  const std::vector<Text>& held_out = source.held_out();
-  int64_t available = 0;
-  for (const Text& text : texts) available += text.n_starts();
-  const int64_t total = o.positions > 0 ? o.positions : available;
-
+// What the run starts from: a draft that was there, or random weights.
+DraftTensors first_draft(const Options& o, const LlamaTensors& target,
+                         const std::string& target_fingerprint, std::span<const Text> texts) {
+  const std::string target_name = printable(target.name);
   DraftTensors draft;
   if (o.init) {
     draft = load_draft(*o.init);
@@ -328,27 +300,165 @@ int train_fit(const std::vector<std::string>& args) {
       draft.vocabulary.resize(static_cast<size_t>(o.vocabulary));  // most frequent first
   } else {
     DraftConfig c;
-    c.hidden_size = t.config.hidden_size;
-    c.n_heads = t.config.n_heads;
-    c.n_kv_heads = t.config.n_kv_heads;
-    c.head_dim = t.config.head_dim;
+    c.hidden_size = target.config.hidden_size;
+    c.n_heads = target.config.n_heads;
+    c.n_kv_heads = target.config.n_kv_heads;
+    c.head_dim = target.config.head_dim;
     c.ffn_size = o.ffn;
     c.head_rank = o.rank;
     c.n_steps = o.steps;
-    c.rope_base = t.config.rope_base;
+    c.rope_base = target.config.rope_base;
     std::vector<float> norm(static_cast<size_t>(c.hidden_size));
-    dequantize_row(t.output_norm.type, t.output_norm.data, t.output_norm.cols, norm.data());
+    const TensorView& view = target.output_norm;
+    dequantize_row(view.type, view.data, view.cols, norm.data());
     draft = training::initial_draft(c, norm, o.seed);
-    draft.vocabulary = frequent_tokens(texts, vocab, o.vocabulary);
+    draft.vocabulary = frequent_tokens(texts, target.config.vocab_size, o.vocabulary);
   }
   draft.target_name = target_name;
   draft.target_fingerprint = target_fingerprint;
   if (o.licence) draft.licence = *o.licence;
-  check(draft, t.config);  // now, not after hours
-  const training::ParameterLayout layout(draft.config);
-  const std::string settings =
-      run_settings(o, draft.config, texts.size(), total, target_fingerprint);
+  check(draft, target.config);  // now, not after hours
+  return draft;
+}
 
+// Where a run stands, and what is saved of it.
+struct Run {
+  const Options& o;
+  const std::string checkpoint;
+  const ordered_json settings;
+  const int64_t total;  // positions
+  training::Ops<float>* const ops;
+  training::BatchGradient* const gradient_of;
+  const std::vector<training::TrainingText>& validation;
+  DraftTensors draft;
+  training::OptimizerState state;
+  Position at;
+  const int64_t seconds_before = at.seconds;
+  const Clock::time_point begin = Clock::now();
+
+  double progress() const {
+    return o.minutes > 0 ? (static_cast<double>(seconds_before) + seconds_since(begin)) /
+                               (60 * static_cast<double>(o.minutes))
+                         : static_cast<double>(at.starts) / static_cast<double>(total);
+  }
+};
+
+void save(Run* run) {
+  std::vector<training::MicroBatch> each;
+  for (const training::TrainingText& text : run->validation) each.push_back({&text});
+  const std::string validated = score_text(
+      run->gradient_of->run(run->state.averaged.data(), each, run->o.steps, kStepWeight, nullptr),
+      run->o.steps);
+  run->at.seconds = run->seconds_before + static_cast<int64_t>(seconds_since(run->begin));
+  save_checkpoint(run->checkpoint, run->ops, run->state, run->at, run->draft.vocabulary,
+                  run->settings);
+  training::unpack_parameters(run->ops->get(run->state.averaged), &run->draft);
+  run->draft.training = ordered_json{{"positions", run->at.starts}, {"of", run->total},
+                                     {"texts", run->at.texts},      {"steps", run->state.step},
+                                     {"seconds", run->at.seconds},  {"held_out", validated},
+                                     {"settings", run->settings}}
+                            .dump();
+  save_draft(run->draft, *run->o.output);
+  note("held out: " + validated + "; saved at " + std::to_string(run->at.starts) + " positions");
+}
+
+// Every ten seconds: how the steps since then went.
+class Report {
+ public:
+  explicit Report(const Run& run) : run_(run), starts_(run.at.starts), told_(run.begin) {}
+
+  void add(const training::Score& score) {
+    recent_ += score;
+    const double s = seconds_since(told_);
+    if (s < 10) return;
+    const Options& o = run_.o;
+    const double speed = static_cast<double>(run_.at.starts - starts_) / s;
+    const double left = o.minutes > 0 ? (1 - run_.progress()) * 60 * static_cast<double>(o.minutes)
+                                      : static_cast<double>(run_.total - run_.at.starts) / speed;
+    note(std::to_string(run_.at.starts) +
+         (o.minutes > 0 ? " positions: " : " of " + std::to_string(run_.total) + ": ") +
+         score_text(recent_, o.steps) + ", " + fixed_text(speed, 0) + " positions/s, " +
+         duration_text(std::max(left, 0.0)) + " left");
+    recent_ = {};
+    told_ = Clock::now();
+    starts_ = run_.at.starts;
+  }
+
+ private:
+  const Run& run_;
+  int64_t starts_;
+  Clock::time_point told_;
+  training::Score recent_;
+};
+
+// Steps until the end, --stop-after or Ctrl-C; saves now and then, and at last.
+// ahead: reads a batch while the one before is learnt from.
+void learn(Run* run, const std::function<Batch()>& read, bool ahead, const Interrupt& interrupt) {
+  const Options& o = run->o;
+  const training::ParameterLayout layout(run->draft.config);
+  training::OptimizerOptions options;
+  options.rate = o.rate;
+  training::Optimizer optimizer(options, layout, run->ops);
+  training::Buffer<float> gradient;
+  run->ops->need(&gradient, static_cast<int64_t>(layout.total));
+  Report report(*run);
+  Clock::time_point saved = run->begin;
+  std::future<Batch> next;
+  while (run->progress() < 1 && !interrupt.asked() &&
+         (o.stop_after == 0 || run->at.starts < o.stop_after)) {
+    const Batch batch = next.valid() ? next.get() : read();
+    if (ahead) next = std::async(std::launch::async, read);
+    const training::Score score = run->gradient_of->run(run->state.values.data(), batch.parts(),
+                                                        o.steps, kStepWeight, gradient.data());
+    const double rate = training::learning_rate(options, run->progress());
+    const double norm = optimizer.step(rate, gradient.data(), &run->state);
+    if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
+      throw Error("training step " + std::to_string(run->state.step + 1),
+                  "a finite loss and gradient", "NaN or infinity",
+                  "resume from " + printable(run->checkpoint, 4096) +
+                      " or start again with a smaller --lr");
+    }
+    run->at.texts += static_cast<int64_t>(batch.texts.size());
+    run->at.starts += batch.starts;
+    report.add(score);
+    if (seconds_since(saved) >= o.save_seconds) {
+      save(run);
+      saved = Clock::now();
+    }
+  }
+  save(run);
+}
+
+}  // namespace
+
+int train_fit(const std::vector<std::string>& args) {
+  Options o;
+  if (!parse(command(&o), args)) return 0;
+  check_given(o);
+  const Compute compute = choose_compute(o);
+  const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
+  for (const std::string& path : {*o.output, checkpoint}) expect_writable(path);
+
+  // The target, and what the draft reads of it.
+  const auto backend = make_backend(compute.on_gpu ? "cuda" : "cpu", {.threads = compute.threads});
+  training::TrainingDevice device =
+      compute.on_gpu
+          ? training::TrainingDevice{training::make_cuda_training_ops(compute.precision), {}}
+          : training::cpu_training_device(o.micro_batches, compute.threads, compute.precision);
+  training::Ops<float>* ops = device.all.get();
+  const ModelFile model = load_model(*o.model);
+  for (const std::string& warning : model.warnings) note("warning: " + warning);
+  const LlamaTensors& t = model.tensors;
+  const std::string target = fingerprint(t, model.vocabulary);
+  const int context = std::min(o.context, t.config.max_context);
+  TrainingTexts source(o.data, t.config.vocab_size, context, o.seed);
+  const auto n_texts = source.texts().size();
+  int64_t available = 0;
+  for (const Text& text : source.texts()) available += text.n_starts();
+  const int64_t total = o.positions > 0 ? o.positions : available;
+
+  DraftTensors draft = first_draft(o, t, target, source.texts());
+  const ordered_json settings = run_settings(o, draft.config, n_texts, total, target);
   training::OptimizerState state = training::start_optimizer(ops, training::pack_parameters(draft));
   Position at;
   if (o.resume) {
@@ -359,104 +469,32 @@ int train_fit(const std::vector<std::string>& args) {
   const training::Buffer<float> embedding = rows_as_f32(ops, t.embedding),
                                 head = t.head.empty() ? embedding : rows_as_f32(ops, t.head);
   const Llama llama(*backend, t, [&](std::span<const std::byte> bytes) { model.file.drop(bytes); });
-  TextFeatures features(llama, target_fingerprint, o.data, context, threads);
-  training::BatchGradient gradient_of(&device, draft.config, embedding.data(), head.data(), vocab,
-                                      draft.vocabulary, kTargetsBest);
-
-  note(draft.target_name + ": " + count_text(static_cast<int64_t>(texts.size()), "text") + ", " +
+  TextFeatures features(llama, target, o.data, context, compute.threads);
+  training::BatchGradient gradient_of(&device, draft.config, embedding.data(), head.data(),
+                                      t.config.vocab_size, draft.vocabulary, kTargetsBest);
+  note(draft.target_name + ": " + count_text(static_cast<int64_t>(n_texts), "text") + ", " +
        std::to_string(available) + " positions, and " +
-       count_text(static_cast<int64_t>(held_out.size()), "text") + " held out; a draft of " +
-       fixed_text(static_cast<double>(layout.total) / 1e6, 1) + " M parameters, " +
-       std::to_string(draft.vocabulary.size()) + " tokens to choose from");
+       count_text(static_cast<int64_t>(source.held_out().size()), "text") +
+       " held out; a draft of " +
+       fixed_text(static_cast<double>(training::ParameterLayout(draft.config).total) / 1e6, 1) +
+       " M parameters, " + std::to_string(draft.vocabulary.size()) + " tokens to choose from");
 
-  stop_on_interrupt();
+  const Interrupt interrupt;
   std::vector<training::TrainingText> validation;
-  for (const Text& text : held_out) {
+  for (const Text& text : source.held_out()) {
     validation.push_back(features.read(text));
-    if (interrupted) return 128 + SIGINT;
+    interrupt.check();
   }
-
   for (int64_t i = 0; i < at.texts; ++i) source.next();
-  const Clock::time_point begin = Clock::now();
-  const int64_t seconds_before = at.seconds;
-  const auto progress = [&] {
-    return o.minutes > 0 ? (static_cast<double>(seconds_before) + seconds_since(begin)) /
-                               (60 * static_cast<double>(o.minutes))
-                         : static_cast<double>(at.starts) / static_cast<double>(total);
-  };
-  std::string validated;
-  const auto save = [&] {
-    std::vector<training::MicroBatch> each;
-    for (const training::TrainingText& text : validation) each.push_back({&text});
-    const training::Score score =
-        gradient_of.run(state.averaged.data(), each, o.steps, kStepWeight, nullptr);
-    validated = score_text(score, o.steps);
-    at.seconds = seconds_before + static_cast<int64_t>(seconds_since(begin));
-    save_checkpoint(checkpoint, ops, state, at, draft.vocabulary, settings);
-    training::unpack_parameters(ops->get(state.averaged), &draft);
-    draft.training = nlohmann::ordered_json{{"positions", at.starts},
-                                            {"of", total},
-                                            {"texts", at.texts},
-                                            {"steps", state.step},
-                                            {"seconds", at.seconds},
-                                            {"held_out", validated},
-                                            {"settings", nlohmann::ordered_json::parse(settings)}}
-                         .dump();
-    save_draft(draft, *o.output);
-    note("held out: " + validated + "; saved at " + std::to_string(at.starts) + " positions");
-  };
-
-  training::OptimizerOptions options;
-  options.rate = o.rate;
-  training::Optimizer optimizer(options, layout, ops);
-  training::Buffer<float> gradient;
-  ops->need(&gradient, static_cast<int64_t>(layout.total));
-  training::Score recent;
-  Clock::time_point told = begin, saved = begin;
-  int64_t starts_told = at.starts;
+  Run run{o,          checkpoint,       settings,         total, ops, &gradient_of,
+          validation, std::move(draft), std::move(state), at};
   const auto read = [&] {
-    return read_batch(o.batch, on_gpu ? 1 : o.micro_batches, &source, &features);
+    return read_batch(o.batch, compute.on_gpu ? 1 : o.micro_batches, &source, &features);
   };
-  std::future<Batch> next;
-  while (progress() < 1 && !interrupted && (o.stop_after == 0 || at.starts < o.stop_after)) {
-    const Batch batch = next.valid() ? next.get() : read();
-    if (on_gpu) next = std::async(std::launch::async, read);  // which leaves the CPU idle
-    const training::Score score =
-        gradient_of.run(state.values.data(), batch.parts(), o.steps, kStepWeight, gradient.data());
-    const double rate = training::learning_rate(options, progress());
-    const double norm = optimizer.step(rate, gradient.data(), &state);
-    if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
-      throw Error(
-          "training step " + std::to_string(state.step + 1), "a finite loss and gradient",
-          "NaN or infinity",
-          "resume from " + printable(checkpoint, 4096) + " or start again with a smaller --lr");
-    }
-    at.texts += static_cast<int64_t>(batch.texts.size());
-    at.starts += batch.starts;
-    recent += score;
-    if (const double s = seconds_since(told); s >= 10) {
-      const double speed = static_cast<double>(at.starts - starts_told) / s;
-      const double left = o.minutes > 0 ? (1 - progress()) * 60 * static_cast<double>(o.minutes)
-                                        : static_cast<double>(total - at.starts) / speed;
-      note(std::to_string(at.starts) +
-           (o.minutes > 0 ? " positions: " : " of " + std::to_string(total) + ": ") +
-           score_text(recent, o.steps) + ", " + fixed_text(speed, 0) + " positions/s, " +
-           duration_text(std::max(left, 0.0)) + " left");
-      recent = {};
-      told = Clock::now();
-      starts_told = at.starts;
-    }
-    if (seconds_since(saved) >= o.save_seconds) {
-      save();
-      saved = Clock::now();
-    }
-  }
-  save();
-  if (progress() < 1) {
-    note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
-    return interrupted ? 128 + SIGINT : 0;
-  }
-  return 0;
+  learn(&run, read, /*ahead=*/compute.on_gpu, interrupt);  // a GPU leaves the CPU idle
+  if (run.progress() >= 1) return 0;
+  note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
+  return interrupt.exit_code();
 }
 
 }  // namespace chimera

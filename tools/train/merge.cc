@@ -1,9 +1,4 @@
 // chimera train merge: joins the shards of train data into one, ordered by the prompts' numbers.
-#include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <set>
 
@@ -11,6 +6,7 @@
 #include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/output.h"
+#include "tools/train/shard.h"
 #include "tools/train/train.h"
 
 namespace chimera {
@@ -19,55 +15,36 @@ namespace {
 using nlohmann::ordered_json;
 
 struct Shards {
-  ordered_json header;                     // of the first, without its "shard"
-  std::string first;                       // its name
-  std::map<int64_t, std::string> answers;  // lines by the prompt's number
-  std::set<std::string> parts;             // "0/4", "2/4"
+  ordered_json header;                    // of the first, without its "shard"
+  std::string first;                      // its name
+  std::map<size_t, std::string> answers;  // lines by the prompt's number
+  std::set<std::string> parts;            // "0/4", "2/4"
 };
 
 void read(const std::string& path, Shards* shards) {
   const std::string name = printable(path, 4096);
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(name, "a readable file", std::strerror(errno));
-  std::string line;
-  std::getline(file, line);
-  ordered_json header = ordered_json::parse(line, nullptr, false);
-  if (!header.is_object() || !header.contains("chimera_data") || !header.contains("shard") ||
-      !header["shard"].is_string())
-    throw Error(name, "a shard of chimera train data", "another file");
+  ShardReader reader(path);
+  ordered_json header = reader.header();
+  if (!header.contains("shard") || !header["shard"].is_string())
+    throw Error(name, "a shard that says which one of them it is", "another header");
   const std::string part = header["shard"];
   header.erase("shard");
   if (shards->first.empty()) {
     shards->first = name;
     shards->header = header;
   }
-  for (const auto& [key, value] : shards->header.items())
-    if (!header.contains(key) || header[key] != value)
-      throw Error(name + ": " + printable(key),
-                  "what " + shards->first + " has, " + printable(value.dump()),
-                  header.contains(key) ? printable(header[key].dump()) : "nothing",
-                  "merge shards of one model and the same settings only");
-  if (header.size() != shards->header.size())
-    throw Error(name, "the settings of " + shards->first, "more of them",
-                "merge shards of one model and the same settings only");
+  expect_same_settings(
+      name, shards->header, header,
+      "merge shards of one model and the same settings only, here those of " + shards->first);
   if (!shards->parts.insert(part).second)
     throw Error(name, "each shard once", "shard " + printable(part) + " again");
 
-  for (int64_t number = 2; std::getline(file, line); ++number) {
-    const bool cut_short = file.eof();  // no newline after it: a run was stopped there
-    const ordered_json record = ordered_json::parse(line, nullptr, false);
-    const bool good = record.is_object() && record.contains("prompt") && record.contains("ids") &&
-                      record["prompt"].is_number_unsigned();
-    const std::string where = name + ": line " + std::to_string(number);
-    if (cut_short) {
-      note("warning: " + where + ", the last, is cut short and left out");
-      break;
-    }
-    if (!good) throw Error(where, "an answer", chimera::quoted(line));
-    const auto prompt = record["prompt"].get<int64_t>();
-    if (!shards->answers.emplace(prompt, line).second)
-      throw Error(where, "each prompt once", "prompt " + std::to_string(prompt) + " again");
-  }
+  while (reader.next())
+    if (!shards->answers.emplace(reader.prompt(), reader.line()).second)
+      throw Error(reader.where(), "each prompt once",
+                  "prompt " + std::to_string(reader.prompt()) + " again");
+  if (reader.cut_short())
+    note("warning: " + reader.where() + ", the last, is cut short and left out");
 }
 
 // "0/1" if all the parts of one division are there, else their names joined.
@@ -100,8 +77,8 @@ int train_merge(const std::vector<std::string>& args) {
       "as\n"
       "if a single run had made it. Their features (SHARD.features) are not joined:\n"
       "`chimera train fit` takes several shards as well, and reads those.\n",
-      {{0, "data", "FILES", "the shards, separated by commas", texts(&paths)},
-       {'o', "output", "FILE", "the shard to write", text(&output)}}};
+      {{0, "data", "FILES", "the shards, separated by commas", files(&paths)},
+       {'o', "output", "FILE", "the shard to write", file(&output)}}};
   if (!parse(command, args)) return 0;
   if (paths.empty() || !output)
     throw UsageError("train merge", "--data SHARD,SHARD... and -o SHARD", "one missing",

@@ -7,9 +7,12 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "engine/step.h"
 #include "loader/output_file.h"
+#include "loader/text.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
+#include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
 #include "tools/train/train.h"
@@ -25,15 +28,29 @@ struct Options {
   bool on_policy = false;
 };
 
-// The last tenth of the prompts, 40 at most: to measure the draft with.
-size_t hold_out(const std::vector<Prompt>& prompts, const std::string& path) {
+// The last tenth of the prompts, 40 at most: to measure the draft with. Those that the model's
+// context cannot hold are of no use there.
+size_t hold_out(const std::vector<Prompt>& prompts, const Options& o, const std::string& path) {
+  const Model model(*o.model);
+  const auto room = static_cast<size_t>(model.file.tensors.config.max_context);
   const size_t n = std::clamp<size_t>(prompts.size() / 10, 1, 40);
   OutputFile file(path);
+  bool any = false;
   for (const Prompt& prompt : std::span(prompts).last(n)) {
+    if (encode(model, prompt.messages, model.chat_format != ChatFormat::kNone).size() >= room)
+      continue;
+    any = true;
     nlohmann::ordered_json messages = nlohmann::ordered_json::array();
-    for (const Message& m : prompt) messages.push_back({{"role", m.role}, {"content", m.content}});
+    for (const Message& m : prompt.messages)
+      messages.push_back({{"role", m.role}, {"content", m.content}});
     file.write(nlohmann::ordered_json{{"messages", messages}}.dump() + "\n");
   }
+  if (!any)
+    throw Error(
+        printable(*o.prompts, 4096) + ": the last " + count_text(static_cast<int64_t>(n), "prompt"),
+        "one of fewer than " + std::to_string(room) +
+            " tokens (the model's context), to measure with",
+        "none", "put shorter ones there");
   file.commit();
   return n;
 }
@@ -48,19 +65,18 @@ int train_all(const std::vector<std::string>& args) {
       "Makes a draft model for a target, from nothing but the target and a file of prompts: data,\n"
       "fit, eval. Stopped with Ctrl-C, the same command goes on where it was.\n",
       {
-          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o.model)},
-          {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", text(&o.prompts)},
+          {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o.model)},
+          {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", file(&o.prompts)},
           {'o', "output", "DRAFT", "the draft; answers and checkpoints lie beside it",
-           text(&o.output)},
+           file(&o.output)},
           {0, "positions", "N", "positions to learn from; 0: each once",
            integer(&o.positions, 0, 2'000'000'000)},
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
           {0, "on-policy", "", "then a third as long on answers in which the draft took turns",
            on(&o.on_policy)},
-          {'n', "max-tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
-          {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, 128)},
-          {0, "threads", "N", "CPU threads (default: one for each physical core)",
-           integer(&o.threads, 1, 1024)},
+          {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 2, 4096)},
+          {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, Step::kMaxSequences)},
+          threads_flag(&o.threads),
       }};
   if (!parse(command, args)) return 0;
   if (!o.model || !o.prompts || !o.output)
@@ -72,7 +88,8 @@ int train_all(const std::vector<std::string>& args) {
                 std::to_string(prompts.size()));
   const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
                     answers = draft + ".answers.jsonl", turns = draft + ".on-policy.jsonl";
-  const size_t learnt = prompts.size() - hold_out(prompts, held_out);
+  expect_writable(draft);
+  const size_t learnt = prompts.size() - hold_out(prompts, o, held_out);
 
   const auto stage = [&](int (*run)(const std::vector<std::string>&), const std::string& title,
                          std::vector<std::string> flags) {
@@ -93,7 +110,7 @@ int train_all(const std::vector<std::string>& args) {
                        const std::string& checkpoint, int share, std::vector<std::string> more) {
     more.insert(more.end(), {"--data", shards, "-o", draft, "--checkpoint", checkpoint});
     if (o.minutes > 0)
-      more.insert(more.end(), {"--minutes", std::to_string(o.minutes / static_cast<float>(share))});
+      more.insert(more.end(), {"--minutes", number_text(o.minutes / static_cast<float>(share))});
     else if (o.positions > 0)
       more.insert(more.end(), {"--positions", std::to_string(std::max(1, o.positions / share))});
     if (std::filesystem::exists(checkpoint)) more.insert(more.end(), {"--resume", checkpoint});
@@ -110,8 +127,9 @@ int train_all(const std::vector<std::string>& args) {
   }
   if (code == 0 && o.on_policy) {
     const size_t some = std::max<size_t>(1, learnt / 4);
-    code = data("the draft takes turns in " + count_text(static_cast<int64_t>(some), "answer"),
-                turns, some, {"--draft", draft});
+    if (!std::filesystem::exists(second))  // else all is answered, and the draft has learnt since
+      code = data("the draft takes turns in " + count_text(static_cast<int64_t>(some), "answer"),
+                  turns, some, {"--draft", draft});
     if (code == 0)
       code = fit("the draft learns from both", answers + "," + turns, second, 3,
                  {"--init", draft, "--lr", "0.0005"});

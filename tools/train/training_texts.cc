@@ -10,13 +10,13 @@
 #include "engine/philox.h"
 #include "loader/text.h"
 #include "tools/output.h"
-#include "tools/train/train.h"
+#include "tools/prompts.h"
+#include "tools/train/shard.h"
 
 namespace chimera {
 namespace {
 
 constexpr size_t kMostHeldOut = 48;
-constexpr size_t kLongestLine = 16 << 20;
 
 // Lines that cannot be used are counted; the last one may be half written.
 void read_shard(const std::string& path, size_t shard, int vocab, int context,

@@ -10,10 +10,10 @@
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"
+#include "tools/interrupt.h"
 #include "tools/machine.h"
 #include "tools/model.h"
 #include "tools/output.h"
-#include "tools/prompts.h"
 #include "tools/train/draft_measurement.h"
 #include "tools/tree_file.h"
 
@@ -33,18 +33,17 @@ Command command(Options* o) {
       "-m MODEL --draft DRAFT --prompts FILE -o TREE [FLAGS]",
       "Finds the best static tree for a draft on this machine, on the answers to prompts that\n"
       "the draft has not learnt from. chimera run --tree TREE then uses it.\n",
-      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", text(&o->model)},
-       {0, "draft", "DRAFT", "a draft that was trained for it", text(&o->draft)},
-       {0, "prompts", "FILE", "JSONL or one prompt a line", text(&o->prompts)},
-       {'o', "output", "TREE", "the file to write", text(&o->output)},
+      {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
+       {0, "draft", "DRAFT", "a draft that was trained for it", file(&o->draft)},
+       {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o->prompts)},
+       {'o', "output", "TREE", "the file to write", file(&o->output)},
        {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
        {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
        {0, "nodes", "N", "nodes of the tree (default: as many as pay here)",
         integer(&o->nodes, 1, StaticTree::kMostNodes)},
        {0, "depth", "N", "... and its depth, at most", integer(&o->depth, 1, kMostDepths)},
-       {0, "threads", "N", "CPU threads (default: one for each physical core)",
-        integer(&o->threads, 1, 256)},
+       threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
         integer(&o->ctx, 1, kMaxContext)}}};
 }
@@ -83,16 +82,12 @@ int tune_tree(const std::vector<std::string>& args) {
   if (!o.model || !o.draft || !o.prompts || !o.output)
     throw UsageError("tune-tree", "-m MODEL, --draft DRAFT, --prompts FILE and -o TREE",
                      "one missing", "see chimera tune-tree --help");
+  expect_writable(*o.output);
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);
-  std::vector<std::vector<int32_t>> prompts;
-  size_t longest = 0;
-  for (const Prompt& prompt : load_prompts(*o.prompts)) {
-    if (o.limit && prompts.size() == static_cast<size_t>(*o.limit)) break;
-    prompts.push_back(encode(model, prompt, model.chat_format != ChatFormat::kNone));
-    longest = std::max(longest, prompts.back().size());
-  }
+  LongestPrompt longest;
+  const auto prompts = encode_file(model, *o.prompts, o.limit, &longest);
   const int context = choose_context(model.file.tensors.config, o.ctx, longest, o.n);
   DrafterFlags drafting;
   drafting.draft = o.draft;
@@ -105,11 +100,14 @@ int tune_tree(const std::vector<std::string>& args) {
   generation.max_tokens = o.n;
   if (model.tokenizer.eos() >= 0) generation.eos = {model.tokenizer.eos()};
   generation.sampling = o.sampling;
+  const Interrupt interrupt;
+  generation.cancelled = [&] { return interrupt.asked(); };
   Progress progress;
   const Measurement m =
       measure_draft(session, *draft, {.depth = o.depth}, false, prompts, generation,
                     [&](double done) { progress.bar("measuring the draft", done); });
   progress.show("");
+  interrupt.check();
   RankPaths paths;
   for (const MeasuredText& text : m.texts)
     for (const MeasuredPosition& position : text) paths.add(position);
@@ -130,6 +128,7 @@ int tune_tree(const std::vector<std::string>& args) {
       " with the tree; drafting takes " + ms(m.observe_seconds) + " and " + ms(m.depth_seconds) +
       " a depth\nSpeed over plain: " + fixed_text(best.tokens / best.seconds * plain, 2) +
       " expected";
+  print(summary + "\n");
   write_tree(best.tree,
              "A static tree for " + printable(*o.draft, 4096) + " and " + model.name() + ",\n" +
                  "by chimera tune-tree on " + cpu_model() + ", " + backend->description() + ".\n" +
@@ -137,7 +136,6 @@ int tune_tree(const std::vector<std::string>& args) {
                  "\nA line is a node: the ranks of the draft's guesses on the way to it, 1 the "
                  "likeliest.",
              *o.output);
-  print(summary + "\n");
   return 0;
 }
 
