@@ -100,10 +100,12 @@ TEST(CudaBackend, EveryTypeIsNearTheCpu) {
         difference += (a[i] - b[i]) * (a[i] - b[i]);
         norm += a[i] * a[i];
       }
+      // About twice what the roundings of activations make of this model (bf16 0.0054, q6_k 0.020):
+      // they fall differently as soon as a sum has another order. What is wrong is off by 1.
       const double ratio = std::sqrt(difference / norm);
       EXPECT_LT(ratio, type == "f32" || type == "f16" ? 0.001
-                       : type == "bf16"               ? 0.005
-                                                      : 0.02)
+                       : type == "bf16"               ? 0.01
+                                                      : 0.04)
           << device << " " << type;
     }
 }

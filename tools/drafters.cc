@@ -47,8 +47,6 @@ void DrafterFlags::check(const std::string& drafter) const {
   check();
   if (needs_draft(drafter) && !draft)
     throw UsageError("--drafter " + drafter, "a draft model", "none", "give one with --draft FILE");
-  if (!needs_draft(drafter) && draft)
-    throw UsageError("--draft", "a drafter that asks it", "--drafter " + drafter, "leave one out");
   if (drafter == "static" && tree.empty())
     throw UsageError("--drafter static", "a tree", "none", "give one with --tree SPEC");
   if (drafter != "static" && !tree.empty())
