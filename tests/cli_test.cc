@@ -205,7 +205,6 @@ TEST_F(CliTest, FlagsThatWouldBeIgnored) {
     refused(command, {"--tune", "--nodes", "8"}, "--tune: expected trees of a size");
     refused(command, {"--tree", "3,2"}, "--tree: expected a draft model");
   }
-  for (const std::string drafter : {"none", "ngram"})
   for (const std::string drafter : {"chimera", "hybrid"})
     refused(run, {"--draft", "d", "--tree", "3", "--drafter", drafter},
             "--tree: expected --drafter static, found --drafter " + drafter);
@@ -751,7 +750,7 @@ TEST_F(CliTest, TrainData) {
   EXPECT_NE(rest.err.find("broken.jsonl: 1 broken line left out: 2; the first: "),
             std::string::npos)
       << rest.err;
-  expect_error({"train", "dance"}, 2, "expected data, merge, fit or eval");
+  expect_error({"train", "dance"}, 2, "expected data, merge, fit, average or eval");
 }
 
 // A shard goes on where it was stopped, and nowhere else: what cannot be gone on with is named and

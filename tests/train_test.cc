@@ -482,6 +482,42 @@ TEST(Train, ResumedRunGivesTheSameBits) {
   }
 }
 
+// ---- The mean of drafts -------------------------------------------------------------------------
+
+TEST(Train, AverageOfDrafts) {
+  const Folder folder;
+  DraftConfig config;
+  config.hidden_size = 64;
+  config.n_heads = 2, config.n_kv_heads = 1, config.head_dim = 32, config.ffn_size = 32;
+  config.greedy = {{0.8f}, {0.9f}};
+  const std::vector<float> norm(64, 1.0f);
+  std::vector<std::vector<float>> values;
+  const auto save = [&](const std::string& name, uint64_t seed) {
+    DraftTensors draft = initial_draft(config, norm, seed);
+    draft.vocabulary = {3, 1};
+    draft.target_fingerprint = "f";
+    draft.training = "{\"seed\":" + std::to_string(seed) + "}";
+    save_draft(draft, folder(name));
+    values.push_back(pack_parameters(load_draft(folder(name))));  // as rounded in the file
+    return folder(name);
+  };
+  const std::string a = save("a", 1), b = save("b", 2), c = save("c", 3), mean = folder("mean");
+  ASSERT_EQ(train_average({"--drafts", a + "," + b + "," + c, "-o", mean}), 0);
+  const DraftTensors draft = load_draft(mean);
+  const std::vector<float> got = pack_parameters(draft);
+  for (size_t i = 0; i < got.size(); ++i) {
+    const float exact = (values[0][i] + values[1][i] + values[2][i]) / 3;
+    ASSERT_NEAR(got[i], exact, std::fabs(exact) / 256 + 1e-30f) << i;  // BF16
+  }
+  EXPECT_EQ(draft.training, "{\"mean_of\":[{\"seed\":1},{\"seed\":2},{\"seed\":3}]}");
+  EXPECT_TRUE(draft.config.greedy.temperature.empty());  // to be measured again
+
+  config.ffn_size = 64;
+  const std::string other = save("other", 4);
+  EXPECT_THROW(train_average({"--drafts", a + "," + other, "-o", mean}), Error);
+  EXPECT_THROW(train_average({"--drafts", a, "-o", mean}), Error);
+}
+
 // ---- The prototype -----------------------------------------------------------------------------
 
 TEST(Train, ForwardIsThatOfThePrototype) {

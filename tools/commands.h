@@ -11,6 +11,6 @@ int run(const std::vector<std::string>& args);
 int info(const std::vector<std::string>& args);
 int bench(const std::vector<std::string>& args);
 int tune_tree(const std::vector<std::string>& args);
-int train(const std::vector<std::string>& args);  // train.cc: data, merge, fit, eval
+int train(const std::vector<std::string>& args);  // train/train.cc, and its stages
 
 }  // namespace chimera

@@ -1,5 +1,6 @@
 // The Chimera draft model as a file holds it and as the trainer moves it: configuration and f32
-// tensors. (arXiv 2402.15758, sections 3.1 to 3.3; what we changed and why is in the README.)
+// tensors. (arXiv 2402.15758, sections 3.1 to 3.3; what we changed and why is in
+// tools/train/README.md.)
 //
 // Notation: d = hidden_size; E = the target's embedding table; LM = its output head; h_i = the
 // target's state after the final norm at position i; x_i = the token there, so that x_{i+1} is
