@@ -78,6 +78,7 @@ class CliTest : public testing::Test {
       dup2(open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
       if (stream > 0) dup2(writer, stream);
       setenv("XDG_CACHE_HOME", folder_.c_str(), 1);
+      signal(SIGINT, SIG_DFL);  // a shell's background job, which this may be, ignores it
       execv(argv[0], argv.data());
       dprintf(2, "%s: not there; build it with make\n", argv[0]);
       _exit(127);
