@@ -287,11 +287,7 @@ class OracleDrafter final : public Drafter {
 
 // A draft model that knows nothing yet: nearly all of its guesses are wrong.
 DraftTensors untrained_draft(const LlamaConfig& target) {
-  DraftConfig c;
-  c.hidden_size = target.hidden_size;
-  c.n_heads = target.n_heads;
-  c.n_kv_heads = target.n_kv_heads;
-  c.head_dim = target.head_dim;
+  DraftConfig c = training::config_for(target);
   c.ffn_size = 64;
   const std::vector<float> norm(static_cast<size_t>(c.hidden_size), 1.0f);
   DraftTensors draft = training::initial_draft(c, norm, 1);

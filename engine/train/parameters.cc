@@ -78,6 +78,16 @@ void unpack_parameters(const std::vector<float>& values, DraftTensors* tensors) 
   });
 }
 
+DraftConfig config_for(const LlamaConfig& target) {
+  DraftConfig c;
+  c.hidden_size = target.hidden_size;
+  c.n_heads = target.n_heads;
+  c.n_kv_heads = target.n_kv_heads;
+  c.head_dim = target.head_dim;
+  c.rope_base = target.rope_base;
+  return c;
+}
+
 DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& target_norm,
                            uint64_t seed) {
   const ParameterLayout layout(config);

@@ -31,6 +31,9 @@ struct ParameterLayout {
 std::vector<float> pack_parameters(const DraftTensors& tensors);
 void unpack_parameters(const std::vector<float>& values, DraftTensors* tensors);
 
+// What a draft takes from its target: the sizes of its states and heads, and RoPE's base.
+DraftConfig config_for(const LlamaConfig& target);
+
 // A draft to start from. target_norm: (d), the target's final norm; the draft's output norm starts
 // at 0.3 times it.
 DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& target_norm,

@@ -117,11 +117,7 @@ constexpr int kDraftNodes = 24, kDraftDepth = 8, kDraftWidth = 4;
 
 // A draft model of random weights, as `train fit` would begin with for this target.
 DraftTensors random_draft(const LlamaConfig& target, const std::vector<float>& norm) {
-  DraftConfig c;
-  c.hidden_size = target.hidden_size;
-  c.n_heads = target.n_heads;
-  c.n_kv_heads = target.n_kv_heads;
-  c.head_dim = target.head_dim;
+  DraftConfig c = training::config_for(target);
   c.ffn_size = 512;
   DraftTensors draft = training::initial_draft(c, norm, 1);
   draft.vocabulary.resize(static_cast<size_t>(std::min(target.vocab_size, 2048)));

@@ -299,15 +299,10 @@ DraftTensors first_draft(const Options& o, const LlamaTensors& target,
     if (draft.vocabulary.size() > static_cast<size_t>(o.vocabulary))
       draft.vocabulary.resize(static_cast<size_t>(o.vocabulary));  // most frequent first
   } else {
-    DraftConfig c;
-    c.hidden_size = target.config.hidden_size;
-    c.n_heads = target.config.n_heads;
-    c.n_kv_heads = target.config.n_kv_heads;
-    c.head_dim = target.config.head_dim;
+    DraftConfig c = training::config_for(target.config);
     c.ffn_size = o.ffn;
     c.head_rank = o.rank;
     c.n_steps = o.steps;
-    c.rope_base = target.config.rope_base;
     std::vector<float> norm(static_cast<size_t>(c.hidden_size));
     const TensorView& view = target.output_norm;
     dequantize_row(view.type, view.data, view.cols, norm.data());
