@@ -153,17 +153,19 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
 }
 
 struct AttentionShared {
-  float* scores;  // (kQueries, kScoreStride); then e
-  uint32_t* e;    // B fragments: (position tile, query tile, lane, 2)
-  uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
-  int* length;    // (rows of the tile) positions that a row sees
-  int* direct;    // (rows of the tile) positions below stand in the slot of the same number
-  uint8_t* path;  // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
+  float* scores;    // (kQueries, kScoreStride); then e
+  uint32_t* e;      // B fragments: (position tile, query tile, lane, 2)
+  uint32_t* q;      // B fragments: (query tile, dim tile, lane, 2)
+  int* length;      // (rows of the tile) positions that a row sees
+  int* direct;      // (rows of the tile) positions below stand in the slot of the same number
+  int16_t* parent;  // (rows of the step) in shared memory, where a walk takes no time
+  uint8_t* slot;    // ... - committed
+  uint8_t* path;    // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
 };
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
   return kQueries * kScoreStride * 4 + static_cast<size_t>(kChunkTiles * kQueryTiles * kLanes * 8) +
          static_cast<size_t>(kQueryTiles * padded_dim / kKvTile * kLanes * 8) + kQueries * 8 +
-         kQueries * Step::kMaxRows;
+         Step::kMaxRows * 3 + kQueries * Step::kMaxRows;
 }
 DEVICE AttentionShared carve_attention(int padded_dim) {
   AttentionShared s;
@@ -172,7 +174,9 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
   s.q = s.e + kChunkTiles * kQueryTiles * kLanes * 2;
   s.length = reinterpret_cast<int*>(s.q + kQueryTiles * (padded_dim / kKvTile) * kLanes * 2);
   s.direct = s.length + kQueries;
-  s.path = reinterpret_cast<uint8_t*>(s.direct + kQueries);
+  s.parent = reinterpret_cast<int16_t*>(s.direct + kQueries);
+  s.slot = reinterpret_cast<uint8_t*>(s.parent + Step::kMaxRows);
+  s.path = s.slot + Step::kMaxRows;
   return s;
 }
 
@@ -197,16 +201,10 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const auto head_of = [&](int query) { return kv_head * group + (queries.first + query) % group; };
 
   // Where each row's ancestors are.
-  if (thread_index() < n_rows) {
-    const int row = first_row + thread_index();
-    uint8_t* path = s.path + thread_index() * Step::kMaxRows;
-    for (int node = row; node >= 0; node = step->parent[node])
-      path[step->position[node] - committed] = static_cast<uint8_t>(step->slot[node] - committed);
-    const int length = step->position[row] + 1;
-    int direct = committed;
-    while (direct < length && path[direct - committed] == direct - committed) ++direct;
-    s.length[thread_index()] = length;
-    s.direct[thread_index()] = direct;
+  for (int row = sequence.first_row + thread_index(); row < first_row + n_rows;
+       row += kAttentionThreads) {
+    s.parent[row] = static_cast<int16_t>(step->parent[row]);
+    s.slot[row] = static_cast<uint8_t>(step->slot[row] - committed);
   }
   // Queries, rounded, as B fragments: k = coordinate, column = query.
   for (int i = thread_index(); i < query_tiles * 8 * p.kv.padded_dim / 2; i += kAttentionThreads) {
@@ -217,6 +215,19 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
     const Place16 at = place_b(d % 16, query % 8);
     s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
+  }
+  const int position =
+      thread_index() < n_rows ? step->position[first_row + thread_index()] : committed;
+  sync_threads();
+  if (thread_index() < n_rows) {
+    uint8_t* path = s.path + thread_index() * Step::kMaxRows;
+    int depth = position - committed;
+    for (int node = first_row + thread_index(); node >= 0; node = s.parent[node])
+      path[depth--] = s.slot[node];
+    int direct = committed;
+    while (direct <= position && path[direct - committed] == direct - committed) ++direct;
+    s.length[thread_index()] = position + 1;
+    s.direct[thread_index()] = direct;
   }
   sync_threads();
   int longest = 0, least_direct = step->sequences[queries.sequence].committed + Step::kMaxRows,
@@ -359,7 +370,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
         if (query < queries.count && wanted(row_of(query))) sum[i] = c[i];
       }
     };
-    UNROLL_BY(4)
+    UNROLL_BY(8)
     for (int tile = 0; tile < whole; ++tile) {
       uint32_t a[4], b[2];
       load_tile(v_cache, begin / kKvTile + tile, dim_tile, a);
@@ -387,24 +398,21 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
                                        : uint16_t{0});
         }
       };
-      // The first row from `row` on that has the tile gathered, its fragment in a.
-      const auto gather_from = [&](int row, uint32_t(&a)[4]) {
-        while (row < n_rows && (is_direct(row, end) || s.length[row] <= from)) ++row;
-        if (row < n_rows) gather(row, a);
-        return row;
-      };
-      // A row's sums do not wait for its loads: those were begun before the sums of the row before.
-      uint32_t a[4], ahead[4];
-      for (int row = gather_from(0, a); row < n_rows;) {
-        const int next = gather_from(row + 1, ahead);
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-          if (j >= query_tiles || row_of(j * 8) > row ||
-              row_of(least(j * 8 + 7, queries.count - 1)) < row)
-            continue;
-          add(tile, j, a, o[j], [&](int r) { return r == row; });
-        }
-        UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = ahead[r];
-        row = next;
+      // The loads of several rows are taken together.
+      constexpr int kTogether = 4;
+      for (int first = 0; first < n_rows; first += kTogether) {
+        uint32_t a[kTogether][4];
+        const auto gathered = [&](int row) {
+          return row < n_rows && !is_direct(row, end) && s.length[row] > from;
+        };
+        UNROLLED_FOR (int r = 0; r < kTogether; ++r)
+          if (gathered(first + r)) gather(first + r, a[r]);
+        UNROLLED_FOR (int r = 0; r < kTogether; ++r)
+          if (const int row = first + r; gathered(row))
+            UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+              if (j < query_tiles && row_of(j * 8) <= row &&
+                  row_of(least(j * 8 + 7, queries.count - 1)) >= row)
+                add(tile, j, a[r], o[j], [&](int other) { return other == row; });
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
@@ -429,13 +437,24 @@ KERNEL(kPlainThreads, 1) void combine_kernel(AttentionParams p) {
   for (int d = thread_index(); d < p.heads.head_dim; d += block_threads()) {
     const float* c = p.partial(row, head, 0);
     float m = c[0], l = c[1], o = c[2 + d];
-    for (int i = 1; i < chunks; ++i) {
-      c = p.partial(row, head, i);
-      const float larger = c[0] > m ? c[0] : m;
-      const float a = exp_contract(m - larger), b = exp_contract(c[0] - larger);
-      l = fma(l, a, c[1] * b);
-      o = fma(o, a, c[2 + d] * b);
-      m = larger;
+    constexpr int kTogether = 4;  // loads of so many chunks
+    for (int first = 1; first < chunks; first += kTogether) {
+      float max[kTogether], sum[kTogether], value[kTogether];
+      UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+        if (first + i < chunks) {
+          c = p.partial(row, head, first + i);
+          max[i] = c[0];
+          sum[i] = c[1];
+          value[i] = c[2 + d];
+        }
+      UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+        if (first + i >= chunks) break;
+        const float larger = max[i] > m ? max[i] : m;
+        const float a = exp_contract(m - larger), b = exp_contract(max[i] - larger);
+        l = fma(l, a, sum[i] * b);
+        o = fma(o, a, value[i] * b);
+        m = larger;
+      }
     }
     p.out[(static_cast<int64_t>(row) * p.heads.n_heads + head) * p.heads.head_dim + d] =
         divide(o, l);

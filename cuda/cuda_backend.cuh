@@ -134,7 +134,7 @@ class CudaBackend final : public Backend, public TreeOps {
                     : w.type == DType::kBF16 ? matrix->needs_bf16
                                              : matrix->needs_f16;
       needs = true;
-      matrix->partials_a_token += partial_floats(w.type, w.rows, w.cols, 1);
+      matrix->partials_a_token += partial_floats(w.type, w.rows, w.cols, 8) / 8;
       matrix->counters += counter_words(w.rows, Step::kMaxRows);
       matrix->segments.push_back(std::move(s));
     }
@@ -177,11 +177,11 @@ class CudaBackend final : public Backend, public TreeOps {
         std::max<int64_t>(partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
     const auto rows = static_cast<size_t>(scratch_rows_);
     const std::array<size_t, 6> sizes = {
-        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // f16
-        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),  // bf16
-        rows * static_cast<size_t>(scratch_cols_) * 4,                      // f32
-        rows * static_cast<size_t>(most_partials_) * 4,                     // products
-        rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,       // attention
+        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),    // f16
+        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),    // bf16
+        rows * static_cast<size_t>(scratch_cols_) * 4,                        // f32
+        round_up<size_t>(rows, 8) * static_cast<size_t>(most_partials_) * 4,  // products
+        rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,         // attention
         static_cast<size_t>(most_counters_) * 4};
     scratch_partials_ = most_partials_;
     scratch_counters_ = most_counters_;

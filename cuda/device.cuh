@@ -144,6 +144,11 @@ DEVICE uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   return bits_of(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
 }
 
+// Byte i of the result is byte (selector >> 4 i) % 8 of the eight of a (0 to 3) and b.
+DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 DEVICE void copy_async_16(void* shared, const void* global) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -155,29 +160,33 @@ DEVICE void copy_async_wait() {
 }
 
 DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// A kernel of a graph may be started while the last blocks of the one before it still run (sm_90:
-// programmatic dependent launch). From here on, all that was launched before is done and seen, and
-// the next kernel may be started in turn. Every kernel calls it before it touches anything that
-// another one writes, or writes anything. What the kernel just before does not write may be fetched
-// earlier (linear.cuh: weights): all that was launched before that one is done by then.
-DEVICE void wait_for_previous() {
+// A kernel of a graph may be started while those before it still run (sm_90: programmatic dependent
+// launch): as soon as all blocks of the one just before have begun. So its blocks are there, and
+// have done what they can, when their turn comes. Every kernel calls wait_for_previous() before it
+// touches anything that another one writes, or writes anything: behind it all that was launched
+// before is done and seen. Before it, weights may be fetched; so a kernel that writes weights holds
+// the next ones back until it is done.
+DEVICE void wait_and_hold_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -190,9 +199,16 @@ DEVICE uint32_t atomic_add(uint32_t* p, uint32_t x) { return atomicAdd(p, x); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
 }
-DEVICE void memory_fence() { __threadfence(); }
-// A value that another block wrote: not from this multiprocessor's L1.
-DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+// For one thread of a block, after a barrier: adds 1. What the blocks that arrived before have
+// written is seen by this one after its next barrier, if it reads with load_fresh_16().
+DEVICE uint32_t arrive(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
 
 #else
 
@@ -258,6 +274,14 @@ DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
   return multiply_add_f16x2(b, 0xbc00bc00u, a);  // a + b * -1
 }
 
+DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return result;
+}
+
 DEVICE void copy_async_16(void* shared, const void* global,
                           const emulator::Place& place = emulator::Place::current()) {
   emulator::copy_async(shared, global, place);
@@ -316,6 +340,7 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 
 DEVICE void wait_for_previous() {}
+DEVICE void wait_and_hold_next() {}
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 
@@ -329,8 +354,7 @@ DEVICE uint64_t atomic_add(uint64_t* p, uint64_t x) {
   *p = old + x;
   return old;
 }
-DEVICE void memory_fence() {}
-DEVICE float load_fresh(const float* p) { return *p; }
+DEVICE uint32_t arrive(uint32_t* counter) { return atomic_add(counter, 1); }
 
 #endif
 
@@ -343,6 +367,14 @@ DEVICE int warp_index() { return thread_index() / kLanes; }
 #if defined(__CUDACC__)
 DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
 DEVICE Words2 load_8(const void* p) { return *static_cast<const Words2*>(p); }
+// Not from this multiprocessor's L1.
+DEVICE void load_fresh_16(const float* p, float (&to)[4]) {
+  const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+DEVICE void store_16(float* p, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
+}
 #else
 template <typename T>
 T load_vector(const void* p, const emulator::Place& place) {
@@ -355,6 +387,16 @@ DEVICE Words4 load_16(const void* p, const emulator::Place& place = emulator::Pl
 }
 DEVICE Words2 load_8(const void* p, const emulator::Place& place = emulator::Place::current()) {
   return load_vector<Words2>(p, place);
+}
+DEVICE void load_fresh_16(const float* p, float (&to)[4],
+                          const emulator::Place& place = emulator::Place::current()) {
+  const Words4 w = load_vector<Words4>(p, place);
+  std::memcpy(to, w.word, sizeof to);
+}
+DEVICE void store_16(float* p, const float (&from)[4],
+                     const emulator::Place& place = emulator::Place::current()) {
+  load_vector<Words4>(p, place);  // refuses what is not aligned
+  std::memcpy(p, from, sizeof from);
 }
 #endif
 

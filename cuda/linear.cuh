@@ -104,39 +104,67 @@ DEVICE float rms_scale(const float* x, int64_t n, float eps, float* result) {
 }
 
 inline constexpr int kInputThreads = 256;
+// x (n) to shared memory. Loads are taken together before anything is done with them: a row of 4096
+// floats is on its way for one latency, not for sixteen.
+DEVICE void stage_row(const float* x, int64_t n, float* staged) {
+  constexpr int kTogether = 16;
+  for (int64_t from = thread_index(); from < n; from += kTogether * kInputThreads) {
+    float part[kTogether];
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+      if (from + i * kInputThreads < n) part[i] = x[from + i * kInputThreads];
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+      if (from + i * kInputThreads < n) staged[from + i * kInputThreads] = part[i];
+  }
+}
+
 inline constexpr int kInputPart = 2048;  // k of a block: one block for all of a row would be slow
+inline constexpr int kInputPairs = kInputPart / 2 / kInputThreads;  // of a thread
 // Block (token, part). Shared memory: 16 bytes, then (cols) floats for kRmsNorm: every block of a
 // row computes its norm.
 KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
+  const int64_t n = p.cols;
+  // Two neighbours in k share a register of the fragment.
+  const int64_t first_k = static_cast<int64_t>(block_y()) * kInputPart + 2 * thread_index(),
+                end = fragment_k32(n) * 32;
+  const auto k_of = [&](int i) { return first_k + i * 2 * kInputThreads; };
+  const bool norm = p.input == Linear::Input::kRmsNorm;
+  float weight[kInputPairs][2] = {};
+  if (norm)
+    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   wait_for_previous();
   const int token = block_x();
   if (token >= n_tokens(p.step, p.rows)) return;
   const int64_t row = p.rows == Rows::kAll ? p.step->first_new + token : p.step->logits_row[token];
-  const int64_t n = p.cols;
-  const int64_t width = p.input == Linear::Input::kSwiGlu ? 2 * n : n;
-  const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : width);
-  auto* result = reinterpret_cast<float*>(shared_memory());
-  float* staged = result + 4;
-  float scale = 1.0f;
-  if (p.input == Linear::Input::kRmsNorm) {
-    for (int64_t i = thread_index(); i < n; i += block_threads()) staged[i] = x[i];
-    sync_threads();
-    scale = rms_scale(staged, n, p.eps, result);
-  }
-  const auto value = [&](int64_t i) {
-    if (i >= n) return 0.0f;
-    switch (p.input) {
-      case Linear::Input::kRmsNorm: return (staged[i] * scale) * p.norm_weight[i];
-      case Linear::Input::kSwiGlu: return silu(x[i]) * x[n + i];
-      case Linear::Input::kSilu: return silu(x[i]);
-      default: return x[i];
+  const bool gated = p.input == Linear::Input::kSwiGlu;
+  const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
+  float value[kInputPairs][2] = {}, up[kInputPairs][2] = {};
+  UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+    UNROLLED_FOR (int j = 0; j < 2; ++j) {
+      const int64_t k = k_of(i) + j;
+      if (k < n) value[i][j] = x[k];
+      if (k < n && gated) up[i][j] = x[n + k];
     }
-  };
-  // Two neighbours in k share a register of the fragment.
-  const int64_t first = static_cast<int64_t>(block_y()) * kInputPart,
-                end = least(first + kInputPart, fragment_k32(n) * 32);
-  for (int64_t k = first + 2 * thread_index(); k < end; k += 2 * block_threads()) {
-    const float a = value(k), b = value(k + 1);
+  if (norm) {
+    auto* result = reinterpret_cast<float*>(shared_memory());
+    float* staged = result + 4;
+    stage_row(x, n, staged);
+    sync_threads();
+    const float scale = rms_scale(staged, n, p.eps, result);
+    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+      UNROLLED_FOR (int j = 0; j < 2; ++j) value[i][j] = (value[i][j] * scale) * weight[i][j];
+  } else if (gated || p.input == Linear::Input::kSilu) {
+    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+      UNROLLED_FOR (int j = 0; j < 2; ++j) {
+        value[i][j] = silu(value[i][j]);
+        if (gated) value[i][j] = value[i][j] * up[i][j];
+      }
+  }
+  UNROLLED_FOR (int i = 0; i < kInputPairs; ++i) {
+    const int64_t k = k_of(i);
+    if (k >= end) break;
+    const float a = value[i][0], b = value[i][1];  // 0 past the row
     const Place16 at = place_b(static_cast<int>(k % 16), token % 8);
     const int64_t offset =
         ((token / 8 * fragment_k32(n) + k / 32) * 32 + at.lane) * 16 + k % 32 / 16 * 8 + at.reg * 4;
@@ -167,8 +195,9 @@ struct LinearSegment {
   int64_t rows;
   float* y;  // y[(first_row + token) * y_stride + row]
   // Set by linear():
-  int first_block = 0;        // of the launch
-  int64_t first_partial = 0;  // of p.partials
+  int first_block = 0;            // of the launch
+  int splits = 1, run_slabs = 0;  // of K, contract.cuh; divisions are long ways on a GPU
+  int64_t first_partial = 0;      // of p.partials
 };
 inline constexpr int kMaxSegments = 3;
 
@@ -178,7 +207,7 @@ struct LinearParams {
   const std::byte* x;  // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
   int64_t cols, y_stride;
   bool accumulate;
-  float* partials;  // of each segment (n_splits, partial_tokens, rows), if n_splits(rows, cols) > 1
+  float* partials;     // of each segment, if n_splits(rows, cols) > 1: partial_floats()
   int partial_tokens;  // at least the op's tokens
   uint32_t* counters;  // (row blocks, token groups), zero; left zero
   LinearSegment segments[kMaxSegments];
@@ -222,42 +251,41 @@ void linear_kernel(LinearParams p) {
   UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
     if (i < p.n_segments && row_block >= p.segments[i].first_block) m = p.segments[i];
 
+  if (block_y() >= m.splits) return;  // another segment of the launch has more
   const int64_t slabs = tape_slabs(kType, p.cols), k32s = fragment_k32(p.cols);
-  const int64_t run_slabs = split_units(m.rows, p.cols) * kSplitUnit / l.k;
-  const int64_t splits = ceil_div(slabs, run_slabs);
-  if (block_y() >= splits) return;  // another segment of the launch has more
-  const int64_t first_slab = block_y() * run_slabs, end_slab = least(slabs, first_slab + run_slabs);
-  const int n_stages = static_cast<int>(ceil_div<int64_t>(end_slab - first_slab, s.slabs));
-  const int64_t row_tiles = ceil_div<int64_t>(m.rows, kTileRows);
+  const int64_t first_slab = static_cast<int64_t>(block_y()) * m.run_slabs;
+  int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, m.run_slabs));
+  const int n_stages = ceil_div(slabs_left, s.slabs);
   const int64_t first_tile =
       static_cast<int64_t>(row_block - m.first_block) * kLinearWarps * kWarpTiles;
-  const int tiles =
-      static_cast<int>(least<int64_t>(kLinearWarps * kWarpTiles, row_tiles - first_tile));
   std::byte* ring = shared_memory();
 
-  // Stage i of the run: its place in the ring, and what it holds.
-  const auto stage_of = [&](int i) { return ring + i % s.stages * s.bytes; };
-  const auto slab_of = [&](int i) { return first_slab + static_cast<int64_t>(i) * s.slabs; };
-  const auto slabs_of = [&](int i) {
-    return static_cast<int>(least<int64_t>(s.slabs, end_slab - slab_of(i)));
-  };
-  const auto fetch_weights = [&](int i) {
-    if (i >= n_stages) return;
-    constexpr int kTileUnits = s.slabs * l.bytes / 16;  // 16 bytes each, of a row tile
-    const int units = slabs_of(i) * (l.bytes / 16);     // of them there are
-    for (int u = thread_index(); u < tiles * kTileUnits; u += kLinearThreads) {
-      const int tile = u / kTileUnits, unit = u % kTileUnits;
-      if (unit < units)
-        copy_async_16(stage_of(i) + u * 16,
-                      m.tape + ((first_tile + tile) * slabs + slab_of(i)) * l.bytes + unit * 16);
+  // A loop that streams has few instructions to spare: what each thread copies in a stage is at the
+  // same place of the next one, so that nothing but two pointers moves.
+  //
+  // Weights: a warp copies what it multiplies, its two row tiles, each a run of bytes on the tape.
+  constexpr int kTileBytes = s.slabs * l.bytes, kTileUnits = kTileBytes / 16;
+  const std::byte* tape[kWarpTiles];
+  int units_left[kWarpTiles];  // of 16 bytes, from this lane's first one on
+  UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
+    const int64_t index = first_tile + warp_index() * kWarpTiles + tile;
+    tape[tile] = m.tape + (index * slabs + first_slab) * l.bytes + lane_index() * 16;
+    units_left[tile] = index * kTileRows < m.rows ? slabs_left * (l.bytes / 16) - lane_index() : 0;
+  }
+  std::byte* const weights = ring + warp_index() * kWarpTiles * kTileBytes + lane_index() * 16;
+  const auto fetch_weights = [&](int slot) {
+    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
+      UNROLLED_FOR (int u = 0; u < kTileUnits; u += kLanes)
+        if (u < units_left[tile] && (u + kLanes <= kTileUnits || u + lane_index() < kTileUnits))
+          copy_async_16(weights + slot + tile * kTileBytes + u * 16, tape[tile] + u * 16);
+      tape[tile] += kTileBytes;
+      units_left[tile] -= kTileUnits;
     }
   };
-  // Weights can be on their way before the kernel that makes x is done: what is launched just
-  // before a product is its prepare_input() or another product, and neither writes weights. (A
-  // kernel that does, tree.cuh's copy_head_kernel, is further back, and so done; see
-  // wait_for_previous().) Groups behind the first may have no tokens: they look first.
+  // Weights can be on their way before the kernel that makes x is done: see wait_for_previous().
+  // Groups behind the first may have no tokens: they look first.
   const auto fetch_first = [&] {
-    UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i);
+    UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i * s.bytes);
   };
   if (group == 0) fetch_first();
   wait_for_previous();
@@ -269,99 +297,124 @@ void linear_kernel(LinearParams p) {
     return;
   }
   if (group > 0) fetch_first();
+  // x: all warps copy it. Columns without a token are not copied, and multiplied like the others:
+  // nobody sees their sums.
   const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
-  const auto fetch_x = [&](int i) {
-    if (i < n_stages) {
-      const std::byte* x =
-          p.x + ((static_cast<int64_t>(first_token) / 8) * k32s + slab_of(i) * l.k / 32) * 512;
-      constexpr int kColumnUnits = s.k32 * 32;
-      for (int u = thread_index(); u < columns * kColumnUnits; u += kLinearThreads) {
-        const int column = u / kColumnUnits, unit = u % kColumnUnits;
-        if (unit < slabs_of(i) * l.k)
-          copy_async_16(stage_of(i) + s.weight_bytes + u * 16, x + column * k32s * 512 + unit * 16);
+  constexpr int kColumnUnits = s.k32 * 32;
+  const std::byte* x = p.x + (first_token / 8 * k32s + first_slab * l.k / 32) * 512 +
+                       thread_index() / kColumnUnits * k32s * 512 +
+                       thread_index() % kColumnUnits * 16;
+  std::byte* const x_ring = ring + s.weight_bytes + thread_index() * 16;
+  int stages_to_fetch = n_stages;
+  const auto fetch_x = [&](int slot) {
+    if (stages_to_fetch > 0) {
+      UNROLLED_FOR (int u = 0; u < kColumnTiles * kColumnUnits; u += kLinearThreads) {
+        // u is a multiple of kColumnUnits, or less than a column.
+        const int column = u / kColumnUnits, rest = u % kColumnUnits;
+        if (column + thread_index() / kColumnUnits < columns)
+          copy_async_16(x_ring + slot + u * 16, x + column * k32s * 512 + rest * 16);
       }
     }
+    x += s.k32 * 512;
+    --stages_to_fetch;
     copy_async_commit();  // also where there is nothing left: wait() counts groups
   };
 
   float sum[kWarpTiles][kColumnTiles][4] = {};
-  const auto multiply = [&](int i) {
-    const std::byte* stage = stage_of(i);
-    for (int slab = 0; slab < slabs_of(i); ++slab) {
-      for (int k32 = 0; k32 < l.k / 32; ++k32) {
-        uint32_t a[kWarpTiles][2][4];
-        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
-          const int t = warp_index() * kWarpTiles + tile;
-          load_fragments<kType>(stage + (t * s.slabs + slab) * l.bytes, k32, a[tile]);
-        }
-        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j) {
-          if (j >= columns) break;
-          const Words4 x = load_16(stage + s.weight_bytes +
-                                   (j * s.k32 + slab * (l.k / 32) + k32) * 512 + lane_index() * 16);
-          const uint32_t b[2][2] = {{x.word[0], x.word[1]}, {x.word[2], x.word[3]}};
-          UNROLLED_FOR (int half = 0; half < 2; ++half)
-            UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
-              if constexpr (kType == DType::kBF16)
-                mma_bf16(sum[tile][j], a[tile][half], b[half]);
-              else
-                mma_f16(sum[tile][j], a[tile][half], b[half]);
-            }
-        }
+  const auto multiply = [&](const std::byte* stage, int slab) {
+    const std::byte* a_of = stage + (warp_index() * kWarpTiles * s.slabs + slab) * l.bytes;
+    const std::byte* b_of = stage + s.weight_bytes + slab * l.k * 16 + lane_index() * 16;
+    UNROLLED_FOR (int k32 = 0; k32 < l.k / 32; ++k32) {
+      uint32_t a[kWarpTiles][2][4];
+      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+        load_fragments<kType>(a_of + tile * kTileBytes, k32, a[tile]);
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j) {
+        const Words4 w = load_16(b_of + (j * s.k32 + k32) * 512);
+        const uint32_t b[2][2] = {{w.word[0], w.word[1]}, {w.word[2], w.word[3]}};
+        UNROLLED_FOR (int half = 0; half < 2; ++half)
+          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
+            if constexpr (kType == DType::kBF16)
+              mma_bf16(sum[tile][j], a[tile][half], b[half]);
+            else
+              mma_f16(sum[tile][j], a[tile][half], b[half]);
+          }
       }
     }
   };
 
-  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_x(i);
+  UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_x(i * s.bytes);
+  int reads = 0, writes = (s.stages - 1) * s.bytes;  // slots of the ring
+  const auto next = [&](int slot) { return slot == (s.stages - 1) * s.bytes ? 0 : slot + s.bytes; };
   for (int i = 0; i < n_stages; ++i) {
     copy_async_wait<s.stages - 2>();
     sync_threads();
-    fetch_weights(i + s.stages - 1);
-    fetch_x(i + s.stages - 1);
-    multiply(i);
+    fetch_weights(writes);
+    fetch_x(writes);
+    if (slabs_left >= s.slabs) {
+      UNROLLED_FOR (int slab = 0; slab < s.slabs; ++slab) multiply(ring + reads, slab);
+    } else {
+      UNROLL_BY(1)
+      for (int slab = 0; slab < slabs_left; ++slab) multiply(ring + reads, slab);
+    }
+    slabs_left -= s.slabs;
+    reads = next(reads);
+    writes = next(writes);
   }
 
-  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
-  float* partials = p.partials + m.first_partial;
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+  // Runs of a split leave their sums as they stand in registers, 16 bytes a lane; the last one to
+  // arrive adds all of them, in their order.
+  if (m.splits > 1) {
+    const int64_t all_columns = ceil_div(p.partial_tokens, 8),
+                  row_blocks = ceil_div<int64_t>(m.rows, kBlockRows),
+                  rank_floats = row_blocks * all_columns * kBlockRows * 8;
+    float* partial =
+        p.partials + m.first_partial +
+        ((row_block - m.first_block) * all_columns + first_token / 8) * kBlockRows * 8 +
+        (warp_index() * kWarpTiles * kLanes + lane_index()) * 4;
+    const auto at = [](int tile, int j) { return j * kBlockRows * 8 + tile * kLanes * 4; };
     UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-      UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const int64_t row =
-            (first_tile + warp_index() * kWarpTiles + tile) * kTileRows + g + 8 * (i / 2);
-        const int token = first_token + j * 8 + 2 * t + i % 2;
-        if (row >= m.rows || token >= tokens) continue;
-        float* y = out + token * p.y_stride + row;
-        if (splits > 1)
-          partials[(static_cast<int64_t>(block_y()) * p.partial_tokens + token) * m.rows + row] =
-              sum[tile][j][i];
-        else
-          *y = p.accumulate ? *y + sum[tile][j][i] : sum[tile][j][i];
-      }
-  if (splits == 1) return;
-
-  // The last run to arrive adds all of them, in their order.
-  memory_fence();
-  sync_threads();  // also: nobody reads the ring any more
-  auto* arrived = reinterpret_cast<uint32_t*>(ring);
-  uint32_t* counter = p.counters + block_x();
-  if (thread_index() == 0) *arrived = atomic_add(counter, 1);
-  sync_threads();
-  if (*arrived + 1 != static_cast<uint32_t>(splits)) return;
-  memory_fence();
-  const int64_t block_row = first_tile * kTileRows;
-  const int rows = static_cast<int>(least<int64_t>(kBlockRows, m.rows - block_row));
-  const int block_tokens = least(kColumnTiles * 8, tokens - first_token);
-  for (int i = thread_index(); i < block_tokens * kBlockRows; i += kLinearThreads) {
-    const int token = first_token + i / kBlockRows, row = i % kBlockRows;
-    if (row >= rows) continue;
-    const float* partial = partials + token * m.rows + block_row + row;
-    float total = load_fresh(partial);
-    for (int64_t rank = 1; rank < splits; ++rank)
-      total = total + load_fresh(partial + rank * p.partial_tokens * m.rows);
-    float* y = out + token * p.y_stride + block_row + row;
-    *y = p.accumulate ? *y + total : total;
+      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+        if (j < columns) store_16(partial + block_y() * rank_floats + at(tile, j), sum[tile][j]);
+    sync_threads();  // also: nobody reads the ring any more
+    auto* arrived = reinterpret_cast<uint32_t*>(ring);
+    if (thread_index() == 0) *arrived = arrive(p.counters + block_x());
+    sync_threads();
+    if (*arrived + 1 != static_cast<uint32_t>(m.splits)) return;
+    if (thread_index() == 0) p.counters[block_x()] = 0;
+    // Loads of several runs go ahead of their sums: the way to L2 and back takes 0.7 us.
+    constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
+    for (int first = 0; first < m.splits; first += kAhead) {
+      float part[kAhead][kWarpTiles][kColumnTiles][4];
+      UNROLLED_FOR (int r = 0; r < kAhead; ++r)
+        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+            if (first + r < m.splits && j < columns)
+              load_fresh_16(partial + (first + r) * rank_floats + at(tile, j), part[r][tile][j]);
+      UNROLLED_FOR (int r = 0; r < kAhead; ++r)
+        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+            UNROLLED_FOR (int i = 0; i < 4; ++i)
+              if (first + r < m.splits && j < columns)
+                sum[tile][j][i] =
+                    first + r == 0 ? part[r][tile][j][i] : sum[tile][j][i] + part[r][tile][j][i];
+    }
   }
-  if (thread_index() == 0) *counter = 0;
+
+  // y is read for all sums before any is written: else each load would wait for the store before
+  // it.
+  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
+  const auto each = [&](auto f) {
+    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+        UNROLLED_FOR (int i = 0; i < 4; ++i) {
+          const int64_t row = (first_tile + warp_index() * kWarpTiles + tile) * kTileRows +
+                              lane_index() / 4 + 8 * (i / 2);
+          const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
+          if (row < m.rows && token < tokens) f(out + token * p.y_stride + row, sum[tile][j][i]);
+        }
+  };
+  if (p.accumulate) each([](const float* y, float& sum) { sum = *y + sum; });
+  each([](float* y, float sum) { *y = sum; });
 }
 
 // F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and
@@ -393,8 +446,9 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
 
 // Floats of partials, and counters, that a segment needs.
 inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
-  return type == DType::kF32 || n_splits(rows, cols) == 1 ? 0
-                                                          : n_splits(rows, cols) * tokens * rows;
+  return type == DType::kF32 || n_splits(rows, cols) == 1
+             ? 0
+             : n_splits(rows, cols) * round_up<int64_t>(rows, kBlockRows) * round_up(tokens, 8);
 }
 inline int64_t counter_words(int64_t rows, int tokens) {
   return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
@@ -410,8 +464,10 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
     LinearSegment& m = p.segments[i];
     m.first_block = static_cast<int>(grid.x);
     m.first_partial = partials;
+    m.splits = static_cast<int>(n_splits(m.rows, p.cols));
+    m.run_slabs = static_cast<int>(split_units(m.rows, p.cols) * kSplitUnit / slab_layout(kType).k);
     grid.x += ceil_div<int64_t>(m.rows, kBlockRows);
-    grid.y = most(grid.y, n_splits(m.rows, p.cols));
+    grid.y = most<int64_t>(grid.y, m.splits);
     partials += partial_floats(kType, m.rows, p.cols, p.partial_tokens);
   }
   grid.x *= p.groups;

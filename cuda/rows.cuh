@@ -19,15 +19,17 @@ struct EmbedParams {
   int64_t cols;
   float* out;  // (rows, cols)
 };
+// Block (row, part).
 KERNEL(kRowThreads, 1) void embed_kernel(EmbedParams p) {
   wait_for_previous();
   const int row = p.step->first_new + block_x();
-  if (row >= p.step->n_rows) return;
-  for (int64_t k = thread_index(); k < p.cols; k += block_threads())
-    p.out[row * p.cols + k] = tape_weight(p.type, p.tape, p.cols, p.step->token[row], k);
+  const int64_t k = static_cast<int64_t>(block_y()) * kRowThreads + thread_index();
+  if (row >= p.step->n_rows || k >= p.cols) return;
+  p.out[row * p.cols + k] = tape_weight(p.type, p.tape, p.cols, p.step->token[row], k);
 }
 inline void embed(Stream stream, const EmbedParams& p, int max_rows) {
-  launch("embed", embed_kernel, stream, {max_rows}, kRowThreads, 0, p);
+  launch("embed", embed_kernel, stream, {max_rows, ceil_div<int64_t>(p.cols, kRowThreads)},
+         kRowThreads, 0, p);
 }
 
 // ---- RMS norm ----------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ KERNEL(kInputThreads, 1) void rms_norm_kernel(RmsNormParams p) {
   if (row >= p.step->n_rows) return;
   auto* result = reinterpret_cast<float*>(shared_memory());
   float* staged = result + 4;
-  for (int64_t i = thread_index(); i < p.n; i += block_threads()) staged[i] = p.x[row * p.n + i];
+  stage_row(p.x + row * p.n, p.n, staged);
   sync_threads();
   const float scale = rms_scale(staged, p.n, p.eps, result);
   for (int64_t i = thread_index(); i < p.n; i += block_threads())

@@ -290,16 +290,16 @@ DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) 
     }
   } else {
     constexpr SlabLayout l = slab_layout(kType);
-    constexpr uint32_t kBase =
-        0x64006400u + static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
+    constexpr uint32_t kOffset = static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
+    constexpr uint32_t kBase = 0x64006400u + kOffset;  // 1024 + offset
     const std::byte* part = slab + k32 * (l.low_bytes + l.high_bytes);
     LaneScales s = lane_scales<kType>(slab, k32, 0);
     if constexpr (kType == DType::kQ8_0) {
       const Words4 w = load_16(part + lane * 16);
       UNROLLED_FOR (int tile = 0; tile < 2; ++tile)
         UNROLLED_FOR (int r = 0; r < 4; ++r) {
-          const uint32_t two = w.word[2 * tile + r / 2] >> (16 * (r % 2));  // bytes 0 and 1 of it
-          const uint32_t q = 0x64006400u | (two & 0xffu) | (two & 0xff00u) << 8;
+          const uint32_t q =
+              pick_bytes(w.word[2 * tile + r / 2], 0x64u, r % 2 == 0 ? 0x4140u : 0x4342u);
           a[tile][r] =
               multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
         }
@@ -313,13 +313,26 @@ DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) 
         if constexpr (kType == DType::kQ6_K)
           s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
         UNROLLED_FOR (int r = 0; r < 4; ++r) {
-          uint32_t q = 0x64006400u | (w.word[tile] >> (4 * r) & 0x000f000fu);
-          const int i = 4 * tile + r;
-          if constexpr (l.high_bytes == 64)
-            q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;
-          if constexpr (l.high_bytes == 128) q |= (high >> (2 * i) & 0x00030003u) << 4;
-          a[tile][r] =
-              multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
+          uint32_t less_offset;
+          if constexpr (l.high_bytes == 0) {
+            // Every other nibble stays where it is: 1024 + 16 q, of which a sixteenth is 64 + q,
+            // all of it exact.
+            constexpr uint32_t kSixteenth = 0x2c002c00u,
+                               kMinusBase = 0xd400d400u + 16 * kOffset;  // -(64 + offset)
+            const uint32_t nibbles = w.word[tile] >> (r < 2 ? 0 : 8);
+            less_offset = r % 2 == 0 ? subtract_f16x2(0x64006400u | (nibbles & 0x000f000fu), kBase)
+                                     : multiply_add_f16x2(0x64006400u | (nibbles & 0x00f000f0u),
+                                                          kSixteenth, kMinusBase);
+          } else {
+            uint32_t q = 0x64006400u | (w.word[tile] >> (4 * r) & 0x000f000fu);
+            const int i = 4 * tile + r;
+            if constexpr (l.high_bytes == 64)
+              q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;
+            else
+              q |= (high >> (2 * i) & 0x00030003u) << 4;
+            less_offset = subtract_f16x2(q, kBase);
+          }
+          a[tile][r] = multiply_add_f16x2(less_offset, s.scale[r % 2], s.minimum[r % 2]);
         }
       }
     }
