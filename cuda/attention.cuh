@@ -154,25 +154,41 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
 
 struct AttentionShared {
   float* scores;    // (kQueries, kScoreStride); then e
+  uint16_t* v;      // ... and then, in the same place, as k
   uint32_t* e;      // B fragments: (position tile, query tile, lane, 2)
   uint32_t* q;      // B fragments: (query tile, dim tile, lane, 2)
+  uint16_t* k;      // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
   int* length;      // (rows of the tile) positions that a row sees
   int* direct;      // (rows of the tile) positions below stand in the slot of the same number
   int16_t* parent;  // (rows of the step) in shared memory, where a walk takes no time
   uint8_t* slot;    // ... - committed
   uint8_t* path;    // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
 };
+// Slots of K and V that are laid out in shared memory to be gathered from there: those of a tree of
+// 64 nodes and of the tile that it begins in.
+BOTH constexpr int tail_slots(int padded_dim) { return padded_dim <= 128 ? 80 : 48; }
+// f16 of a slot: 16 bytes more than needed put 8 neighbours into all 32 banks.
+BOTH constexpr int tail_stride(int padded_dim) { return padded_dim + 8; }
+BOTH constexpr int tail_bytes(int padded_dim) {
+  return (tail_slots(padded_dim) + 1) * tail_stride(padded_dim) * 2;
+}
+BOTH constexpr int score_bytes(int padded_dim) {
+  return most(kQueries * kScoreStride * 4, tail_bytes(padded_dim));
+}
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
-  return kQueries * kScoreStride * 4 + static_cast<size_t>(kChunkTiles * kQueryTiles * kLanes * 8) +
-         static_cast<size_t>(kQueryTiles * padded_dim / kKvTile * kLanes * 8) + kQueries * 8 +
-         Step::kMaxRows * 3 + kQueries * Step::kMaxRows;
+  return static_cast<size_t>(score_bytes(padded_dim) + kChunkTiles * kQueryTiles * kLanes * 8 +
+                             kQueryTiles * padded_dim / kKvTile * kLanes * 8 +
+                             tail_bytes(padded_dim) + kQueries * 8 + Step::kMaxRows * 3 +
+                             kQueries * Step::kMaxRows);
 }
 DEVICE AttentionShared carve_attention(int padded_dim) {
   AttentionShared s;
   s.scores = reinterpret_cast<float*>(shared_memory());
-  s.e = reinterpret_cast<uint32_t*>(s.scores + kQueries * kScoreStride);
+  s.v = reinterpret_cast<uint16_t*>(s.scores);
+  s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(padded_dim));
   s.q = s.e + kChunkTiles * kQueryTiles * kLanes * 2;
-  s.length = reinterpret_cast<int*>(s.q + kQueryTiles * (padded_dim / kKvTile) * kLanes * 2);
+  s.k = reinterpret_cast<uint16_t*>(s.q + kQueryTiles * (padded_dim / kKvTile) * kLanes * 2);
+  s.length = reinterpret_cast<int*>(s.k + tail_bytes(padded_dim) / 2);
   s.direct = s.length + kQueries;
   s.parent = reinterpret_cast<int16_t*>(s.direct + kQueries);
   s.slot = reinterpret_cast<uint8_t*>(s.parent + Step::kMaxRows);
@@ -261,8 +277,36 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   // Query of element i of a lane's C fragment.
   const auto query_of = [&](int query_tile, int i) { return query_tile * 8 + 2 * t + i % 2; };
 
-  // V's shared tiles stand side by side, and are wanted once the scores are there.
-  for (int i = 128 * thread_index(); i < shared * dim_tiles * 512; i += 128 * kAttentionThreads)
+  // What is gathered: positions from tail_from on, which stand in slots from there on. Laid out in
+  // rows, a fragment of any 16 slots is one load_matrices(). (From the cache itself it is 32 loads
+  // of 2 or 4 bytes, a sector each: only for trees that are larger than the tail.)
+  const int tail_from = begin + whole * kKvTile,
+            n_tail = committed + s.slot[first_row + n_rows - 1] + 1 - tail_from,
+            zeros = tail_slots(p.kv.padded_dim), stride = tail_stride(p.kv.padded_dim);
+  const bool gathers = whole < tiles, staged = gathers && n_tail <= zeros;
+  const auto stage = [&](const uint16_t* cache, uint16_t* to, auto put) {
+    for (int i = thread_index(); i < stride; i += kAttentionThreads) to[zeros * stride + i] = 0;
+    for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
+      UNROLL_BY(5)
+      for (int slot = 0; slot < n_tail; slot += kKvTile) {
+        uint32_t a[4];
+        load_tile(cache, (tail_from + slot) / kKvTile, dim_tile, a);
+        UNROLLED_FOR (int r = 0; r < 4; ++r) put(to + slot * stride + dim_tile * kKvTile, r, a[r]);
+      }
+    }
+  };
+  if (staged)
+    stage(k_cache, s.k, [&](uint16_t* to, int r, uint32_t two) {
+      *reinterpret_cast<uint32_t*>(to + (g + 8 * (r % 2)) * stride + 2 * t + 8 * (r / 2)) = two;
+    });
+  // The row of s.k or s.v that holds what a row sees at a position.
+  const auto staged_row = [&](int row, int position) {
+    return (position < s.length[row] ? slot_of(row, position) - tail_from : zeros) * stride;
+  };
+
+  // V's tiles stand side by side, and are wanted once the scores are there.
+  const int v_tiles = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
+  for (int i = 128 * thread_index(); i < v_tiles * dim_tiles * 512; i += 128 * kAttentionThreads)
     prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
 
   // 1. Scores.
@@ -295,6 +339,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
       store(c[j], tile, j, [&](int row) { return is_direct(row, end); });
   }
+  if (staged) sync_threads();
   // Gathered tiles are few, but there is one of each for every row: the pairs are dealt to all
   // warps.
   for (int pair = warp_index(); pair < (tiles - whole) * n_rows; pair += kAttentionWarps) {
@@ -312,16 +357,26 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     for (int j = 0; j < query_tiles; ++j) {
       if (row_of(j * 8) > row || row_of(least(j * 8 + 7, queries.count - 1)) < row) continue;
       float c[4] = {};
-      UNROLL_BY(8)
-      for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
-        uint32_t a[4], b[2];
-        // Coordinates 2 t + 8: two registers, four elements, on.
-        UNROLLED_FOR (int r = 0; r < 4; ++r)
-          a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
-                                                                  dim_tile * 256 + r / 2 * 4)
-                             : 0u;
-        query_fragment(j, dim_tile, b);
-        mma_f16(c, a, b);
+      if (staged) {
+        const uint16_t* k = s.k + staged_row(row, from + lane_index() % 16) + lane_index() / 16 * 8;
+        UNROLL_BY(8)
+        for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
+          uint32_t a[4], b[2];
+          load_matrices<false>(k + dim_tile * kKvTile, a);
+          query_fragment(j, dim_tile, b);
+          mma_f16(c, a, b);
+        }
+      } else {
+        for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
+          uint32_t a[4], b[2];
+          // Coordinates 2 t + 8: two registers, four elements, on.
+          UNROLLED_FOR (int r = 0; r < 4; ++r)
+            a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
+                                                                    dim_tile * 256 + r / 2 * 4)
+                               : 0u;
+          query_fragment(j, dim_tile, b);
+          mma_f16(c, a, b);
+        }
       }
       store(c, tile, j, [&](int r) { return r == row; });
     }
@@ -350,6 +405,14 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   sync_threads();
 
   // 3. Output.
+  if (staged) {
+    stage(v_cache, s.v, [&](uint16_t* to, int r, uint32_t two) {
+      to += (2 * t + 8 * (r / 2)) * stride + g + 8 * (r % 2);
+      to[0] = static_cast<uint16_t>(two);
+      to[stride] = static_cast<uint16_t>(two >> 16);
+    });
+    sync_threads();
+  }
   for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
     float o[kQueryTiles][4] = {};
     const auto e_fragment = [&](int tile, int query_tile, uint32_t(&b)[2]) {
@@ -388,31 +451,29 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
         UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
           if (j < query_tiles) add(tile, j, a, o[j], [&](int row) { return is_direct(row, end); });
       }
-      const auto gather = [&](int row, uint32_t(&a)[4]) {
-        const int n = s.length[row];
-        // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
-        UNROLLED_FOR (int r = 0; r < 4; ++r) {
-          const int position = from + 2 * t + 8 * (r / 2), d = dim_tile * kKvTile + g + 8 * (r % 2);
-          a[r] = pack(position < n ? v_cache[p.kv.v_index(slot_of(row, position), d)] : uint16_t{0},
-                      position + 1 < n ? v_cache[p.kv.v_index(slot_of(row, position + 1), d)]
-                                       : uint16_t{0});
+      for (int row = 0; row < n_rows; ++row) {
+        if (is_direct(row, end) || s.length[row] <= from) continue;
+        uint32_t a[4];
+        if (staged) {
+          const int position = from + lane_index() % 8 + lane_index() / 16 * 8;
+          load_matrices<true>(
+              s.v + staged_row(row, position) + dim_tile * kKvTile + lane_index() / 8 % 2 * 8, a);
+        } else {
+          const int n = s.length[row];
+          // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
+          UNROLLED_FOR (int r = 0; r < 4; ++r) {
+            const int position = from + 2 * t + 8 * (r / 2),
+                      d = dim_tile * kKvTile + g + 8 * (r % 2);
+            const auto value = [&](int at) {
+              return at < n ? v_cache[p.kv.v_index(slot_of(row, at), d)] : uint16_t{0};
+            };
+            a[r] = pack(value(position), value(position + 1));
+          }
         }
-      };
-      // The loads of several rows are taken together.
-      constexpr int kTogether = 4;
-      for (int first = 0; first < n_rows; first += kTogether) {
-        uint32_t a[kTogether][4];
-        const auto gathered = [&](int row) {
-          return row < n_rows && !is_direct(row, end) && s.length[row] > from;
-        };
-        UNROLLED_FOR (int r = 0; r < kTogether; ++r)
-          if (gathered(first + r)) gather(first + r, a[r]);
-        UNROLLED_FOR (int r = 0; r < kTogether; ++r)
-          if (const int row = first + r; gathered(row))
-            UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-              if (j < query_tiles && row_of(j * 8) <= row &&
-                  row_of(least(j * 8 + 7, queries.count - 1)) >= row)
-                add(tile, j, a[r], o[j], [&](int other) { return other == row; });
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+          if (j < query_tiles && row_of(j * 8) <= row &&
+              row_of(least(j * 8 + 7, queries.count - 1)) >= row)
+            add(tile, j, a, o[j], [&](int other) { return other == row; });
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)

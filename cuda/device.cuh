@@ -11,8 +11,9 @@
 // The two builds live in one program where tests are linked with a CUDA build, so everything that
 // is compiled twice is in an inline namespace of its own.
 //
-// Not here: ldmatrix. Weights, keys and values stand in memory in the order in which the tensor
-// cores want them in registers (tape.cuh), so a lane's 16-byte load is its fragment.
+// Weights, keys and values stand in memory in the order in which the tensor cores want them in
+// registers (tape.cuh), so a lane's 16-byte load is its fragment; load_matrices() is for what has
+// to be picked together first (attention.cuh).
 #pragma once
 
 #include <bit>
@@ -170,6 +171,24 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of f16 from shared memory. Lane 8 i + j names row j of matrix i: 16 aligned
+// bytes, anywhere. r[i]: of matrix i, or of its transpose, elements (lane / 4, 2 (lane % 4)) and
+// the one to the right of it.
+template <bool kTransposed>
+DEVICE void load_matrices(const uint16_t* row, uint32_t (&r)[4]) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
 }
 
 // A kernel of a graph may be started while those before it still run (sm_90: programmatic dependent
@@ -337,6 +356,32 @@ DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      const emulator::Place& place = emulator::Place::current()) {
   mma_emulated<bf16_to_f32>("mma.bf16", d, a, b, place);
+}
+
+template <bool kTransposed>
+void load_matrices(const uint16_t* row, uint32_t (&r)[4],
+                   const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    emulator::refuse("ldmatrix", "an aligned address", "another", place);
+  struct Operand {
+    const uint16_t* row;
+    uint32_t* r;
+  } operand{row, r};
+  emulator::warp(
+      "ldmatrix", &operand,
+      [](void* const* all) {
+        const auto element = [&](int i, int row, int column) {
+          return static_cast<const Operand*>(all[8 * i + row])->row[column];
+        };
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int i = 0; i < 4; ++i) {
+            const int g = lane / 4, t = 2 * (lane % 4);
+            static_cast<Operand*>(all[lane])->r[i] =
+                kTransposed ? pack(element(i, t, g), element(i, t + 1, g))
+                            : pack(element(i, g, t), element(i, g, t + 1));
+          }
+      },
+      place);
 }
 
 DEVICE void wait_for_previous() {}

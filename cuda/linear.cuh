@@ -218,6 +218,10 @@ struct LinearParams {
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
 static_assert(kLinearWarps * kWarpTiles * kTileRows == kBlockRows);
 inline constexpr size_t kSharedLimit = 99 * 1024;  // of a block: sm_89's
+#ifndef STAGES
+#define STAGES 8
+#endif
+inline constexpr int kMostStages = STAGES;
 
 // A stage of the ring; a function of type and column tiles, and nothing that the bits depend on.
 struct StageLayout {
@@ -235,7 +239,7 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
   s.weight_bytes = kLinearWarps * kWarpTiles * s.slabs * l.bytes;
   s.k32 = s.slabs * l.k / 32;
   s.bytes = s.weight_bytes + column_tiles * s.k32 * 512;
-  s.stages = least(4, static_cast<int>(kSharedLimit) / s.bytes);
+  s.stages = least(kMostStages, static_cast<int>(kSharedLimit) / s.bytes);
   return s;
 }
 BOTH constexpr int max_column_tiles(DType type) { return slab_layout(type).k == 256 ? 4 : 8; }

@@ -259,7 +259,11 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
                           {9, 3, 64, 256, 1, true},
                           {4, 2, 16, 9, 70, true},
                           {2, 2, 48, 497, 18, false},
-                          {40, 1, 16, 30, 3, false}}) {
+                          {40, 1, 16, 30, 3, false},
+                          {2, 2, 128, 35, 60, false},
+                          // More slots than tail_slots().
+                          {2, 2, 16, 9, 120, false},
+                          {1, 1, 144, 20, 50, false}}) {
       Buffer<Step> step(1);
       random_step(random, step.get(), c.committed, c.rows, c.chain);
       const int first_new = c.rows > 10 ? 4 : 0;
