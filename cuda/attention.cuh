@@ -69,17 +69,27 @@ struct MaxSum {
   float max, sum;  // sum: lane 0's
 };
 DEVICE MaxSum softmax_chunk(float* s, int n) {
-  float largest = -infinity();
-  for (int i = lane_index(); i < n; i += kLanes) largest = s[i] > largest ? s[i] : largest;
+  constexpr int kEach = kChunk / kLanes;  // a lane's, in registers: its exps do not wait in turn
+  float x[kEach], largest = -infinity();
+  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
+    const int i = lane_index() + j * kLanes;
+    x[j] = i < n ? s[i] : -infinity();
+  }
+  UNROLLED_FOR (int j = 0; j < kEach; ++j) largest = x[j] > largest ? x[j] : largest;
   for (int width = 16; width > 0; width /= 2) {
     const float other = shuffle_xor(largest, width);
     largest = other > largest ? other : largest;
   }
-  for (int i = lane_index(); i < n; i += kLanes) s[i] = exp_contract(s[i] - largest);
-  sync_warp();
-  float lane = 0;
-  if (lane_index() < 16)
-    for (int i = lane_index(); i < n; i += 16) lane = lane + s[i];
+  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
+    const int i = lane_index() + j * kLanes;
+    x[j] = i < n ? exp_contract(x[j] - largest) : 0.0f;
+    if (i < n) s[i] = x[j];
+  }
+  float lane = 0;  // virtual lane i sums s[i], s[i + 16], ...
+  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
+    const float upper = shuffle_xor(x[j], 16);
+    lane = (lane + x[j]) + upper;
+  }
   return {largest, fold_16(lane)};
 }
 
@@ -197,14 +207,15 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
 }
 
 KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
-  wait_for_previous();
+  // A block without work waits as well: when a kernel is done, so must be all before it.
+  let_next_begin();
   const Step* step = p.step;
   const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
   const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
   const QueryTile queries = query_tile(step, group, block_z());
-  if (queries.count == 0) return;
+  if (queries.count == 0) return wait_and_hold_next();
   const Step::Sequence& sequence = step->sequences[queries.sequence];
-  if (begin >= sequence.committed + sequence.n_rows) return;  // of the grid's longest context
+  if (begin >= sequence.committed + sequence.n_rows) return wait_and_hold_next();
   const int committed = sequence.committed, dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
   const int skipped = queries.first / group,
@@ -222,16 +233,6 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     s.parent[row] = static_cast<int16_t>(step->parent[row]);
     s.slot[row] = static_cast<uint8_t>(step->slot[row] - committed);
   }
-  // Queries, rounded, as B fragments: k = coordinate, column = query.
-  for (int i = thread_index(); i < query_tiles * 8 * p.kv.padded_dim / 2; i += kAttentionThreads) {
-    const int query = i / (p.kv.padded_dim / 2), d = i % (p.kv.padded_dim / 2) * 2;
-    const float* q =
-        query < queries.count ? p.query(first_row + row_of(query), head_of(query)) : nullptr;
-    const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
-    const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
-    const Place16 at = place_b(d % 16, query % 8);
-    s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
-  }
   const int position =
       thread_index() < n_rows ? step->position[first_row + thread_index()] : committed;
   sync_threads();
@@ -246,14 +247,13 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     s.direct[thread_index()] = direct;
   }
   sync_threads();
-  int longest = 0, least_direct = step->sequences[queries.sequence].committed + Step::kMaxRows,
-      most_direct = 0;
+  int longest = 0, least_direct = committed + Step::kMaxRows, most_direct = 0;
   for (int r = 0; r < n_rows; ++r) {
     longest = most(longest, s.length[r]);
     least_direct = least(least_direct, s.direct[r]);
     most_direct = most(most_direct, s.direct[r]);
   }
-  if (longest <= begin) return;
+  if (longest <= begin) return wait_and_hold_next();
   const int tiles =
       least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
   // Tiles below `shared` are direct for some row; those below `whole` for all: none is gathered.
@@ -295,6 +295,26 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       }
     }
   };
+  // So far only the Step was needed. (It may be read: rope_append, just before, is behind a
+  // product.) Keys and values of the chunk, tile by tile, are on their way to L2, those
+  // that are there already, while the rows before this kernel's turn are made.
+  const int wanted = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
+  for (int i = 128 * thread_index(); i < wanted * dim_tiles * 512; i += 128 * kAttentionThreads) {
+    prefetch_l2(reinterpret_cast<const std::byte*>(k_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+    prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+  }
+  wait_and_hold_next();
+
+  // Queries, rounded, as B fragments: k = coordinate, column = query.
+  for (int i = thread_index(); i < query_tiles * 8 * p.kv.padded_dim / 2; i += kAttentionThreads) {
+    const int query = i / (p.kv.padded_dim / 2), d = i % (p.kv.padded_dim / 2) * 2;
+    const float* q =
+        query < queries.count ? p.query(first_row + row_of(query), head_of(query)) : nullptr;
+    const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
+    const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
+    const Place16 at = place_b(d % 16, query % 8);
+    s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
+  }
   if (staged)
     stage(k_cache, s.k, [&](uint16_t* to, int r, uint32_t two) {
       *reinterpret_cast<uint32_t*>(to + (g + 8 * (r % 2)) * stride + 2 * t + 8 * (r / 2)) = two;
@@ -304,10 +324,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     return (position < s.length[row] ? slot_of(row, position) - tail_from : zeros) * stride;
   };
 
-  // V's tiles stand side by side, and are wanted once the scores are there.
-  const int v_tiles = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
-  for (int i = 128 * thread_index(); i < v_tiles * dim_tiles * 512; i += 128 * kAttentionThreads)
-    prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+  sync_threads();
 
   // 1. Scores.
   const auto store = [&](const float(&c)[4], int tile, int query_tile, auto wanted) {
@@ -339,7 +356,6 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
       store(c[j], tile, j, [&](int row) { return is_direct(row, end); });
   }
-  if (staged) sync_threads();
   // Gathered tiles are few, but there is one of each for every row: the pairs are dealt to all
   // warps.
   for (int pair = warp_index(); pair < (tiles - whole) * n_rows; pair += kAttentionWarps) {
@@ -390,6 +406,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     float* e = s.scores + query * kScoreStride;
     const MaxSum m = softmax_chunk(e, n);
     sync_warp();
+    UNROLL_BY(4)
     for (int i = 2 * lane_index(); i < tiles * kKvTile; i += 2 * kLanes) {
       const Place16 at = place_b(i % 16, query % 8);
       s.e[((i / 16 * kQueryTiles + query / 8) * kLanes + at.lane) * 2 + at.reg] =

@@ -191,20 +191,26 @@ DEVICE void load_matrices(const uint16_t* row, uint32_t (&r)[4]) {
                  : "memory");
 }
 
-// A kernel of a graph may be started while those before it still run (sm_90: programmatic dependent
-// launch): as soon as all blocks of the one just before have begun. So its blocks are there, and
-// have done what they can, when their turn comes. Every kernel calls wait_for_previous() before it
-// touches anything that another one writes, or writes anything: behind it all that was launched
-// before is done and seen. Before it, weights may be fetched; so a kernel that writes weights holds
-// the next ones back until it is done.
-DEVICE void wait_and_hold_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void wait_for_previous() {
+// A kernel of a graph may begin while those before it still run (sm_90: programmatic dependent
+// launch): when all blocks of the one just before have called let_next_begin(), or are done. So its
+// blocks are there, and have done what they can, when their turn comes. Every kernel calls
+// wait_for_previous() or wait_and_hold_next() before it touches anything that another one writes,
+// or writes anything: behind it all that was launched before is done and seen.
+//
+// Before it, a kernel may fetch what is written by none that can still run:
+//   weights      whoever writes them holds the next kernel back until it is done (tree.cuh)
+//   the Step     behind a product (linear.cuh), which holds the next kernel back until it has
+//   waited
+//                itself: all that was launched before the product is done by then
+// Blocks begin where there is room, so those of a kernel that begins early can crowd on a few
+// multiprocessors. So the next kernel's way is opened early by short kernels, and late by products.
+DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_and_hold_next() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -384,7 +390,7 @@ void load_matrices(const uint16_t* row, uint32_t (&r)[4],
       place);
 }
 
-DEVICE void wait_for_previous() {}
+DEVICE void let_next_begin() {}
 DEVICE void wait_and_hold_next() {}
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
@@ -404,6 +410,11 @@ DEVICE uint32_t arrive(uint32_t* counter) { return atomic_add(counter, 1); }
 #endif
 
 // ---- Built from the above ----------------------------------------------------------------------
+
+DEVICE void wait_for_previous() {
+  let_next_begin();
+  wait_and_hold_next();
+}
 
 DEVICE int lane_index() { return thread_index() % kLanes; }
 DEVICE int warp_index() { return thread_index() / kLanes; }

@@ -22,7 +22,7 @@
 // A step of LLaMA-2-7B is some 350 kernels, and a graph's next kernel starts about 1 us after the
 // last one's end: 0.35 ms beside the 4.4 in which an H100 reads the weights. So a product asks for
 // the weights of its first stages before it waits for the kernel that makes its x
-// (wait_for_previous()), and matrices that share x share a launch.
+// (let_next_begin()), and matrices that share x share a launch.
 //
 // Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live
 // on an H100's multiprocessor (227 KiB) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB,
@@ -217,11 +217,10 @@ struct LinearParams {
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
 static_assert(kLinearWarps * kWarpTiles * kTileRows == kBlockRows);
-inline constexpr size_t kSharedLimit = 99 * 1024;  // of a block: sm_89's
-#ifndef STAGES
-#define STAGES 8
-#endif
-inline constexpr int kMostStages = STAGES;
+// Shared memory of a block: what leaves room for three on an H100's multiprocessor, or, where more
+// tokens make a stage larger, for two. sm_89 has 99 KiB.
+BOTH constexpr int ring_limit(int column_tiles) { return (column_tiles == 1 ? 74 : 99) * 1024; }
+inline constexpr int kMostStages = 8;
 
 // A stage of the ring; a function of type and column tiles, and nothing that the bits depend on.
 struct StageLayout {
@@ -235,11 +234,11 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
   const SlabLayout l = slab_layout(type);
   const bool wide = type == DType::kF16 || type == DType::kBF16;
   StageLayout s{};
-  s.slabs = l.k == 256 ? 1 : wide ? 2 : 4;
+  s.slabs = l.k == 256 || wide ? 1 : 4;
   s.weight_bytes = kLinearWarps * kWarpTiles * s.slabs * l.bytes;
   s.k32 = s.slabs * l.k / 32;
   s.bytes = s.weight_bytes + column_tiles * s.k32 * 512;
-  s.stages = least(kMostStages, static_cast<int>(kSharedLimit) / s.bytes);
+  s.stages = least(kMostStages, ring_limit(column_tiles) / s.bytes);
   return s;
 }
 BOTH constexpr int max_column_tiles(DType type) { return slab_layout(type).k == 256 ? 4 : 8; }
@@ -286,13 +285,13 @@ void linear_kernel(LinearParams p) {
       units_left[tile] -= kTileUnits;
     }
   };
-  // Weights can be on their way before the kernel that makes x is done: see wait_for_previous().
+  // Weights can be on their way before the kernel that makes x is done: see let_next_begin().
   // Groups behind the first may have no tokens: they look first.
   const auto fetch_first = [&] {
     UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i * s.bytes);
   };
   if (group == 0) fetch_first();
-  wait_for_previous();
+  wait_and_hold_next();
   const int tokens = n_tokens(p.step, p.rows_of);
   const int first_token = group * kColumnTiles * 8;
   if (first_token >= tokens) {
@@ -364,6 +363,7 @@ void linear_kernel(LinearParams p) {
     reads = next(reads);
     writes = next(writes);
   }
+  let_next_begin();
 
   // Runs of a split leave their sums as they stand in registers, 16 bytes a lane; the last one to
   // arrive adds all of them, in their order.
@@ -425,7 +425,7 @@ void linear_kernel(LinearParams p) {
 // up to 8 tokens.
 inline constexpr int kF32Tokens = 8;
 KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
-  wait_for_previous();
+  wait_and_hold_next();
   const LinearSegment& m = p.segments[0];
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
   const int n = least(kF32Tokens, tokens - first_token);
