@@ -38,6 +38,7 @@
 
 #include "cuda/contract.cuh"
 #include "cuda/kv.cuh"
+#include "cuda/linear.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/runtime.cuh"
 #include "engine/step.h"
@@ -507,36 +508,36 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
 // (M, L, O) = the first chunk's, and then, ascending,
 //   M' = max(M, max); a = exp(M - M'); b = exp(max - M'); L = fma(L, a, sum * b); O = fma(O, a, o *
 //   b)
-KERNEL(kPlainThreads, 1) void combine_kernel(AttentionParams p) {
+// Block (row, part): the coordinates of all heads.
+KERNEL(kInputThreads, 1) void combine_kernel(AttentionParams p) {
   wait_for_previous();
-  const int row = p.step->first_new + block_x(), head = block_y();
-  if (row >= p.step->n_rows) return;
+  const int row = p.step->first_new + block_x(), dim = p.heads.head_dim;
+  const int head = (block_y() * kInputThreads + thread_index()) / dim,
+            d = (block_y() * kInputThreads + thread_index()) % dim;
+  if (row >= p.step->n_rows || head >= p.heads.n_heads) return;
   const int chunks = p.step->position[row] / kChunk + 1;
-  for (int d = thread_index(); d < p.heads.head_dim; d += block_threads()) {
-    const float* c = p.partial(row, head, 0);
-    float m = c[0], l = c[1], o = c[2 + d];
-    constexpr int kTogether = 4;  // loads of so many chunks
-    for (int first = 1; first < chunks; first += kTogether) {
-      float max[kTogether], sum[kTogether], value[kTogether];
-      UNROLLED_FOR (int i = 0; i < kTogether; ++i)
-        if (first + i < chunks) {
-          c = p.partial(row, head, first + i);
-          max[i] = c[0];
-          sum[i] = c[1];
-          value[i] = c[2 + d];
-        }
-      UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
-        if (first + i >= chunks) break;
-        const float larger = max[i] > m ? max[i] : m;
-        const float a = exp_contract(m - larger), b = exp_contract(max[i] - larger);
-        l = fma(l, a, sum[i] * b);
-        o = fma(o, a, value[i] * b);
-        m = larger;
+  const float* c = p.partial(row, head, 0);
+  float m = c[0], l = c[1], o = c[2 + d];
+  constexpr int kTogether = 4;  // loads of so many chunks
+  for (int first = 1; first < chunks; first += kTogether) {
+    float max[kTogether], sum[kTogether], value[kTogether];
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+      if (first + i < chunks) {
+        c = p.partial(row, head, first + i);
+        max[i] = c[0];
+        sum[i] = c[1];
+        value[i] = c[2 + d];
       }
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+      if (first + i >= chunks) break;
+      const float larger = max[i] > m ? max[i] : m;
+      const float a = exp_contract(m - larger), b = exp_contract(max[i] - larger);
+      l = fma(l, a, sum[i] * b);
+      o = fma(o, a, value[i] * b);
+      m = larger;
     }
-    p.out[(static_cast<int64_t>(row) * p.heads.n_heads + head) * p.heads.head_dim + d] =
-        divide(o, l);
   }
+  p.out[(static_cast<int64_t>(row) * p.heads.n_heads + head) * p.heads.head_dim + d] = divide(o, l);
 }
 
 // n_chunks, n_sequences: at least those of the step.
@@ -552,7 +553,9 @@ inline void attention(Stream stream, const AttentionParams& p, int max_rows, int
     launch("attention f32", attention_f32_kernel, stream, {n_chunks, p.heads.n_heads, max_rows},
            kPlainThreads, kChunk * 8, p);
   }
-  launch("combine", combine_kernel, stream, {max_rows, p.heads.n_heads}, kPlainThreads, 0, p);
+  launch("combine", combine_kernel, stream,
+         {max_rows, ceil_div(p.heads.n_heads * p.heads.head_dim, kInputThreads)}, kInputThreads, 0,
+         p);
 }
 
 }  // namespace CHIMERA_CUDA_BODY

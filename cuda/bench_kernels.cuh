@@ -53,15 +53,16 @@ class KernelBench {
     const DeviceMemory weights = noise(static_cast<size_t>(copies * bytes)),
                        x = zeros(static_cast<size_t>(fragment_bytes(most, cols)) * 2),
                        y = zeros(static_cast<size_t>(most * rows) * 4),
-                       partials =
-                           zeros(static_cast<size_t>(partial_floats(type, rows, cols, most) * 4)),
+                       partials = zeros(
+                           static_cast<size_t>(partial_floats(type, rows, rows, cols, most) * 4)),
                        counters = zeros(static_cast<size_t>(counter_words(rows, most)) * 4),
                        step = device_step(0, most);
     std::vector<Timing> timings;
     for (const int n : tokens) {
       send_step(step.get(), 0, n, false);
-      LinearParams p{as<Step>(step),      Rows::kAll, as<std::byte>(x),       cols, rows, false,
-                     as<float>(partials), most,       as<uint32_t>(counters), {},   1};
+      LinearParams p{
+          as<Step>(step),      Rows::kAll, as<std::byte>(x),       rows, cols, rows, false,
+          as<float>(partials), most,       as<uint32_t>(counters), {},   1};
       const auto weight = [&](int i) { return as<std::byte>(weights) + i % copies * bytes; };
       const std::string name = "product " + std::to_string(rows) + " x " + std::to_string(cols);
       timings.push_back({name, dtype_info(type).name, n,

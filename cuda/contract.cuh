@@ -15,8 +15,8 @@
 //   F32     as the CPU: acc = 0; for k ascending: acc = fma(w[k], x[k], acc)
 //   others  K is cut into n_splits(N, K) runs of whole 256s (below). Within a run, acc = 0; for
 //           each 16 k ascending, padded with zeros: acc = mma(w, x, acc). y = run 0, + run 1, ...
-//           in f32. `accumulate` adds the whole of it to y once. N, K: of the matrix as it came to
-//           prepare(), before it was stacked.
+//           in f32. `accumulate` adds the whole of it to y once. N: the rows of all matrices that
+//           prepare() stacked together.
 //   x is rounded to bf16 for BF16 weights; for all other types to f16, numbers beyond the largest
 //   f16 to +-65504. And w is
 //     F16, BF16         as stored
@@ -43,7 +43,7 @@
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
-inline constexpr int kContractVersion = 2;
+inline constexpr int kContractVersion = 3;
 inline constexpr int kChunk = 256;
 inline constexpr int kSplitUnit =
     256;  // k; a run of a split is whole units (K-quants: blocks of 256)

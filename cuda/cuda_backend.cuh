@@ -118,6 +118,8 @@ class CudaBackend final : public Backend, public TreeOps {
                                   const Consumed& consumed) override {
     auto matrix = std::make_unique<CudaMatrix>();
     matrix->cols = stacked.front().cols;
+    for (const TensorView& w : stacked) matrix->rows += w.rows;
+    int64_t first_row = 0;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
         throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
@@ -125,16 +127,16 @@ class CudaBackend final : public Backend, public TreeOps {
       const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
       std::vector<std::byte> tape(bytes);
       pack_in_parallel(w, tape.data());
-      CudaMatrix::Segment s{w.type, w.rows, matrix->rows, DeviceMemory(allocate_device(bytes))};
+      CudaMatrix::Segment s{w.type, w.rows, first_row, DeviceMemory(allocate_device(bytes))};
       if (consumed) consumed({w.data, w.bytes()});
       upload(s.tape.get(), tape.data(), bytes);
       matrix->bytes += bytes;
-      matrix->rows += w.rows;
+      first_row += w.rows;
       bool& needs = w.type == DType::kF32    ? matrix->needs_f32
                     : w.type == DType::kBF16 ? matrix->needs_bf16
                                              : matrix->needs_f16;
       needs = true;
-      matrix->partials_a_token += partial_floats(w.type, w.rows, w.cols, 8) / 8;
+      matrix->partials_a_token += partial_floats(w.type, w.rows, matrix->rows, w.cols, 8) / 8;
       matrix->counters += counter_words(w.rows, Step::kMaxRows);
       matrix->segments.push_back(std::move(s));
     }
@@ -276,6 +278,7 @@ class CudaBackend final : public Backend, public TreeOps {
         LinearParams p{s.device,
                        l.rows,
                        x,
+                       w.rows,
                        w.cols,
                        l.y_stride > 0 ? l.y_stride : w.rows,
                        l.accumulate,

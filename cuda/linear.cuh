@@ -195,9 +195,8 @@ struct LinearSegment {
   int64_t rows;
   float* y;  // y[(first_row + token) * y_stride + row]
   // Set by linear():
-  int first_block = 0;            // of the launch
-  int splits = 1, run_slabs = 0;  // of K, contract.cuh; divisions are long ways on a GPU
-  int64_t first_partial = 0;      // of p.partials
+  int first_block = 0;        // of the launch
+  int64_t first_partial = 0;  // of p.partials
 };
 inline constexpr int kMaxSegments = 3;
 
@@ -205,14 +204,17 @@ struct LinearParams {
   const Step* step;
   Rows rows_of;
   const std::byte* x;  // fragments in f16, BF16 weights: in bf16; F32 weights: (tokens, cols) f32
-  int64_t cols, y_stride;
+  int64_t stacked_rows, cols;  // of the matrix, which decide how K is split
+  int64_t y_stride;
   bool accumulate;
-  float* partials;     // of each segment, if n_splits(rows, cols) > 1: partial_floats()
+  float* partials;     // of each segment, if K is split: partial_floats()
   int partial_tokens;  // at least the op's tokens
   uint32_t* counters;  // (row blocks, token groups), zero; left zero
   LinearSegment segments[kMaxSegments];
   int n_segments;
-  int groups = 1;  // of tokens; set by linear()
+  // Set by linear():
+  int groups = 1;                 // of tokens
+  int splits = 1, run_slabs = 0;  // of K; divisions are long ways on a GPU
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -254,10 +256,9 @@ void linear_kernel(LinearParams p) {
   UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
     if (i < p.n_segments && row_block >= p.segments[i].first_block) m = p.segments[i];
 
-  if (block_y() >= m.splits) return;  // another segment of the launch has more
   const int64_t slabs = tape_slabs(kType, p.cols), k32s = fragment_k32(p.cols);
-  const int64_t first_slab = static_cast<int64_t>(block_y()) * m.run_slabs;
-  int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, m.run_slabs));
+  const int64_t first_slab = static_cast<int64_t>(block_y()) * p.run_slabs;
+  int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, p.run_slabs));
   const int n_stages = ceil_div(slabs_left, s.slabs);
   const int64_t first_tile =
       static_cast<int64_t>(row_block - m.first_block) * kLinearWarps * kWarpTiles;
@@ -367,7 +368,7 @@ void linear_kernel(LinearParams p) {
 
   // Runs of a split leave their sums as they stand in registers, 16 bytes a lane; the last one to
   // arrive adds all of them, in their order.
-  if (m.splits > 1) {
+  if (p.splits > 1) {
     const int64_t all_columns = ceil_div(p.partial_tokens, 8),
                   row_blocks = ceil_div<int64_t>(m.rows, kBlockRows),
                   rank_floats = row_blocks * all_columns * kBlockRows * 8;
@@ -383,22 +384,22 @@ void linear_kernel(LinearParams p) {
     auto* arrived = reinterpret_cast<uint32_t*>(ring);
     if (thread_index() == 0) *arrived = arrive(p.counters + block_x());
     sync_threads();
-    if (*arrived + 1 != static_cast<uint32_t>(m.splits)) return;
+    if (*arrived + 1 != static_cast<uint32_t>(p.splits)) return;
     if (thread_index() == 0) p.counters[block_x()] = 0;
     // Loads of several runs go ahead of their sums: the way to L2 and back takes 0.7 us.
     constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
-    for (int first = 0; first < m.splits; first += kAhead) {
+    for (int first = 0; first < p.splits; first += kAhead) {
       float part[kAhead][kWarpTiles][kColumnTiles][4];
       UNROLLED_FOR (int r = 0; r < kAhead; ++r)
         UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
           UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-            if (first + r < m.splits && j < columns)
+            if (first + r < p.splits && j < columns)
               load_fresh_16(partial + (first + r) * rank_floats + at(tile, j), part[r][tile][j]);
       UNROLLED_FOR (int r = 0; r < kAhead; ++r)
         UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
           UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
             UNROLLED_FOR (int i = 0; i < 4; ++i)
-              if (first + r < m.splits && j < columns)
+              if (first + r < p.splits && j < columns)
                 sum[tile][j][i] =
                     first + r == 0 ? part[r][tile][j][i] : sum[tile][j][i] + part[r][tile][j][i];
     }
@@ -448,11 +449,11 @@ KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
   }
 }
 
-// Floats of partials, and counters, that a segment needs.
-inline int64_t partial_floats(DType type, int64_t rows, int64_t cols, int tokens) {
-  return type == DType::kF32 || n_splits(rows, cols) == 1
-             ? 0
-             : n_splits(rows, cols) * round_up<int64_t>(rows, kBlockRows) * round_up(tokens, 8);
+// Floats of partials, and counters, that a segment of a stack needs.
+inline int64_t partial_floats(DType type, int64_t rows, int64_t stacked_rows, int64_t cols,
+                              int tokens) {
+  const int64_t splits = type == DType::kF32 ? 1 : n_splits(stacked_rows, cols);
+  return splits == 1 ? 0 : splits * round_up<int64_t>(rows, kBlockRows) * round_up(tokens, 8);
 }
 inline int64_t counter_words(int64_t rows, int tokens) {
   return ceil_div<int64_t>(rows, kBlockRows) * ceil_div(tokens, 8);
@@ -462,17 +463,17 @@ template <DType kType, int kColumnTiles>
 void launch_linear(Stream stream, LinearParams p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
   p.groups = ceil_div(max_rows, kColumnTiles * 8);
-  Grid grid{0, 1};
+  p.splits = static_cast<int>(n_splits(p.stacked_rows, p.cols));
+  p.run_slabs =
+      static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
+  Grid grid{0, p.splits};
   int64_t partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];
     m.first_block = static_cast<int>(grid.x);
     m.first_partial = partials;
-    m.splits = static_cast<int>(n_splits(m.rows, p.cols));
-    m.run_slabs = static_cast<int>(split_units(m.rows, p.cols) * kSplitUnit / slab_layout(kType).k);
     grid.x += ceil_div<int64_t>(m.rows, kBlockRows);
-    grid.y = most<int64_t>(grid.y, m.splits);
-    partials += partial_floats(kType, m.rows, p.cols, p.partial_tokens);
+    partials += partial_floats(kType, m.rows, p.stacked_rows, p.cols, p.partial_tokens);
   }
   grid.x *= p.groups;
   launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,

@@ -70,12 +70,13 @@ struct RopeAppendParams {
   float q_scale;  // 1 / sqrt(head_dim)
   KvLayer kv;
 };
-// Block (row, head): the query heads, then the KV heads.
-KERNEL(kRowThreads, 1) void rope_append_kernel(RopeAppendParams p) {
+// Block (row, part): pairs of coordinates of the query heads, then of the KV heads.
+KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   wait_for_previous();
-  const int row = p.step->first_new + block_x(), head = block_y(), dim = p.heads.head_dim,
-            half = dim / 2;
-  if (row >= p.step->n_rows) return;
+  const int row = p.step->first_new + block_x(), dim = p.heads.head_dim, half = dim / 2;
+  const int head = (block_y() * kInputThreads + thread_index()) / half,
+            i = (block_y() * kInputThreads + thread_index()) % half;
+  if (row >= p.step->n_rows || head >= p.heads.n_heads + p.heads.n_kv_heads) return;
   float* x =
       p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
   const bool is_key = head >= p.heads.n_heads;
@@ -85,34 +86,30 @@ KERNEL(kRowThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   const float scale = is_key ? 1.0f : p.q_scale;
   const int64_t angle =
       static_cast<int64_t>(p.step->position[row] + (is_key ? 0 : p.rope.query_shift)) * half;
-  const int slot = p.step->slot[row];
-  const int64_t base = is_key ? p.kv.head_offset(p.step->sequence[row], kv_head) : 0;
-  for (int i = thread_index(); i < half; i += block_threads()) {
-    const float a = x[i], b = x[half + i];
-    float first = a, second = b;
-    if (turns) {
-      const float cos = p.rope.cos[angle + i], sin = p.rope.sin[angle + i];
-      first = fma(a, cos, -(b * sin));
-      second = fma(b, cos, a * sin);
-    }
-    first = first * scale;
-    second = second * scale;
-    x[i] = first;
-    x[half + i] = second;
-    if (is_key) {
-      store_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slot, i), first);
-      store_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slot, half + i), second);
-    }
+  const float a = x[i], b = x[half + i];
+  float first = a, second = b;
+  if (turns) {
+    const float cos = p.rope.cos[angle + i], sin = p.rope.sin[angle + i];
+    first = fma(a, cos, -(b * sin));
+    second = fma(b, cos, a * sin);
   }
-  if (is_key) {
-    const float* v = x + p.heads.n_kv_heads * dim;
-    for (int i = thread_index(); i < dim; i += block_threads())
-      store_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slot, i), v[i]);
+  first = first * scale;
+  second = second * scale;
+  x[i] = first;
+  x[half + i] = second;
+  if (!is_key) return;
+  const int slot = p.step->slot[row];
+  const int64_t base = p.kv.head_offset(p.step->sequence[row], kv_head);
+  const float* v = x + p.heads.n_kv_heads * dim;
+  UNROLLED_FOR (int d = i; d < dim; d += half) {
+    store_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slot, d), d == i ? first : second);
+    store_kv(p.kv.type, p.kv.v, base + p.kv.v_index(slot, d), v[d]);
   }
 }
 inline void rope_append(Stream stream, const RopeAppendParams& p, int max_rows) {
-  launch("rope_append", rope_append_kernel, stream,
-         {max_rows, p.heads.n_heads + p.heads.n_kv_heads}, kRowThreads, 0, p);
+  const int pairs = (p.heads.n_heads + p.heads.n_kv_heads) * p.heads.head_dim / 2;
+  launch("rope_append", rope_append_kernel, stream, {max_rows, ceil_div(pairs, kInputThreads)},
+         kInputThreads, 0, p);
 }
 
 // ---- Copies ------------------------------------------------------------------------------------
