@@ -215,6 +215,32 @@ DEVICE void wait_and_hold_next() {
 #endif
 }
 
+// Blocks of a cluster (sm_90; runtime.cuh, Grid::cluster_y) run at the same time and read each
+// other's shared memory. Behind sync_cluster() what all of them have written there before is seen;
+// a block must not end while another may still read.
+DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+// What the block of a rank has at the place in its shared memory where this one has p.
+DEVICE void load_cluster_16(const float* p, int rank, float (&to)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .u32 at;\n"
+      "mapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n"
+      "}"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank)
+      : "memory");
+#endif
+}
+
 // The 128 bytes around p will be wanted: from memory to L2.
 DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
@@ -391,6 +417,9 @@ void load_matrices(const uint16_t* row, uint32_t (&r)[4],
 }
 
 DEVICE void let_next_begin() {}
+// No clusters here: largest_cluster() is 1.
+DEVICE void sync_cluster() {}
+DEVICE void load_cluster_16(const float* /*p*/, int /*rank*/, float (&/*to*/)[4]) {}
 DEVICE void wait_and_hold_next() {}
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }

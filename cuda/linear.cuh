@@ -215,6 +215,7 @@ struct LinearParams {
   // Set by linear():
   int groups = 1;                 // of tokens
   int splits = 1, run_slabs = 0;  // of K; divisions are long ways on a GPU
+  bool clustered = false;         // the runs of a tile are a cluster
 };
 
 inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
@@ -223,6 +224,7 @@ static_assert(kLinearWarps * kWarpTiles * kTileRows == kBlockRows);
 // tokens make a stage larger, for two. sm_89 has 99 KiB.
 BOTH constexpr int ring_limit(int column_tiles) { return (column_tiles == 1 ? 74 : 99) * 1024; }
 inline constexpr int kMostStages = 8;
+inline constexpr int kMostClustered = 8;  // what every device with clusters can do
 
 // A stage of the ring; a function of type and column tiles, and nothing that the bits depend on.
 struct StageLayout {
@@ -366,8 +368,56 @@ void linear_kernel(LinearParams p) {
   }
   let_next_begin();
 
-  // Runs of a split leave their sums as they stand in registers, 16 bytes a lane; the last one to
-  // arrive adds all of them, in their order.
+  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
+  // f(y, i) for the four sums of a lane's fragment that there are.
+  const auto each_of = [&](int tile, int j, auto f) {
+    UNROLLED_FOR (int i = 0; i < 4; ++i) {
+      const int64_t row = (first_tile + warp_index() * kWarpTiles + tile) * kTileRows +
+                          lane_index() / 4 + 8 * (i / 2);
+      const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
+      if (row < m.rows && token < tokens) f(out + token * p.y_stride + row, i);
+    }
+  };
+
+  // Runs of a split that are a cluster lay their sums down in shared memory, and each adds a share
+  // of the fragments, in the order of the runs.
+  if (p.clustered) {
+    constexpr int kMost = (kWarpTiles * kColumnTiles + 1) / 2;  // fragments of a run
+    float* const mine = reinterpret_cast<float*>(ring) + thread_index() * 4;
+    const auto place = [&](int fragment) { return mine + fragment * kLinearThreads * 4; };
+    sync_threads();  // nobody reads the ring any more
+    UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+        if (j < columns) store_16(place(j * kWarpTiles + tile), sum[tile][j]);
+    float total[kMost][4] = {};
+    const auto fragment_of = [&](int i) { return block_y() + i * p.splits; };
+    if (p.accumulate)  // on its way meanwhile
+      UNROLLED_FOR (int i = 0; i < kMost; ++i)
+        if (const int f = fragment_of(i); f < columns * kWarpTiles)
+          each_of(f % kWarpTiles, f / kWarpTiles, [&](const float* y, int e) { total[i][e] = *y; });
+    sync_cluster();
+    UNROLLED_FOR (int i = 0; i < kMost; ++i) {
+      const int f = fragment_of(i);
+      if (f >= columns * kWarpTiles) break;
+      float part[kMostClustered][4];
+      UNROLLED_FOR (int rank = 0; rank < kMostClustered; ++rank)
+        if (rank < p.splits) load_cluster_16(place(f), rank, part[rank]);
+      UNROLLED_FOR (int e = 0; e < 4; ++e) {
+        float y = part[0][e];
+        UNROLLED_FOR (int rank = 1; rank < kMostClustered; ++rank)
+          if (rank < p.splits) y = y + part[rank][e];
+        total[i][e] = p.accumulate ? total[i][e] + y : y;
+      }
+    }
+    UNROLLED_FOR (int i = 0; i < kMost; ++i)
+      if (const int f = fragment_of(i); f < columns * kWarpTiles)
+        each_of(f % kWarpTiles, f / kWarpTiles, [&](float* y, int e) { *y = total[i][e]; });
+    sync_cluster();
+    return;
+  }
+
+  // Elsewhere, or of more runs than a cluster has, they leave them in memory as they stand in
+  // registers, 16 bytes a lane; the last one to arrive adds all of them.
   if (p.splits > 1) {
     const int64_t all_columns = ceil_div(p.partial_tokens, 8),
                   row_blocks = ceil_div<int64_t>(m.rows, kBlockRows),
@@ -407,19 +457,13 @@ void linear_kernel(LinearParams p) {
 
   // y is read for all sums before any is written: else each load would wait for the store before
   // it.
-  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
   const auto each = [&](auto f) {
     UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
       UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-        UNROLLED_FOR (int i = 0; i < 4; ++i) {
-          const int64_t row = (first_tile + warp_index() * kWarpTiles + tile) * kTileRows +
-                              lane_index() / 4 + 8 * (i / 2);
-          const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
-          if (row < m.rows && token < tokens) f(out + token * p.y_stride + row, sum[tile][j][i]);
-        }
+        each_of(tile, j, [&](float* y, int i) { f(y, &sum[tile][j][i]); });
   };
-  if (p.accumulate) each([](const float* y, float& sum) { sum = *y + sum; });
-  each([](float* y, float sum) { *y = sum; });
+  if (p.accumulate) each([](const float* y, float* sum) { *sum = *y + *sum; });
+  each([](float* y, const float* sum) { *y = *sum; });
 }
 
 // F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and
@@ -466,7 +510,8 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
   p.splits = static_cast<int>(n_splits(p.stacked_rows, p.cols));
   p.run_slabs =
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
-  Grid grid{0, p.splits};
+  p.clustered = p.splits > 1 && p.splits <= least(kMostClustered, largest_cluster());
+  Grid grid{0, p.splits, 1, p.clustered ? p.splits : 1};
   int64_t partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];

@@ -22,6 +22,7 @@ inline namespace CHIMERA_CUDA_BODY {
 
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
+  int cluster_y = 1;  // blocks with the same x and z that run at once; divides y
 };
 
 #if defined(__CUDACC__)
@@ -42,6 +43,14 @@ inline void check(cudaError_t status, const char* what) {
     throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
 }
 
+inline bool is_sm_90() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+inline int largest_cluster() { return is_sm_90() ? 8 : 1; }
+
 // Are launches into this stream captured, on a device that can start a kernel before the last one
 // is done? Outside a graph a launch takes the host longer than the gap between two kernels.
 inline bool overlaps(Stream stream) {
@@ -49,10 +58,7 @@ inline bool overlaps(Stream stream) {
   if (stream == nullptr || cudaStreamIsCapturing(stream->handle, &status) != cudaSuccess ||
       status != cudaStreamCaptureStatusActive)
     return false;
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+  return is_sm_90();
 }
 
 template <typename Params>
@@ -62,17 +68,26 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           name);
-  cudaLaunchAttribute overlap{};  // see wait_for_previous()
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned n_attributes = 0;
+  if (overlaps(stream)) {
+    cudaLaunchAttribute& a = attributes[n_attributes++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;  // see let_next_begin()
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster_y > 1) {
+    cudaLaunchAttribute& a = attributes[n_attributes++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim = {1, static_cast<unsigned>(grid.cluster_y), 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                         static_cast<unsigned>(grid.z));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = handle(stream);
-  config.attrs = &overlap;
-  config.numAttrs = overlaps(stream) ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = n_attributes;
   check(cudaLaunchKernelEx(&config, kernel, params), name);
   if (stream == nullptr || stream->watched) check(cudaStreamSynchronize(config.stream), name);
 }
@@ -184,6 +199,8 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
   else
     stream->run(work);
 }
+
+inline int largest_cluster() { return 1; }
 
 inline void* allocate_pinned(size_t bytes) {
   void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));
