@@ -164,11 +164,13 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
 }
 
 struct AttentionShared {
-  float* scores;    // (kQueries, kScoreStride); then e
-  uint16_t* v;      // ... and then, in the same place, as k
-  uint32_t* e;      // B fragments: (position tile, query tile, lane, 2)
-  uint32_t* q;      // B fragments: (query tile, dim tile, lane, 2)
-  uint16_t* k;      // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
+  float* scores;  // (kQueries, kScoreStride); then e
+  uint16_t* v;    // ... and then, in the same place, as k
+  uint32_t* e;    // B fragments: (position tile, query tile, lane, 2)
+  uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
+  uint16_t* k;    // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
+  int* row;       // (kQueries) row of the tile and head of the group that a query is
+  int* head;
   int* length;      // (rows of the tile) positions that a row sees
   int* direct;      // (rows of the tile) positions below stand in the slot of the same number
   int16_t* parent;  // (rows of the step) in shared memory, where a walk takes no time
@@ -189,7 +191,7 @@ BOTH constexpr int score_bytes(int padded_dim) {
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
   return static_cast<size_t>(score_bytes(padded_dim) + kChunkTiles * kQueryTiles * kLanes * 8 +
                              kQueryTiles * padded_dim / kKvTile * kLanes * 8 +
-                             tail_bytes(padded_dim) + kQueries * 8 + Step::kMaxRows * 3 +
+                             tail_bytes(padded_dim) + kQueries * 16 + Step::kMaxRows * 3 +
                              kQueries * Step::kMaxRows);
 }
 DEVICE AttentionShared carve_attention(int padded_dim) {
@@ -199,7 +201,9 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
   s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(padded_dim));
   s.q = s.e + kChunkTiles * kQueryTiles * kLanes * 2;
   s.k = reinterpret_cast<uint16_t*>(s.q + kQueryTiles * (padded_dim / kKvTile) * kLanes * 2);
-  s.length = reinterpret_cast<int*>(s.k + tail_bytes(padded_dim) / 2);
+  s.row = reinterpret_cast<int*>(s.k + tail_bytes(padded_dim) / 2);
+  s.head = s.row + kQueries;
+  s.length = s.head + kQueries;
   s.direct = s.length + kQueries;
   s.parent = reinterpret_cast<int16_t*>(s.direct + kQueries);
   s.slot = reinterpret_cast<uint8_t*>(s.parent + Step::kMaxRows);
@@ -208,15 +212,14 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
 }
 
 KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
-  // A block without work waits as well: when a kernel is done, so must be all before it.
-  let_next_begin();
   const Step* step = p.step;
   const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
   const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
   const QueryTile queries = query_tile(step, group, block_z());
-  if (queries.count == 0) return wait_and_hold_next();
+  // A block without work waits as well: when a kernel is done, so must be all before it.
+  if (queries.count == 0) return wait_for_previous();
   const Step::Sequence& sequence = step->sequences[queries.sequence];
-  if (begin >= sequence.committed + sequence.n_rows) return wait_and_hold_next();
+  if (begin >= sequence.committed + sequence.n_rows) return wait_for_previous();
   const int committed = sequence.committed, dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
   const int skipped = queries.first / group,
@@ -224,10 +227,11 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const int first_row = most(sequence.first_row, step->first_new) + skipped;
   const int query_tiles = ceil_div(queries.count, 8);
   const AttentionShared s = carve_attention(p.kv.padded_dim);
-  // Row of the tile, and head, that a query of the block is.
-  const auto row_of = [&](int query) { return (queries.first + query) / group - skipped; };
-  const auto head_of = [&](int query) { return kv_head * group + (queries.first + query) % group; };
-
+  if (thread_index() < queries.count) {
+    const int pair = queries.first + thread_index();
+    s.row[thread_index()] = pair / group - skipped;
+    s.head[thread_index()] = kv_head * group + pair % group;
+  }
   // Where each row's ancestors are.
   for (int row = sequence.first_row + thread_index(); row < first_row + n_rows;
        row += kAttentionThreads) {
@@ -254,7 +258,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     least_direct = least(least_direct, s.direct[r]);
     most_direct = most(most_direct, s.direct[r]);
   }
-  if (longest <= begin) return wait_and_hold_next();
+  if (longest <= begin) return wait_for_previous();
   const int tiles =
       least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
   // Tiles below `shared` are direct for some row; those below `whole` for all: none is gathered.
@@ -271,13 +275,24 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   };
   // Does the tile that ends at `end` stand in its own slots for a row? Else it is gathered.
   const auto is_direct = [&](int row, int end) { return end <= s.direct[row]; };
+  // Of the two queries of each of a lane's C fragments: row, and how far it is direct; -1: no
+  // query.
+  int row_of[kQueryTiles][2], direct_of[kQueryTiles][2];
+  UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+    UNROLLED_FOR (int i = 0; i < 2; ++i) {
+      const int query = j * 8 + 2 * t + i;
+      row_of[j][i] = query < queries.count ? s.row[query] : -1;
+      direct_of[j][i] = query < queries.count ? s.direct[row_of[j][i]] : -1;
+    }
+  // Has a tile of queries any of a row?
+  const auto has = [&](int query_tile, int row) {
+    return query_tile < query_tiles && s.row[query_tile * 8] <= row &&
+           s.row[least(query_tile * 8 + 7, queries.count - 1)] >= row;
+  };
   const auto load_tile = [&](const uint16_t* cache, int slot_tile, int dim_tile, uint32_t(&a)[4]) {
     const Words4 w = load_16(cache + p.kv.tile(slot_tile, dim_tile) + lane_index() * 8);
     UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = w.word[r];
   };
-  // Query of element i of a lane's C fragment.
-  const auto query_of = [&](int query_tile, int i) { return query_tile * 8 + 2 * t + i % 2; };
-
   // What is gathered: positions from tail_from on, which stand in slots from there on. Laid out in
   // rows, a fragment of any 16 slots is one load_matrices(). (From the cache itself it is 32 loads
   // of 2 or 4 bytes, a sector each: only for trees that are larger than the tail.)
@@ -296,25 +311,26 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       }
     }
   };
-  // So far only the Step was needed. (It may be read: rope_append, just before, is behind a
-  // product.) Keys and values of the chunk, tile by tile, are on their way to L2, those
-  // that are there already, while the rows before this kernel's turn are made.
+  // So far only the Step was needed, which rope_append, just before, does not write. Keys and
+  // values of the chunk, tile by tile, are on their way to L2, those that are there already, while
+  // the rows before this kernel's turn are made.
   const int wanted = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
   for (int i = 128 * thread_index(); i < wanted * dim_tiles * 512; i += 128 * kAttentionThreads) {
     prefetch_l2(reinterpret_cast<const std::byte*>(k_cache + p.kv.tile(begin / kKvTile, 0)) + i);
     prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
   }
-  wait_and_hold_next();
+  wait_for_previous();
 
   // Queries, rounded, as B fragments: k = coordinate, column = query.
-  for (int i = thread_index(); i < query_tiles * 8 * p.kv.padded_dim / 2; i += kAttentionThreads) {
-    const int query = i / (p.kv.padded_dim / 2), d = i % (p.kv.padded_dim / 2) * 2;
+  for (int query = warp_index(); query < query_tiles * 8; query += kAttentionWarps) {
     const float* q =
-        query < queries.count ? p.query(first_row + row_of(query), head_of(query)) : nullptr;
-    const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
-    const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
-    const Place16 at = place_b(d % 16, query % 8);
-    s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
+        query < queries.count ? p.query(first_row + s.row[query], s.head[query]) : nullptr;
+    for (int d = 2 * lane_index(); d < p.kv.padded_dim; d += 2 * kLanes) {
+      const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
+      const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
+      const Place16 at = place_b(d % 16, query % 8);
+      s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
+    }
   }
   if (staged)
     stage(k_cache, s.k, [&](uint16_t* to, int r, uint32_t two) {
@@ -328,12 +344,10 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   sync_threads();
 
   // 1. Scores.
-  const auto store = [&](const float(&c)[4], int tile, int query_tile, auto wanted) {
-    UNROLLED_FOR (int i = 0; i < 4; ++i) {
-      const int query = query_of(query_tile, i);
-      if (query < queries.count && wanted(row_of(query)))
-        s.scores[query * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
-    }
+  const auto store = [&](const float(&c)[4], int tile, int j, auto wanted) {
+    UNROLLED_FOR (int i = 0; i < 4; ++i)
+      if (wanted(row_of[j][i % 2], direct_of[j][i % 2]))
+        s.scores[(j * 8 + 2 * t + i % 2) * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
   };
   const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t(&b)[2]) {
     const Words2 w =
@@ -355,7 +369,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-      store(c[j], tile, j, [&](int row) { return is_direct(row, end); });
+      store(c[j], tile, j, [&](int /*row*/, int direct) { return end <= direct; });
   }
   // Gathered tiles are few, but there is one of each for every row: the pairs are dealt to all
   // warps.
@@ -371,8 +385,8 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       seen[i] = position < s.length[row];
       at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
     }
-    for (int j = 0; j < query_tiles; ++j) {
-      if (row_of(j * 8) > row || row_of(least(j * 8 + 7, queries.count - 1)) < row) continue;
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+      if (!has(j, row)) continue;
       float c[4] = {};
       if (staged) {
         const uint16_t* k = s.k + staged_row(row, from + lane_index() % 16) + lane_index() / 16 * 8;
@@ -395,14 +409,14 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
           mma_f16(c, a, b);
         }
       }
-      store(c, tile, j, [&](int r) { return r == row; });
+      store(c, tile, j, [&](int r, int /*direct*/) { return r == row; });
     }
   }
   sync_threads();
 
   // 2. Softmax of the chunk, and e as B fragments: k = position, column = query.
   for (int query = warp_index(); query < queries.count; query += kAttentionWarps) {
-    const int row = row_of(query), n = least(kChunk, s.length[row] - begin);
+    const int row = s.row[query], n = least(kChunk, s.length[row] - begin);
     if (n <= 0) continue;
     float* e = s.scores + query * kScoreStride;
     const MaxSum m = softmax_chunk(e, n);
@@ -415,7 +429,7 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
                i + 1 < n ? float_to_f16(e[i + 1]) : uint16_t{0});
     }
     if (lane_index() == 0) {
-      float* partial = p.partial(first_row + row, head_of(query), chunk);
+      float* partial = p.partial(first_row + row, s.head[query], chunk);
       partial[0] = m.max;
       partial[1] = m.sum;
     }
@@ -440,16 +454,13 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       b[1] = w.word[1];
     };
     // o of the wanted rows' columns becomes mma(a, e, o); the others stay.
-    const auto add = [&](int tile, int query_tile, const uint32_t(&a)[4], float(&sum)[4],
-                         auto wanted) {
+    const auto add = [&](int tile, int j, const uint32_t(&a)[4], auto wanted) {
       uint32_t b[2];
-      e_fragment(tile, query_tile, b);
-      float c[4] = {sum[0], sum[1], sum[2], sum[3]};
+      e_fragment(tile, j, b);
+      float c[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
       mma_f16(c, a, b);
-      UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const int query = query_of(query_tile, i);
-        if (query < queries.count && wanted(row_of(query))) sum[i] = c[i];
-      }
+      UNROLLED_FOR (int i = 0; i < 4; ++i)
+        if (wanted(row_of[j][i % 2], direct_of[j][i % 2])) o[j][i] = c[i];
     };
     UNROLL_BY(8)
     for (int tile = 0; tile < whole; ++tile) {
@@ -467,7 +478,8 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
         uint32_t a[4];
         load_tile(v_cache, from / kKvTile, dim_tile, a);
         UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-          if (j < query_tiles) add(tile, j, a, o[j], [&](int row) { return is_direct(row, end); });
+          if (j < query_tiles)
+            add(tile, j, a, [&](int /*row*/, int direct) { return end <= direct; });
       }
       for (int row = 0; row < n_rows; ++row) {
         if (is_direct(row, end) || s.length[row] <= from) continue;
@@ -489,16 +501,15 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
           }
         }
         UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-          if (j < query_tiles && row_of(j * 8) <= row &&
-              row_of(least(j * 8 + 7, queries.count - 1)) >= row)
-            add(tile, j, a, o[j], [&](int other) { return other == row; });
+          if (has(j, row)) add(tile, j, a, [&](int r, int /*direct*/) { return r == row; });
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
       UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const int query = query_of(j, i), d = dim_tile * kKvTile + g + 8 * (i / 2);
-        if (query >= queries.count || s.length[row_of(query)] <= begin) continue;
-        p.partial(first_row + row_of(query), head_of(query), chunk)[2 + d] = o[j][i];
+        const int row = row_of[j][i % 2];
+        if (row < 0 || s.length[row] <= begin) continue;
+        float* partial = p.partial(first_row + row, s.head[j * 8 + 2 * t + i % 2], chunk);
+        partial[2 + dim_tile * kKvTile + g + 8 * (i / 2)] = o[j][i];
       }
   }
 }

@@ -191,25 +191,22 @@ DEVICE void load_matrices(const uint16_t* row, uint32_t (&r)[4]) {
                  : "memory");
 }
 
-// A kernel of a graph may begin while those before it still run (sm_90: programmatic dependent
-// launch): when all blocks of the one just before have called let_next_begin(), or are done. So its
-// blocks are there, and have done what they can, when their turn comes. Every kernel calls
-// wait_for_previous() or wait_and_hold_next() before it touches anything that another one writes,
-// or writes anything: behind it all that was launched before is done and seen.
+// A kernel of a graph may begin before the one ahead of it is done (sm_90: programmatic dependent
+// launch): when all blocks of that have called let_next_begin(), or have ended. So its blocks are
+// there, and have done what they can, when their turn comes. Every kernel calls wait_for_previous()
+// before it touches anything that another one writes, or writes anything: behind it all that was
+// launched before is done and seen. A kernel lets the next one begin only when it has waited
+// itself. So what the kernel just ahead does not write may be read earlier: weights, the Step.
 //
-// Before it, a kernel may fetch what is written by none that can still run:
-//   weights      whoever writes them holds the next kernel back until it is done (tree.cuh)
-//   the Step     behind a product (linear.cuh), which holds the next kernel back until it has
-//   waited
-//                itself: all that was launched before the product is done by then
-// Blocks begin where there is room, so those of a kernel that begins early can crowd on a few
-// multiprocessors. So the next kernel's way is opened early by short kernels, and late by products.
+// Blocks begin where there is room. Those of a large kernel that begin while another large one ends
+// crowd on the multiprocessors that are free first, two on each, with others idle; so products
+// let the next one begin late.
 DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-DEVICE void wait_and_hold_next() {
+DEVICE void wait_alone() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -420,7 +417,7 @@ DEVICE void let_next_begin() {}
 // No clusters here: largest_cluster() is 1.
 DEVICE void sync_cluster() {}
 DEVICE void load_cluster_16(const float* /*p*/, int /*rank*/, float (&/*to*/)[4]) {}
-DEVICE void wait_and_hold_next() {}
+DEVICE void wait_alone() {}
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 
@@ -441,8 +438,8 @@ DEVICE uint32_t arrive(uint32_t* counter) { return atomic_add(counter, 1); }
 // ---- Built from the above ----------------------------------------------------------------------
 
 DEVICE void wait_for_previous() {
+  wait_alone();
   let_next_begin();
-  wait_and_hold_next();
 }
 
 DEVICE int lane_index() { return thread_index() % kLanes; }

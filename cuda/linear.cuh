@@ -294,7 +294,7 @@ void linear_kernel(LinearParams p) {
     UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i * s.bytes);
   };
   if (group == 0) fetch_first();
-  wait_and_hold_next();
+  wait_alone();
   const int tokens = n_tokens(p.step, p.rows_of);
   const int first_token = group * kColumnTiles * 8;
   if (first_token >= tokens) {
@@ -470,7 +470,7 @@ void linear_kernel(LinearParams p) {
 // up to 8 tokens.
 inline constexpr int kF32Tokens = 8;
 KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
-  wait_and_hold_next();
+  wait_alone();
   const LinearSegment& m = p.segments[0];
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
   const int n = least(kF32Tokens, tokens - first_token);

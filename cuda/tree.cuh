@@ -211,7 +211,7 @@ DEVICE void store_tape_row(DType type, std::byte* tape, int64_t cols, int64_t ro
 // Brings the rows of the head up to date with the vocabulary. Few blocks: few rows are stale.
 inline constexpr int kHeadBlocks = 16;
 KERNEL(kDraftThreads, 1) void copy_head_kernel(VocabularyParams p) {
-  wait_and_hold_next();  // it writes weights
+  wait_for_previous();
   DraftState* s = p.state;
   for (int i = block_x(); i < s->n_dynamic; i += kHeadBlocks) {
     if (s->stale[i] == 0) continue;
