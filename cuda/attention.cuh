@@ -521,12 +521,12 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
 //   b)
 // Block (row, part): the coordinates of all heads.
 KERNEL(kInputThreads, 1) void combine_kernel(AttentionParams p) {
-  wait_for_previous();
   const int row = p.step->first_new + block_x(), dim = p.heads.head_dim;
   const int head = (block_y() * kInputThreads + thread_index()) / dim,
             d = (block_y() * kInputThreads + thread_index()) % dim;
-  if (row >= p.step->n_rows || head >= p.heads.n_heads) return;
+  if (row >= p.step->n_rows || head >= p.heads.n_heads) return wait_for_previous();
   const int chunks = p.step->position[row] / kChunk + 1;
+  wait_for_previous();
   const float* c = p.partial(row, head, 0);
   float m = c[0], l = c[1], o = c[2 + d];
   constexpr int kTogether = 4;  // loads of so many chunks

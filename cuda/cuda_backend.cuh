@@ -253,6 +253,8 @@ class CudaBackend final : public Backend, public TreeOps {
   }
 
   void linear(const Step* step, const Linear& l) override {
+    if (step_written_)  // input_kernel reads the Step before the kernel ahead of it is done
+      throw Error("a product", "another op ahead of it than one that writes a Step", "such a one");
     op(step, [&](const Sight& s) {
       const CudaMatrix& w = cast(*l.weights);
       const int tokens = l.rows == Rows::kAll ? s.max_rows : s.max_logits;
@@ -339,6 +341,7 @@ class CudaBackend final : public Backend, public TreeOps {
       cuda::accept(stream_, {s.device, logits, vocab, static_cast<uint64_t*>(sampled_.get())},
                    s.max_logits, s.n_sequences);
     });
+    step_written_ = true;
   }
   void keep(const Step* step, const KvCache& kv) override {
     op(step, [&](const Sight& s) {
@@ -357,6 +360,7 @@ class CudaBackend final : public Backend, public TreeOps {
 
   void advance(const Step* step, DraftState* state, const DraftPass& draft) override {
     op(step, [&](const Sight& s) { cuda::advance(stream_, {s.device, state, draft}); });
+    step_written_ = true;
   }
   void learn_matches(const Step* step, DraftState* state) override {
     op(step, [&](const Sight& s) { cuda::learn_matches(stream_, {s.device, state}, s.max_rows); });
@@ -376,6 +380,7 @@ class CudaBackend final : public Backend, public TreeOps {
   }
   void propose(DraftState* state, const DraftPass& draft) override {
     free_op([&] { cuda::propose(stream_, {state, draft}); });
+    step_written_ = true;
   }
   void top_k(const DraftPass& draft, const float* logits, int64_t stride, int depth,
              DraftState* state) override {
@@ -385,9 +390,11 @@ class CudaBackend final : public Backend, public TreeOps {
   }
   void grow(int depth, DraftState* state, const DraftPass& draft) override {
     free_op([&] { cuda::grow(stream_, {depth, state, draft}); });
+    step_written_ = true;
   }
   void choose(DraftState* state, Step* step) override {
     free_op([&] { cuda::choose(stream_, {state, step}); });
+    step_written_ = true;
   }
 
  private:
@@ -497,7 +504,10 @@ class CudaBackend final : public Backend, public TreeOps {
   template <typename F>
   void op(const Step* step, const F& f) {
     Sight& s = sight(step);
-    if (s.max_rows > 0) f(s);
+    if (s.max_rows > 0) {
+      step_written_ = false;
+      f(s);
+    }
     if (!submitted_) finish();
   }
 
@@ -555,6 +565,7 @@ class CudaBackend final : public Backend, public TreeOps {
   std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
   std::map<uint64_t, std::vector<Recorded>> recorded_;
   bool submitted_ = false, capturing_ = false, bucketed_ = false;
+  bool step_written_ = false;  // by the last op
 };
 
 }  // namespace CHIMERA_CUDA_BODY

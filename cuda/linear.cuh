@@ -133,10 +133,11 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
     UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
-  wait_for_previous();
+  // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
   const int token = block_x();
-  if (token >= n_tokens(p.step, p.rows)) return;
+  if (token >= n_tokens(p.step, p.rows)) return wait_for_previous();
   const int64_t row = p.rows == Rows::kAll ? p.step->first_new + token : p.step->logits_row[token];
+  wait_for_previous();
   const bool gated = p.input == Linear::Input::kSwiGlu;
   const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
   float value[kInputPairs][2] = {}, up[kInputPairs][2] = {};

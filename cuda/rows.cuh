@@ -70,13 +70,14 @@ struct RopeAppendParams {
   float q_scale;  // 1 / sqrt(head_dim)
   KvLayer kv;
 };
-// Block (row, part): pairs of coordinates of the query heads, then of the KV heads.
+// Block (row, part): pairs of coordinates of the query heads, then of the KV heads. Always behind a
+// product, which does not write the Step.
 KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
-  wait_for_previous();
   const int row = p.step->first_new + block_x(), dim = p.heads.head_dim, half = dim / 2;
   const int head = (block_y() * kInputThreads + thread_index()) / half,
             i = (block_y() * kInputThreads + thread_index()) % half;
-  if (row >= p.step->n_rows || head >= p.heads.n_heads + p.heads.n_kv_heads) return;
+  if (row >= p.step->n_rows || head >= p.heads.n_heads + p.heads.n_kv_heads)
+    return wait_for_previous();
   float* x =
       p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
   const bool is_key = head >= p.heads.n_heads;
@@ -86,10 +87,12 @@ KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   const float scale = is_key ? 1.0f : p.q_scale;
   const int64_t angle =
       static_cast<int64_t>(p.step->position[row] + (is_key ? 0 : p.rope.query_shift)) * half;
+  const float cos = turns ? p.rope.cos[angle + i] : 1, sin = turns ? p.rope.sin[angle + i] : 0;
+  const int slot = p.step->slot[row], sequence = p.step->sequence[row];
+  wait_for_previous();
   const float a = x[i], b = x[half + i];
   float first = a, second = b;
   if (turns) {
-    const float cos = p.rope.cos[angle + i], sin = p.rope.sin[angle + i];
     first = fma(a, cos, -(b * sin));
     second = fma(b, cos, a * sin);
   }
@@ -98,8 +101,7 @@ KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   x[i] = first;
   x[half + i] = second;
   if (!is_key) return;
-  const int slot = p.step->slot[row];
-  const int64_t base = p.kv.head_offset(p.step->sequence[row], kv_head);
+  const int64_t base = p.kv.head_offset(sequence, kv_head);
   const float* v = x + p.heads.n_kv_heads * dim;
   UNROLLED_FOR (int d = i; d < dim; d += half) {
     store_kv(p.kv.type, p.kv.k, base + p.kv.k_index(slot, d), d == i ? first : second);

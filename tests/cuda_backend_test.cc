@@ -241,7 +241,7 @@ TEST(CudaBackend, IntegerProductsAreExact) {
 
 // Scratch is for the matrices that were there when it was reserved: a later one that is cut into
 // more runs, or has more rows, would write into what lies behind.
-TEST(CudaBackend, ProductsNeedTheirScratch) {
+TEST(CudaBackend, ProductsNeedTheirScratchAndAStep) {
   std::mt19937 random(11);
   for (const std::string& device : devices()) {
     const auto backend = backend_on(device);
@@ -262,6 +262,14 @@ TEST(CudaBackend, ProductsNeedTheirScratch) {
     run(*first);
     EXPECT_THROW(run(*second), Error) << device;
     reserve();
+    run(*second);
+    // A product looks at the Step before the op ahead of it is done.
+    step->clear();
+    step->begin_sequence(0);
+    step->set_root(step->add_row(1, -1, true));
+    backend->accept(step.get(), x, 40);
+    EXPECT_THROW(run(*second), Error) << device;
+    backend->copy_rows(step.get(), {x, 4, x + 8});
     run(*second);
   }
 }
