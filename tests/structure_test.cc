@@ -40,7 +40,8 @@ TEST(Structure, IncludesPointOneWay) {
   EXPECT_GT(files, 40);
 }
 
-// A kernel that did not would read what the one before it is still writing, and only on a GPU.
+// A kernel that did not would read what the one before it is still writing, and only on a GPU. Nor
+// may a block end before: the next kernel would take what is behind this one for done.
 TEST(Structure, EveryKernelWaitsForThePrevious) {
   int kernels = 0;
   for (const auto& entry : fs::directory_iterator("cuda")) {
@@ -55,7 +56,9 @@ TEST(Structure, EveryKernelWaitsForThePrevious) {
         waits = false;
         kernel = line;
       }
-      waits = waits || line == "  wait_for_previous();";
+      waits = waits || line == "  wait_for_previous();" || line == "  wait_alone();";
+      EXPECT_TRUE(waits || line.find("return;") == std::string::npos)
+          << entry.path() << ": " << kernel;
     }
     EXPECT_TRUE(waits) << entry.path() << ": " << kernel;
   }
