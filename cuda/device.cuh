@@ -414,9 +414,15 @@ void load_matrices(const uint16_t* row, uint32_t (&r)[4],
 }
 
 DEVICE void let_next_begin() {}
-// No clusters here: largest_cluster() is 1.
-DEVICE void sync_cluster() {}
-DEVICE void load_cluster_16(const float* /*p*/, int /*rank*/, float (&/*to*/)[4]) {}
+DEVICE void sync_cluster(const emulator::Place& place = emulator::Place::current()) {
+  emulator::sync_cluster(place);
+}
+DEVICE void load_cluster_16(const float* p, int rank, float (&to)[4],
+                            const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0)
+    emulator::refuse("vector load", "an aligned address", "another", place);
+  std::memcpy(to, emulator::of_cluster(p, rank, place), sizeof to);
+}
 DEVICE void wait_alone() {}
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }

@@ -61,7 +61,10 @@ struct Copy {
   const void* global;
 };
 
+struct Block;
 struct Fiber {
+  Block* block = nullptr;
+  unsigned thread = 0;  // of the block
   Context context;
   void* stack = nullptr;
   bool entered = false;
@@ -79,6 +82,14 @@ struct Warp {
   Place place;
 };
 
+struct Block {
+  Dim index;
+  std::byte* shared = nullptr;
+  unsigned arrived = 0, finished = 0;
+  Place barrier;
+  Warp warps[kMaxThreads / kWarp];
+};
+
 std::string at(const Place& p) {
   const std::string file = p.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(p.line());
@@ -91,8 +102,9 @@ class Emulator {
   }
 
   Order order = Order::kAscending;
+  int largest_cluster = kMaxCluster;
 
-  void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+  void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, int cluster_y,
            FunctionRef<void()> body) {
     kernel_ = kernel;
     const std::string where = std::string("kernel ") + kernel;
@@ -108,49 +120,61 @@ class Emulator {
     limit("grid.y", grid.y, 1, kMaxGridYZ);
     limit("grid.z", grid.z, 1, kMaxGridYZ);
     limit("bytes of shared memory", shared_bytes, 0, kMaxShared);
-    while (fibers_.size() < threads) add_fiber();
+    limit("blocks of a cluster", static_cast<uint64_t>(cluster_y), 1,
+          static_cast<uint64_t>(largest_cluster));
+    const auto n_blocks = static_cast<unsigned>(cluster_y);
+    limit("grid.y beyond whole clusters", grid.y % n_blocks, 0, 0);
+    while (fibers_.size() < n_blocks * threads) add_fiber();
     body_ = &body;
-    // A page of its own end: a write behind the block's memory lands in the guard, where it is
-    // seen.
-    shared_.resize(shared_bytes + 2 * kGuard);
+    // Behind the block's memory lies a guard, where a write shows.
+    const size_t stride = (shared_bytes + kGuard + kAlignment - 1) / kAlignment * kAlignment;
+    shared_.resize(n_blocks * stride + kAlignment);
     const auto address = reinterpret_cast<uintptr_t>(shared_.data());
     std::byte* shared = shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
     current = {0, threads, {}, grid, shared};
     shared_bytes_ = shared_bytes;
     for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned y = 0; y < grid.y; y += n_blocks)
         for (unsigned x = 0; x < grid.x; ++x) {
-          current.block = {x, y, z};
-          std::memset(shared, 0xff, shared_bytes + kGuard);
-          run_block(threads);
-          const std::byte* guard = shared + shared_bytes;  // all equal, and 0xff
-          if (guard[0] == std::byte{0xff} && std::memcmp(guard, guard + 1, kGuard - 1) == 0)
-            continue;
-          for (size_t i = 0; i < kGuard; ++i)
-            if (guard[i] != std::byte{0xff})
-              throw Error(where_block(), std::to_string(shared_bytes) + " bytes of shared memory",
-                          "a write at byte " + std::to_string(shared_bytes + i));
+          for (unsigned b = 0; b < n_blocks; ++b) {
+            blocks_[b] = {{x, y + b, z}, shared + b * stride, 0, 0, {}, {}};
+            std::memset(blocks_[b].shared, 0xff, shared_bytes + kGuard);
+          }
+          run_cluster(n_blocks, threads);
+          for (unsigned b = 0; b < n_blocks; ++b) check_guard(blocks_[b]);
         }
   }
 
   void sync_threads(const Place& place) {
-    if (finished_ > 0)
+    Block& block = *running_->block;
+    if (block.finished > 0)
       refuse_here("__syncthreads", "all threads", "some that have returned", place);
-    if (arrived_ > 0 && place.line() != barrier_.line())
-      refuse_here("__syncthreads", "all threads at " + at(barrier_), "one at another barrier",
+    if (block.arrived > 0 && place.line() != block.barrier.line())
+      refuse_here("__syncthreads", "all threads at " + at(block.barrier), "one at another barrier",
                   place);
-    barrier_ = place;
-    if (++arrived_ == current.count) {
-      arrived_ = 0;
-      for (unsigned t = 0; t < current.count; ++t) fibers_[t]->state = Fiber::kReady;
-    } else {
-      wait("__syncthreads", place);
-    }
+    block.barrier = place;
+    if (++block.arrived < current.count) return wait("__syncthreads", place);
+    block.arrived = 0;
+    wake(&block);
+  }
+
+  void sync_cluster(const Place& place) {
+    if (finished_ > 0) refuse_here("sync_cluster", "all blocks", "some that have returned", place);
+    if (++arrived_ < n_fibers_) return wait("sync_cluster", place);
+    arrived_ = 0;
+    wake(nullptr);
+  }
+  const void* of_cluster(const void* p, int rank, const Place& place) {
+    const auto offset = static_cast<const std::byte*>(p) - current.shared;
+    if (offset < 0 || static_cast<size_t>(offset) >= shared_bytes_ || rank < 0 ||
+        static_cast<unsigned>(rank) * current.count >= n_fibers_)
+      refuse_here("mapa", "shared memory of a block of the cluster", "another place", place);
+    return blocks_[rank].shared + offset;
   }
 
   void warp(const char* instruction, void* operand, WarpOperation operation, const Place& place) {
     const unsigned first = current.index / kWarp * kWarp;
-    Warp& w = warps_[current.index / kWarp];
+    Warp& w = running_->block->warps[current.index / kWarp];
     if (first + kWarp > current.count)
       refuse_here(instruction, "32 lanes", std::to_string(current.count - first), place);
     if (w.finished > 0) refuse_here(instruction, "32 lanes", "some that have returned", place);
@@ -161,15 +185,16 @@ class Emulator {
                   "another instruction", place);
     w.instruction = instruction;
     w.place = place;
-    fibers_[current.index]->operand = operand;
+    running_->operand = operand;
     if (++w.arrived < kWarp) return wait(instruction, place);
     w.arrived = 0;
+    const auto lanes = fibers_.begin() + static_cast<std::ptrdiff_t>(first_fiber() + first);
     if (operation != nullptr) {
       void* operands[kWarp];
-      for (unsigned i = 0; i < kWarp; ++i) operands[i] = fibers_[first + i]->operand;
+      for (unsigned i = 0; i < kWarp; ++i) operands[i] = lanes[i]->operand;
       operation(operands);
     }
-    for (unsigned i = 0; i < kWarp; ++i) fibers_[first + i]->state = Fiber::kReady;
+    for (unsigned i = 0; i < kWarp; ++i) lanes[i]->state = Fiber::kReady;
   }
 
   void copy_async(void* to, const void* from, const Place& place) {
@@ -181,14 +206,14 @@ class Emulator {
           "cp.async",
           "a target in the block's " + std::to_string(shared_bytes_) + " bytes of shared memory",
           "offset " + std::to_string(offset), place);
-    fibers_[current.index]->copies.push_back({to, from});
+    running_->copies.push_back({to, from});
   }
   void copy_commit() {
-    Fiber& f = *fibers_[current.index];
+    Fiber& f = *running_;
     f.groups.push_back(f.copies.size());
   }
   void copy_wait(int in_flight) {
-    Fiber& f = *fibers_[current.index];
+    Fiber& f = *running_;
     if (f.groups.size() <= static_cast<size_t>(in_flight)) return;
     const size_t landing = f.groups.size() - static_cast<size_t>(in_flight),
                  end = f.groups[landing - 1];
@@ -208,23 +233,27 @@ class Emulator {
   void fiber_main() {
     entered(scheduler_);
     for (;;) {
-      Fiber& f = *fibers_[current.index];
+      Fiber& f = *running_;
       try {
         (*body_)();
       } catch (...) {
         error_ = std::current_exception();
       }
-      if (!error_ && arrived_ > 0)
-        error_ = std::make_exception_ptr(
-            Error(where_block() + ", " + at(barrier_) + ": __syncthreads", "all threads",
-                  "thread " + std::to_string(current.index) + " returns without it"));
-      Warp& w = warps_[current.index / kWarp];
-      if (!error_ && w.arrived > 0)
-        error_ = std::make_exception_ptr(
-            Error(where_block() + ", " + at(w.place) + ": " + w.instruction, "32 lanes",
-                  "thread " + std::to_string(current.index) + " returns without it"));
+      const auto left_alone = [&](unsigned arrived, const std::string& instruction,
+                                  const char* expected) {
+        if (!error_ && arrived > 0)
+          error_ = std::make_exception_ptr(
+              Error(where_block() + ", " + instruction, expected,
+                    "thread " + std::to_string(current.index) + " returns without it"));
+      };
+      Block& block = *f.block;
+      Warp& w = block.warps[current.index / kWarp];
+      left_alone(block.arrived, at(block.barrier) + ": __syncthreads", "all threads");
+      left_alone(w.arrived, w.arrived > 0 ? at(w.place) + ": " + w.instruction : "", "32 lanes");
+      left_alone(arrived_, "sync_cluster", "all blocks");
       f.state = Fiber::kFinished;
       ++w.finished;
+      ++block.finished;
       ++finished_;
       switch_to(f.context, scheduler_, false);
     }
@@ -251,24 +280,47 @@ class Emulator {
     fibers_.push_back(std::move(f));
   }
 
-  void run_block(unsigned threads) {
-    for (Warp& w : warps_) w = {};
+  unsigned first_fiber() const {  // of the block that runs
+    return static_cast<unsigned>(running_->block - blocks_) * current.count;
+  }
+  void wake(const Block* block) {  // nullptr: all blocks
+    for (unsigned i = 0; i < n_fibers_; ++i)
+      if (block == nullptr || fibers_[i]->block == block) fibers_[i]->state = Fiber::kReady;
+  }
+
+  void check_guard(const Block& block) {
+    const std::byte* guard = block.shared + shared_bytes_;  // all equal, and 0xff
+    if (guard[0] == std::byte{0xff} && std::memcmp(guard, guard + 1, kGuard - 1) == 0) return;
+    for (size_t i = 0; i < kGuard; ++i)
+      if (guard[i] != std::byte{0xff}) {
+        current.block = block.index;
+        throw Error(where_block(), std::to_string(shared_bytes_) + " bytes of shared memory",
+                    "a write at byte " + std::to_string(shared_bytes_ + i));
+      }
+  }
+
+  void run_cluster(unsigned n_blocks, unsigned threads) {
     arrived_ = finished_ = 0;
+    n_fibers_ = n_blocks * threads;
     error_ = nullptr;
-    for (unsigned t = 0; t < threads; ++t) {
-      Fiber& f = *fibers_[t];
+    for (unsigned i = 0; i < n_fibers_; ++i) {
+      Fiber& f = *fibers_[i];
+      f.block = &blocks_[i / threads];
+      f.thread = i % threads;
       f.state = Fiber::kReady;
       f.copies.clear();
       f.groups.clear();
     }
-    while (finished_ < threads) {
+    while (finished_ < n_fibers_) {
       bool progress = false;
-      for (unsigned i = 0; i < threads; ++i) {
-        const unsigned t = order == Order::kAscending ? i : threads - 1 - i;
-        Fiber& f = *fibers_[t];
+      for (unsigned i = 0; i < n_fibers_; ++i) {
+        Fiber& f = *fibers_[order == Order::kAscending ? i : n_fibers_ - 1 - i];
         if (f.state != Fiber::kReady) continue;
         progress = true;
-        current.index = t;
+        running_ = &f;
+        current.index = f.thread;
+        current.block = f.block->index;
+        current.shared = f.block->shared;
         enter(f);
         if (error_) {  // the other fibers stand in the middle of the kernel: they start afresh next
                        // time
@@ -279,11 +331,12 @@ class Emulator {
       if (!progress) {
         for (auto& fiber : fibers_) fiber->entered = false;
         std::string waiting;
-        for (unsigned t = 0; t < threads && waiting.size() < 200; ++t)
-          if (fibers_[t]->state == Fiber::kWaiting &&
-              (t == 0 || fibers_[t]->place.line() != fibers_[t - 1]->place.line()))
-            waiting += (waiting.empty() ? "" : ", ") + std::string("thread ") + std::to_string(t) +
-                       " at " + fibers_[t]->waits_at + " " + at(fibers_[t]->place);
+        for (unsigned i = 0; i < n_fibers_ && waiting.size() < 200; ++i)
+          if (fibers_[i]->state == Fiber::kWaiting &&
+              (i == 0 || fibers_[i]->place.line() != fibers_[i - 1]->place.line()))
+            waiting += (waiting.empty() ? "" : ", ") + std::string("thread ") +
+                       std::to_string(fibers_[i]->thread) + " at " + fibers_[i]->waits_at + " " +
+                       at(fibers_[i]->place);
         throw Error(where_block(), "threads that meet", "all waiting: " + waiting);
       }
     }
@@ -306,7 +359,7 @@ class Emulator {
   }
 
   void wait(const char* instruction, const Place& place) {
-    Fiber& f = *fibers_[current.index];
+    Fiber& f = *running_;
     f.state = Fiber::kWaiting;
     f.waits_at = instruction;
     f.place = place;
@@ -319,9 +372,9 @@ class Emulator {
   std::vector<std::byte> shared_;
   size_t shared_bytes_ = 0;
   Context scheduler_;
-  Warp warps_[kMaxThreads / kWarp];
-  unsigned arrived_ = 0, finished_ = 0;
-  Place barrier_;
+  Block blocks_[kMaxCluster];
+  Fiber* running_ = nullptr;
+  unsigned n_fibers_ = 0, arrived_ = 0, finished_ = 0;  // of the cluster; arrived at sync_cluster
   std::exception_ptr error_;
 };
 
@@ -389,12 +442,18 @@ void Fault::check(const char* what) {
 }
 
 void set_order(Order order) { emulator().order = order; }
-void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+void set_largest_cluster(int blocks) { emulator().largest_cluster = blocks; }
+int largest_cluster() { return emulator().largest_cluster; }
+void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, int cluster_y,
          FunctionRef<void()> body) {
   if (Fault::happens(kernel)) return;
-  emulator().run(kernel, grid, threads, shared_bytes, body);
+  emulator().run(kernel, grid, threads, shared_bytes, cluster_y, body);
 }
 void sync_threads(const Place& place) { emulator().sync_threads(place); }
+void sync_cluster(const Place& place) { emulator().sync_cluster(place); }
+const void* of_cluster(const void* p, int rank, const Place& place) {
+  return emulator().of_cluster(p, rank, place);
+}
 void warp(const char* instruction, void* operand, WarpOperation operation, const Place& place) {
   emulator().warp(instruction, operand, operation, place);
 }

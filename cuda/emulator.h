@@ -1,11 +1,12 @@
 // Runs CUDA kernels on the CPU, so that every machine can test them and a reader can step through
 // one in gdb. Each CUDA thread of a block is a fiber (a stack of its own, switched by hand, no
-// operating system involved); blocks run one after the other. Barriers and warp instructions are
-// places where fibers wait for each other: the last one to arrive does the work for all.
+// operating system involved); blocks run one after the other, those of a cluster together. Barriers
+// and warp instructions are places where fibers wait for each other: the last one to arrive does
+// the work for all.
 //
 // It is strict where the hardware would be silent, or slow, or hang. It throws Error, with the
 // kernel, block and thread, for
-//   a launch over the limits (threads, grid, shared memory)
+//   a launch over the limits (threads, grid, cluster, shared memory)
 //   a barrier that some thread of the block does not reach, or that is reached at two places
 //   a warp instruction (shuffle, mma, __syncwarp) with an absent lane
 //   an asynchronous copy that is not aligned to 16 bytes, or leaves the block's shared memory
@@ -39,13 +40,19 @@ extern constinit thread_local Thread current;
 inline constexpr unsigned kWarp = 32;
 inline constexpr unsigned kMaxThreads = 1024;  // a block
 inline constexpr unsigned kMaxGridX = 0x7fffffffu, kMaxGridYZ = 65535;
+inline constexpr int kMaxCluster = 8;            // blocks
 inline constexpr size_t kMaxShared = 99 * 1024;  // a block: sm_89, the least of our targets
 
 enum class Order : uint8_t { kAscending, kDescending };
 void set_order(Order order);
 
-// Runs every thread of every block. body: the kernel with its arguments.
-void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes,
+// Blocks that a cluster may have: kMaxCluster, or 1, as on devices before sm_90.
+void set_largest_cluster(int blocks);
+int largest_cluster();
+
+// Runs every thread of every block. body: the kernel with its arguments. cluster_y: blocks that
+// follow each other in y and run together.
+void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, int cluster_y,
          FunctionRef<void()> body);
 
 // While one lives, allocate_device() gives out memory that the host cannot touch, as on a GPU, but
@@ -83,6 +90,9 @@ class Fault {
 using Place = std::source_location;
 
 void sync_threads(const Place& place);
+void sync_cluster(const Place& place);
+// Where the block of a rank in the cluster has what this one has at p.
+const void* of_cluster(const void* p, int rank, const Place& place);
 
 // A warp instruction. Every lane brings its operand; `operation` gets those of the 32 lanes.
 using WarpOperation = void (*)(void* const* operands);

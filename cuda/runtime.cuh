@@ -191,7 +191,7 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
     emulator::run(name,
                   {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                    static_cast<unsigned>(grid.z)},
-                  static_cast<unsigned>(threads), shared_bytes, body);
+                  static_cast<unsigned>(threads), shared_bytes, grid.cluster_y, body);
     if (stream == nullptr || stream->watched) emulator::Fault::check(name);
   };
   if (stream == nullptr)
@@ -200,7 +200,7 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
     stream->run(work);
 }
 
-inline int largest_cluster() { return 1; }
+inline int largest_cluster() { return emulator::largest_cluster(); }
 
 inline void* allocate_pinned(size_t bytes) {
   void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));

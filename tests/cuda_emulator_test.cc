@@ -60,6 +60,48 @@ TEST(CudaEmulator, RefusesLaunchesOverTheLimits) {
   EXPECT_REFUSED(refusal(nothing, 32, 0, {}, {0}), "grid.x");
 }
 
+// Each thread takes what its number has in the next block's shared memory.
+void neighbour_kernel(Params p) {
+  auto* mine = reinterpret_cast<float*>(shared_memory());
+  for (int i = 0; i < 4; ++i)
+    mine[4 * thread_index() + i] = static_cast<float>(1000 * block_y() + 4 * thread_index() + i);
+  sync_cluster();
+  float next[4];
+  load_cluster_16(mine + 4 * thread_index(), (block_y() + 1) % 3, next);
+  p.out[block_y() * 64 + thread_index()] = next[2];
+  sync_cluster();
+}
+
+TEST(CudaEmulator, BlocksOfAClusterMeet) {
+  for (const auto order : {emulator::Order::kAscending, emulator::Order::kDescending}) {
+    emulator::set_order(order);
+    std::vector<float> out(6 * 64);
+    EXPECT_EQ(refusal(neighbour_kernel, 64, 1024, {out.data(), 0, nullptr}, {1, 6, 1, 3}), "");
+    for (int b = 0; b < 6; ++b)
+      for (int t = 0; t < 64; ++t)
+        ASSERT_EQ(out[static_cast<size_t>(b * 64 + t)],
+                  static_cast<float>(1000 * (b / 3 * 3 + (b % 3 + 1) % 3) + 4 * t + 2))
+            << b << " " << t;
+  }
+  emulator::set_order(emulator::Order::kAscending);
+  const auto nothing = [](Params) {};
+  EXPECT_REFUSED(refusal(nothing, 32, 0, {}, {1, 4, 1, 3}), "whole clusters");
+  EXPECT_REFUSED(refusal(nothing, 32, 0, {}, {1, 9, 1, 9}), "blocks of a cluster");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       if (block_y() == 1) sync_cluster();
+                     },
+                     32, 0, {}, {1, 2, 1, 2}),
+                 "some that have returned");
+  EXPECT_REFUSED(refusal(
+                     [](Params) {
+                       float to[4];
+                       load_cluster_16(reinterpret_cast<float*>(shared_memory()), 2, to);
+                     },
+                     32, 64, {}, {1, 2, 1, 2}),
+                 "a block of the cluster");
+}
+
 TEST(CudaEmulator, RefusesDivergentBarriers) {
   // Some threads return before the barrier: first those that would come later, then earlier ones.
   EXPECT_REFUSED(refusal(

@@ -155,6 +155,32 @@ TEST(CudaLinear, WidthIndependent) {
   }
 }
 
+// Runs of a split are added in a cluster's shared memory, or in the device's: where there are no
+// clusters, and where there are more runs than the largest has.
+TEST(CudaLinear, RunsAreAddedAlike) {
+  std::mt19937 random(8);
+  ASSERT_GT(n_splits(70, 4352), kMostClustered);
+  for (const int64_t cols : {1280, 4352})
+    for (const DType type : {DType::kBF16, DType::kQ6_K}) {
+      const RandomMatrix m = random_matrix(random, type, 70, cols, false);
+      const std::vector<float> x = random_input(random, static_cast<size_t>(35 * cols), false),
+                               expected = product_oracle(m.view, x, 35);
+      for (const int tokens : {3, 35})
+        for (const bool accumulates : {false, true}) {
+          const size_t n = static_cast<size_t>(tokens) * 70;
+          const std::vector<float> residual = random_input(random, n, false),
+                                   *before = accumulates ? &residual : nullptr;
+          const auto one = run(m.view, x, tokens, Linear::Input::kPlain, {}, before);
+          set_clusters(false);
+          const auto other = run(m.view, x, tokens, Linear::Input::kPlain, {}, before);
+          set_clusters(true);
+          ASSERT_TRUE(same_bits(one.data(), other.data(), n)) << cols << " " << tokens;
+          ASSERT_TRUE(before != nullptr || same_sums(one.data(), expected.data(), n, false))
+              << cols << " " << tokens;
+        }
+    }
+}
+
 // Stacked matrices share a launch and a split of K. Sums of integers, so that they are the same in
 // any split. With 35 tokens a K-quant's are two groups.
 TEST(CudaLinear, StackedAsAlone) {

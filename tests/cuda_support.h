@@ -27,11 +27,16 @@ namespace test {
 #if defined(__CUDACC__)
 inline constexpr bool kOnDevice = true;
 inline void set_descending(bool /*descending*/) {}
+inline void set_clusters(bool /*has_any*/) {}
 #else
 inline constexpr bool kOnDevice = false;
 // The order in which the emulator runs threads: what a race would show in.
 inline void set_descending(bool descending) {
   emulator::set_order(descending ? emulator::Order::kDescending : emulator::Order::kAscending);
+}
+// As on sm_90, or as before.
+inline void set_clusters(bool has_any) {
+  emulator::set_largest_cluster(has_any ? emulator::kMaxCluster : 1);
 }
 #endif
 
