@@ -28,9 +28,14 @@
 // (A chain of prompt rows has its ancestors in the slots of their positions: `direct` says how far
 // that goes for each row, and its tiles are shared as well.)
 //
-// Shared memory at head_dim 128: 65 KiB; 118 registers of 256 threads: two blocks on an H100. K and
-// V go straight from global memory to registers, 16 bytes a lane: the 8 loads of a tile (4 KiB a
-// warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other.
+// Gathered from where: the slots behind the shared tiles are laid out in shared memory first, a
+// slot in a row, and load_matrices() takes its fragment from any 16 of them. (Straight from the
+// cache it is 32 loads of 2 or 4 bytes for a fragment: a third of 64 nodes' time more.)
+//
+// Shared memory at head_dim 128: 87 KiB; 121 registers of 256 threads: two blocks on an H100. K and
+// V of shared tiles go straight from global memory to registers, 16 bytes a lane: the 8 loads of a
+// tile (4 KiB a warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other. What
+// needs the Step alone is done, and K and V are asked for, before the kernel's turn.
 //
 // attention_f32_kernel is the plain form for an F32 cache: a block for each query and chunk, FMA
 // chains.

@@ -19,19 +19,18 @@
 //
 // One barrier a stage: after it, all have left stage i - 1, whose slot the new copy takes.
 //
-// A step of LLaMA-2-7B is some 350 kernels, and a graph's next kernel starts about 1 us after the
-// last one's end: 0.35 ms beside the 4.4 in which an H100 reads the weights. So a product asks for
-// the weights of its first stages before it waits for the kernel that makes its x
-// (let_next_begin()), and matrices that share x share a launch.
+// A multiprocessor's share of an H200's 4.6 TB/s is a stage of 8 KiB every 400 cycles, so the loop
+// must be short: some 70 instructions. Its first form worked out each copy's addresses anew, ten
+// times as many, and they, not memory, were what it took: half the speed.
 //
-// Bytes in flight: F16, one token: a stage is 17 KiB, S = 4, 68 KiB a block, so three blocks live
-// on an H100's multiprocessor (227 KiB) with 3 x 3 x 17 = 153 KiB in flight; 132 of them 20 MB,
-// where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 24 KiB a stage, 96 KiB a block,
-// two blocks, 144 KiB. On sm_89 (99 KiB): one block, 51 KiB. Registers allow more blocks than that:
-// on sm_90a a thread has 96 to 117 with 8 tokens, 126 to 139 with 32, 156 to 162 with 64, of 128
-// threads, so four, three and three blocks; the build refuses a kernel that spills.
+// Bytes in flight: F16, one token: a stage is 8.5 KiB, 8 of them 68 KiB a block. So three blocks
+// live on an H100's multiprocessor (227 KiB), 119 threads' registers allow four, and the 132 have
+// 23 MB in flight, where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 12 KiB a
+// stage, 96 KiB a block, two blocks; 177 registers. On sm_89 (99 KiB): one block. The build refuses
+// a kernel that spills.
 //
-// x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2.
+// x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2; and by
+// each warp from shared memory, which then moves 36 KiB for 8 of weights: 290 of the 400 cycles.
 //
 // More tokens than a block has columns for are groups, a block each. The groups of the same rows
 // are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
@@ -39,9 +38,21 @@
 //
 // # Few rows
 // 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
-// of (rows, cols) only (contract.cuh). Each run leaves its partial result; the last block of a tile
-// to arrive, found by an integer counter, adds them in the order of the runs, not in that of their
-// arrival.
+// of (rows, cols) only (contract.cuh), whose results are added in the order of the runs. On sm_90
+// the runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of
+// all. Elsewhere they go through memory, and the last one to arrive, found by an integer counter,
+// adds them. Either way all loads are begun before the first sum: the first form's loads waited for
+// one another, 0.7 us a token.
+//
+// # Between kernels
+// A step of LLaMA-2-7B is some 350 kernels, and one takes 2 us from the end of the one ahead of it
+// to its own, however little it does. So a product asks for the weights of its first stages before
+// its turn (let_next_begin()), and matrices that share x share a launch.
+//
+// Tried, and slower (H200): asking for the next product's weights from L2 while norms and attention
+// run: 1.311 ms for 8 layers became 1.334 (32 MB behind the attention), 1.365 (and 16 MB of each
+// product). Letting the next product begin when this one does: its blocks crowd on the
+// multiprocessors that are free first, 160 of them on 85 of 132.
 #pragma once
 
 #include "cuda/contract.cuh"
