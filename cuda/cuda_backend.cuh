@@ -33,6 +33,7 @@
 
 #include "cuda/accept.cuh"
 #include "cuda/attention.cuh"
+#include "cuda/likely.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tree.cuh"
 #include "engine/backend.h"
@@ -332,6 +333,14 @@ class CudaBackend final : public Backend, public TreeOps {
                  float* joined, float* sum) override {
     op(step, [&](const Sight& s) {
       cuda::join_rows(stream_, {s.device, h, scale, f, width, joined, sum}, s.max_rows);
+    });
+  }
+
+  void likely_tokens(const Step* step, const float* logits, int64_t vocab,
+                     LikelyTokens* out) override {
+    op(step, [&](const Sight& s) {
+      if (s.max_logits > 0)
+        cuda::likely_tokens(stream_, {s.device, logits, vocab, out}, s.max_logits);
     });
   }
 

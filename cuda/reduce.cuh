@@ -44,5 +44,29 @@ DEVICE int32_t key_index(uint64_t key) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
+// The kMost largest of value(0 .. n - 1), largest first, as keys; 0 where there are fewer. Each
+// thread keeps the best of its own share in registers; then kMost times the block's best is taken
+// from the thread that has it.
+template <int kThreads, int kMost, typename Value>
+DEVICE void block_top(uint64_t* scratch, int n, const Value& value, uint64_t (&top)[kMost]) {
+  uint64_t own[kMost] = {};
+  for (int i = thread_index(); i < n; i += kThreads) {
+    uint64_t key = order_key(value(i), static_cast<uint32_t>(i));
+    if (key <= own[kMost - 1]) continue;
+    UNROLLED_FOR (int j = 0; j < kMost; ++j) {  // the smaller one moves on
+      const uint64_t larger = most(own[j], key);
+      key = least(own[j], key);
+      own[j] = larger;
+    }
+  }
+  UNROLLED_FOR (int r = 0; r < kMost; ++r) {
+    top[r] = block_max<kThreads>(scratch, own[0]);
+    if (own[0] == top[r]) {
+      UNROLLED_FOR (int j = 0; j + 1 < kMost; ++j) own[j] = own[j + 1];
+      own[kMost - 1] = 0;
+    }
+  }
+}
+
 }  // namespace CHIMERA_CUDA_BODY
 }  // namespace chimera::cuda

@@ -21,30 +21,6 @@ inline constexpr int kBranch = DraftState::kBranch;
 
 // ---- The best of a row -------------------------------------------------------------------------
 
-// The kBranch largest of value(0 .. n - 1), largest first, as keys; 0 where there are fewer. Each
-// thread keeps the best of its own share in registers; then kBranch times the block's best is taken
-// from the thread that has it.
-template <typename Value>
-DEVICE void block_top(uint64_t* scratch, int n, const Value& value, uint64_t (&top)[kBranch]) {
-  uint64_t own[kBranch] = {};
-  for (int i = thread_index(); i < n; i += kDraftThreads) {
-    uint64_t key = order_key(value(i), static_cast<uint32_t>(i));
-    if (key <= own[kBranch - 1]) continue;
-    UNROLLED_FOR (int j = 0; j < kBranch; ++j) {  // the smaller one moves on
-      const uint64_t larger = most(own[j], key);
-      key = least(own[j], key);
-      own[j] = larger;
-    }
-  }
-  UNROLLED_FOR (int r = 0; r < kBranch; ++r) {
-    top[r] = block_max<kDraftThreads>(scratch, own[0]);
-    if (own[0] == top[r]) {
-      UNROLLED_FOR (int j = 0; j + 1 < kBranch; ++j) own[j] = own[j + 1];
-      own[kBranch - 1] = 0;
-    }
-  }
-}
-
 struct TopKParams {
   const Step* rows;     // of the draft model
   const float* logits;  // (rows, stride)
@@ -72,7 +48,7 @@ KERNEL(kDraftThreads, 1) void top_k_kernel(TopKParams p) {
     return x + sampling.temperature * gumbel(bits);
   };
   uint64_t top[kBranch];
-  block_top(scratch, n, value, top);
+  block_top<kDraftThreads>(scratch, n, value, top);
   const float largest = value(key_index(top[0]));
   const int calibrated = least(p.depth, DraftState::kMostDepths - 1);
   const float scale = divide(1.0f, s->temperature[calibrated]);
@@ -126,7 +102,7 @@ KERNEL(kDraftThreads, 1) void target_best_kernel(VocabularyParams p) {
   auto* scratch = reinterpret_cast<uint64_t*>(shared_memory());
   const float* logits = p.logits + static_cast<int64_t>(logits_row) * p.vocab;
   uint64_t top[kBranch];
-  block_top(
+  block_top<kDraftThreads>(
       scratch, p.vocab, [logits](int i) { return logits[i]; }, top);
   if (thread_index() == 0)
     UNROLLED_FOR (int r = 0; r < kBranch; ++r) best[r] = r < p.vocab ? key_index(top[r]) : -1;

@@ -204,6 +204,9 @@ class Backend {
   // [h; f[r]], (rows, 2 width), and sum[r] = scale * h + f[r], two roundings.
   virtual void join_rows(const Step* step, const float* h, float scale, const float* f,
                          int64_t width, float* joined, float* sum) = 0;
+  // Of every row that wants logits. out: (n_logits).
+  virtual void likely_tokens(const Step* step, const float* logits, int64_t vocab,
+                             LikelyTokens* out) = 0;
   // For every sequence with a root: t = sample(logits of the root); while the current node has a
   // child with token t, go there and sample again. Keeps the root's ancestors and the nodes walked;
   // writes kept_at, n_kept, next; advances committed. Sequences without a root keep all their rows.

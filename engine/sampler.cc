@@ -1,6 +1,7 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -12,8 +13,8 @@ void check(const Sampling& s) {
   const auto require = [](bool ok, const char* name, const char* expected, double found) {
     if (!ok) throw Error(name, expected, std::to_string(found));
   };
-  require(s.temperature >= 0 && s.temperature <= 1e6f, "temperature",
-          "0 (greedy) to 1000000", s.temperature);
+  require(s.temperature >= 0 && s.temperature <= 1e6f, "temperature", "0 (greedy) to 1000000",
+          s.temperature);
   require(s.top_k >= 0, "top-k", "0 (off) or more", s.top_k);
   require(s.top_p > 0 && s.top_p <= 1, "top-p", "more than 0, at most 1 (off)", s.top_p);
   require(s.min_p >= 0 && s.min_p <= 1, "min-p", "0 (off) to 1", s.min_p);
@@ -82,6 +83,18 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
       if (!(scratch.e[i] > 0)) noisy[i] = -std::numeric_limits<float>::infinity();
   }
   return ops.argmax(noisy, vocab);
+}
+
+LikelyTokens likely_tokens(const float* logits, int64_t vocab) {
+  LikelyTokens likely;
+  const int n = sampling_ops().top_k(logits, vocab, LikelyTokens::kMost, likely.token);
+  const float largest = logits[likely.token[0]],
+              sum = sampling_ops().sum_of_exp(logits, vocab, largest, 1);
+  for (int j = 0; j < LikelyTokens::kMost; ++j) {
+    if (j >= n) likely.token[j] = -1;
+    likely.probability[j] = j < n ? std::exp(logits[likely.token[j]] - largest) / sum : 0.0f;
+  }
+  return likely;
 }
 
 }  // namespace chimera

@@ -11,9 +11,9 @@
 //      top_p * (sum of all that are left); 1 keeps all.
 //   5. min-p: keep e >= min_p * (largest e) = min_p; 0 keeps all.
 //   6. The kept token with the largest logit[i] / temperature + G[i], ties to the lowest id.
-//      G[i] is Gumbel noise that belongs to (seed, position, token i): Philox bits through two logarithms
-//      (engine/cpu/log.h). The largest sum falls on token i with exactly its probability (the
-//      Gumbel-max trick; Maddison et al., arXiv 1411.0030, section 2).
+//      G[i] is Gumbel noise that belongs to (seed, position, token i): Philox bits through two
+//      logarithms (engine/cpu/log.h). The largest sum falls on token i with exactly its probability
+//      (the Gumbel-max trick; Maddison et al., arXiv 1411.0030, section 2).
 // Ties in 3 and 4 go to the lowest id.
 // Tokens with a NaN logit are never chosen.
 //
@@ -61,6 +61,15 @@ struct SamplingOps {
 };
 // The fastest of them on this machine (engine/cpu).
 const SamplingOps& sampling_ops();
+
+// The most probable tokens of softmax(logits), most probable first, of equal ones the lower id
+// first. Probabilities are good to a millionth of them, and not the same bits on all backends.
+struct LikelyTokens {
+  static constexpr int kMost = 32;
+  int32_t token[kMost];  // -1: fewer than kMost
+  float probability[kMost];
+};
+LikelyTokens likely_tokens(const float* logits, int64_t vocab);
 
 // logits: (vocab). position: that of the sampled token in its sequence. scratch is overwritten.
 struct SamplerScratch {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "engine/error.h"
+#include "engine/train/target_features.h"
 #include "tests/cuda_devices.h"
 #include "tests/cuda_support.h"
 
@@ -274,6 +275,41 @@ TEST(CudaBackend, ProductsNeedTheirScratchAndAStep) {
   }
 }
 
+// What a draft learns from, taken on the device in passes that are graphs, is what the host finds
+// in the logits of the passes that wrote the text.
+TEST(CudaBackend, FeaturesAreThoseOfTheHost) {
+  const std::string path = tiny("q8_0");
+  SKIP_WITHOUT(path);
+  for (const std::string& device : devices()) {
+    const Loaded l = load_on(device, path);
+    Session session(*l.model, {.context = 200, .n_sequences = 2});
+    training::FeatureRecorder recorder(l.model->config(), 2);
+    const std::vector<int32_t> prompts[] = {{1, 5, 9}, std::vector<int32_t>(150, 7)};
+    for (int s = 0; s < 2; ++s) {
+      session.start(s, prompts[s], {});
+      recorder.start(s, static_cast<int>(prompts[s].size()));
+    }
+    while (session.tokens(1).size() < 180) session.step(&recorder);
+    training::TargetFeatures features(*l.model, 200);
+    for (int s = 0; s < 2; ++s) {
+      const auto tokens = session.tokens(s);
+      const training::TrainingText expected = recorder.take(s, tokens);
+      for (int again = 0; again < 3; ++again) {
+        const training::TrainingText text =
+            features.read(tokens, static_cast<int64_t>(prompts[s].size()) - 1);
+        EXPECT_EQ(text.states, expected.states) << device;
+        ASSERT_EQ(text.targets.size(), expected.targets.size()) << device;
+        for (size_t i = 0; i < text.targets.size(); ++i)
+          for (int j = 0; j < LikelyTokens::kMost; ++j) {
+            const float probability = expected.targets[i].probability[j];
+            ASSERT_EQ(text.targets[i].token[j], expected.targets[i].token[j]) << device;
+            ASSERT_NEAR(text.targets[i].probability[j], probability, 2e-6f * probability);
+          }
+      }
+    }
+  }
+}
+
 // Every op in its odder forms, with F32 weights and cache, on the CPU and here: the same bits.
 TEST(CudaBackend, OpsAreTheCpus) {
   constexpr int kRows = 13, kDim = 24, kHeads = 4, kKvHeads = 2,
@@ -360,6 +396,22 @@ TEST(CudaBackend, OpsAreTheCpus) {
                            .input = Input::kSwiGlu,
                            .accumulate = true});
     backend.embed(&step, *head_weights, f(y));
+    // Of 33 tokens, and of 11: three rows for each.
+    std::vector<int32_t> likeliest;
+    const auto likely_memory =
+        backend.allocate(Step::kMaxRows * sizeof(LikelyTokens), Memory::kHost);
+    const auto* likely = static_cast<LikelyTokens*>(likely_memory.get());
+    for (const int vocab : {kVocab, kVocab / 3}) {
+      backend.likely_tokens(&step, f(logits), vocab,
+                            static_cast<LikelyTokens*>(likely_memory.get()));
+      for (int i = 0; i < step.n_logits; ++i) {
+        const LikelyTokens expected = likely_tokens(f(logits) + i * vocab, vocab);
+        likeliest.insert(likeliest.end(), likely[i].token, likely[i].token + LikelyTokens::kMost);
+        for (int j = 0; j < LikelyTokens::kMost; ++j)
+          EXPECT_NEAR(likely[i].probability[j], expected.probability[j],
+                      2e-6f * expected.probability[j]);
+      }
+    }
     backend.accept(&step, f(logits), kVocab);
     backend.keep(&step, kv);
     backend.keep_rows(&step, kHidden, f(y));
@@ -374,6 +426,7 @@ TEST(CudaBackend, OpsAreTheCpus) {
                                     {beside, kRows * kVocab},
                                     {logits, kRows * kVocab}})
       all.insert(all.end(), f(memory), f(memory) + n);
+    all.insert(all.end(), likeliest.begin(), likeliest.end());
     for (int r = 0; r < kRows; ++r) all.push_back(static_cast<float>(step.kept_at[r]));
     for (int i = 0; i < 2; ++i)
       all.insert(all.end(), {static_cast<float>(step.sequences[i].committed),

@@ -373,7 +373,7 @@ TEST(Train, RecordedFeaturesAreThoseOfTheFinishedText) {
 
   const Folder folder;
   const std::string fingerprint = "0123456789abcdef";
-  TargetFeatures again(llama, 64, 2);
+  TargetFeatures again(llama, 64);
   for (int s = 0; s < 3; ++s) {
     const auto tokens = session.tokens(s);
     const auto first_start = static_cast<int64_t>(prompts[s].size()) - 1;

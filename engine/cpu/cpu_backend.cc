@@ -443,6 +443,14 @@ class CpuBackend final : public Backend {
     });
   }
 
+  void likely_tokens(const Step* step, const float* logits, int64_t vocab,
+                     LikelyTokens* out) override {
+    pool_.run([&](int thread) {
+      for (int i = thread; i < step->n_logits; i += pool_.size())
+        out[i] = chimera::likely_tokens(logits + i * vocab, vocab);
+    });
+  }
+
   void accept(Step* step, const float* logits, int32_t vocab) override {
     for (int s = 0; s < step->n_sequences; ++s) {
       Step::Sequence& seq = step->sequences[s];

@@ -14,6 +14,8 @@
 #include <span>
 #include <vector>
 
+#include "engine/sampler.h"
+
 namespace chimera::training {
 
 inline constexpr int kMaxSteps = 8;  // of a rollout
@@ -21,13 +23,8 @@ inline constexpr int kMaxSteps = 8;  // of a rollout
 // What products round their elements to; sums are f32.
 enum class Precision : uint8_t { kF32, kBF16 };
 
-// What the target answered at a position: its most probable tokens, most probable first; no token
-// twice.
-struct SoftTarget {
-  static constexpr int kMost = 32;
-  int32_t token[kMost];  // -1: fewer than kMost
-  float probability[kMost];
-};
+// What the target answered at a position.
+using SoftTarget = LikelyTokens;
 
 // One text's part of the rollout's attention: positions [first_position, ... + n_slots) of the
 // batch are its slots; its starts n = first_start + i, i < n_starts, are rows first_row + i of

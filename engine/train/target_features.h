@@ -6,10 +6,10 @@
 // target again.
 #pragma once
 
+#include <memory>
 #include <span>
 #include <vector>
 
-#include "engine/cpu/thread_pool.h"
 #include "engine/session.h"
 #include "engine/train/draft_gradient.h"
 
@@ -37,7 +37,7 @@ class FeatureRecorder final : public Drafter {
 class TargetFeatures {
  public:
   // Texts up to `context` tokens.
-  TargetFeatures(const Llama& target, int context, int threads);
+  TargetFeatures(const Llama& target, int context);
 
   int context() const { return session_.options().context; }
   // Runs the text through the target, teacher-forced; first_start: the last position before the
@@ -47,7 +47,8 @@ class TargetFeatures {
 
  private:
   Session session_;
-  cpu::ThreadPool pool_;
+  std::shared_ptr<void> likely_memory_, states_memory_;  // of a pass, the host's
+  uint64_t key_;
 };
 
 }  // namespace chimera::training

@@ -90,6 +90,10 @@ class TimedBackend final : public Backend {
   void copy_rows(const Step* step, const RowCopy& op) override;
   void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
                  float* joined, float* sum) override;
+  void likely_tokens(const Step* step, const float* logits, int64_t vocab,
+                     LikelyTokens* out) override {
+    backend_->likely_tokens(step, logits, vocab, out);
+  }
   void accept(Step* step, const float* logits, int32_t vocab) override;
   void keep(const Step* step, const KvCache& kv) override;
   void keep_rows(const Step* step, int64_t width, float* x) override;

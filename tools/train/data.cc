@@ -212,7 +212,10 @@ class Answerer {
         return drafts ? turns_->guess_or(s, sampled) : sampled;
       });
     }
-    watcher_.emplace(output_.features ? &recorder_ : nullptr, turns_ ? &*turns_ : nullptr);
+    // The logits of a pass are the host's to read, or, on a device, too many to bring over.
+    if (output_.features && o.device != "cpu") read_again_.emplace(llama, context);
+    watcher_.emplace(output_.features && !read_again_ ? &recorder_ : nullptr,
+                     turns_ ? &*turns_ : nullptr);
   }
 
   // One pass over all sequences; false: there is nothing left to do.
@@ -309,7 +312,9 @@ class Answerer {
     const auto number = static_cast<int64_t>(output_.shard.answers());
     output_.shard.append(j.prompt, record);
     if (output_.features && text.size() >= j.given_tokens + 2)
-      output_.features->append(number, recorder_.take(s, text));
+      output_.features->append(
+          number, read_again_ ? read_again_->read(text, static_cast<int64_t>(j.given_tokens) - 1)
+                              : recorder_.take(s, text));
     j = {};
   }
 
@@ -323,6 +328,7 @@ class Answerer {
   Output& output_;
   Session session_;
   training::FeatureRecorder recorder_;
+  std::optional<training::TargetFeatures> read_again_;
   static constexpr uint64_t kTurns = 0x7475726e73;  // a stream of random numbers of its own
   std::optional<DraftsTurns> turns_;
   std::optional<Watcher> watcher_;

@@ -464,7 +464,7 @@ int train_fit(const std::vector<std::string>& args) {
   const training::Buffer<float> embedding = rows_as_f32(ops, t.embedding),
                                 head = t.head.empty() ? embedding : rows_as_f32(ops, t.head);
   const Llama llama(*backend, t, [&](std::span<const std::byte> bytes) { model.file.drop(bytes); });
-  TextFeatures features(llama, target, o.data, context, compute.threads);
+  TextFeatures features(llama, target, o.data, context);
   training::BatchGradient gradient_of(&device, draft.config, embedding.data(), head.data(),
                                       t.config.vocab_size, draft.vocabulary, kTargetsBest);
   note(draft.target_name + ": " + count_text(static_cast<int64_t>(n_texts), "text") + ", " +

@@ -85,8 +85,8 @@ const Text& TrainingTexts::next() {
 }
 
 TextFeatures::TextFeatures(const Llama& target, const std::string& fingerprint,
-                           const std::vector<std::string>& shards, int context, int threads)
-    : target_(target), context_(context), threads_(threads) {
+                           const std::vector<std::string>& shards, int context)
+    : target_(target), context_(context) {
   for (const std::string& shard : shards)
     files_.push_back(std::make_unique<FeatureFile>(features_path(shard), fingerprint,
                                                    target.config().hidden_size));
@@ -96,7 +96,7 @@ training::TrainingText TextFeatures::read(const Text& t) {
   training::TrainingText features;
   FeatureFile& file = *files_[t.shard];
   if (file.read(t.number, t.ids, t.prompt_len - 1, &features)) return features;
-  if (!compute_) compute_ = std::make_unique<training::TargetFeatures>(target_, context_, threads_);
+  if (!compute_) compute_ = std::make_unique<training::TargetFeatures>(target_, context_);
   file.append(t.number, compute_->read(t.ids, t.prompt_len - 1));
   file.read(t.number, t.ids, t.prompt_len - 1, &features);  // rounded, as the next run will see it
   return features;

@@ -45,12 +45,12 @@ class TrainingTexts {
 class TextFeatures {
  public:
   TextFeatures(const Llama& target, const std::string& fingerprint,
-               const std::vector<std::string>& shards, int context, int threads);
+               const std::vector<std::string>& shards, int context);
   training::TrainingText read(const Text& text);
 
  private:
   const Llama& target_;
-  int context_, threads_;
+  int context_;
   std::vector<std::unique_ptr<FeatureFile>> files_;    // by shard
   std::unique_ptr<training::TargetFeatures> compute_;  // made when first needed
 };
