@@ -259,6 +259,118 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
 }
 BOTH constexpr int max_column_tiles(DType type) { return slab_layout(type).k == 256 ? 4 : 8; }
 
+// The sums of a warp's two row tiles with the block's column tiles, as C fragments.
+template <int kColumnTiles>
+using LinearSums = float[kWarpTiles][kColumnTiles][4];
+
+// A block's part of y.
+struct LinearOutput {
+  float* y;
+  int64_t y_stride, first_row, rows;
+  int first_token, tokens;
+  bool accumulate;
+
+  // f(y, i) for those of the four sums of a lane's fragment that there are.
+  template <typename F>
+  DEVICE void each(int tile, int j, const F& f) const {
+    UNROLLED_FOR (int i = 0; i < 4; ++i) {
+      const int64_t row = first_row + (warp_index() * kWarpTiles + tile) * kTileRows +
+                          lane_index() / 4 + 8 * (i / 2);
+      const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
+      if (row < rows && token < tokens) f(y + token * y_stride + row, i);
+    }
+  }
+  // y is read for all sums before any is written: else each load would wait for the store before
+  // it.
+  template <int kColumnTiles>
+  DEVICE void write(LinearSums<kColumnTiles>& sum) const {
+    const auto all = [&](const auto& f) {
+      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+          each(tile, j, [&](float* to, int i) { f(to, &sum[tile][j][i]); });
+    };
+    if (accumulate) all([](const float* from, float* x) { *x = *from + *x; });
+    all([](float* to, const float* x) { *to = *x; });
+  }
+};
+
+// The runs of a split that are a cluster lay their sums down in shared memory (the ring's), and
+// each adds and writes a share of the fragments, in the order of the runs.
+template <int kColumnTiles>
+DEVICE void add_in_cluster(const LinearOutput& out, int splits, int columns,
+                           const LinearSums<kColumnTiles>& sum) {
+  constexpr int kMost = (kWarpTiles * kColumnTiles + 1) / 2;  // fragments of a run
+  float* const mine = reinterpret_cast<float*>(shared_memory()) + thread_index() * 4;
+  const auto place = [&](int fragment) { return mine + fragment * kLinearThreads * 4; };
+  sync_threads();  // nobody reads the ring any more
+  UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+      if (j < columns) store_16(place(j * kWarpTiles + tile), sum[tile][j]);
+  float total[kMost][4] = {};
+  const int n = columns * kWarpTiles;
+  const auto fragment_of = [&](int i) { return block_y() + i * splits; };
+  const auto each = [&](const auto& f) {  // of the run's fragments: f(i, y, element)
+    UNROLLED_FOR (int i = 0; i < kMost; ++i)
+      if (const int fragment = fragment_of(i); fragment < n)
+        out.each(fragment % kWarpTiles, fragment / kWarpTiles,
+                 [&](float* y, int e) { f(&total[i][e], y); });
+  };
+  if (out.accumulate) each([](float* x, const float* y) { *x = *y; });  // on its way meanwhile
+  sync_cluster();
+  UNROLLED_FOR (int i = 0; i < kMost; ++i) {
+    const int fragment = fragment_of(i);
+    if (fragment >= n) break;
+    float part[kMostClustered][4];
+    UNROLLED_FOR (int rank = 0; rank < kMostClustered; ++rank)
+      if (rank < splits) load_cluster_16(place(fragment), rank, part[rank]);
+    UNROLLED_FOR (int e = 0; e < 4; ++e) {
+      float y = part[0][e];
+      UNROLLED_FOR (int rank = 1; rank < kMostClustered; ++rank)
+        if (rank < splits) y = y + part[rank][e];
+      total[i][e] = out.accumulate ? total[i][e] + y : y;
+    }
+  }
+  each([](const float* x, float* y) { *y = *x; });
+  sync_cluster();
+}
+
+// Elsewhere, or of more runs than a cluster has, they leave their sums in memory as they stand in
+// registers, 16 bytes a lane; the last one to arrive has all of them in `sum`, and true.
+// partials: of the block (columns, kBlockRows, 8), rank_floats from one run to the next.
+template <int kColumnTiles>
+DEVICE bool add_in_memory(float* partials, int64_t rank_floats, uint32_t* counter, int splits,
+                          int columns, LinearSums<kColumnTiles>& sum) {
+  partials += (warp_index() * kWarpTiles * kLanes + lane_index()) * 4;
+  const auto at = [](int tile, int j) { return j * kBlockRows * 8 + tile * kLanes * 4; };
+  UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+      if (j < columns) store_16(partials + block_y() * rank_floats + at(tile, j), sum[tile][j]);
+  sync_threads();  // also: nobody reads the ring any more
+  auto* arrived = reinterpret_cast<uint32_t*>(shared_memory());
+  if (thread_index() == 0) *arrived = arrive(counter);
+  sync_threads();
+  if (*arrived + 1 != static_cast<uint32_t>(splits)) return false;
+  if (thread_index() == 0) *counter = 0;
+  // Loads of several runs go ahead of their sums: the way to L2 and back takes 0.7 us.
+  constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
+  for (int first = 0; first < splits; first += kAhead) {
+    float part[kAhead][kWarpTiles][kColumnTiles][4];
+    UNROLLED_FOR (int r = 0; r < kAhead; ++r)
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+          if (first + r < splits && j < columns)
+            load_fresh_16(partials + (first + r) * rank_floats + at(tile, j), part[r][tile][j]);
+    UNROLLED_FOR (int r = 0; r < kAhead; ++r)
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+          UNROLLED_FOR (int i = 0; i < 4; ++i)
+            if (first + r < splits && j < columns)
+              sum[tile][j][i] =
+                  first + r == 0 ? part[r][tile][j][i] : sum[tile][j][i] + part[r][tile][j][i];
+  }
+  return true;
+}
+
 template <DType kType, int kColumnTiles>
 KERNEL(kLinearThreads, 2)
 void linear_kernel(LinearParams p) {
@@ -380,102 +492,24 @@ void linear_kernel(LinearParams p) {
   }
   let_next_begin();
 
-  float* out = m.y + first_row(p.step, p.rows_of) * p.y_stride;
-  // f(y, i) for the four sums of a lane's fragment that there are.
-  const auto each_of = [&](int tile, int j, auto f) {
-    UNROLLED_FOR (int i = 0; i < 4; ++i) {
-      const int64_t row = (first_tile + warp_index() * kWarpTiles + tile) * kTileRows +
-                          lane_index() / 4 + 8 * (i / 2);
-      const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
-      if (row < m.rows && token < tokens) f(out + token * p.y_stride + row, i);
-    }
-  };
-
-  // Runs of a split that are a cluster lay their sums down in shared memory, and each adds a share
-  // of the fragments, in the order of the runs.
-  if (p.clustered) {
-    constexpr int kMost = (kWarpTiles * kColumnTiles + 1) / 2;  // fragments of a run
-    float* const mine = reinterpret_cast<float*>(ring) + thread_index() * 4;
-    const auto place = [&](int fragment) { return mine + fragment * kLinearThreads * 4; };
-    sync_threads();  // nobody reads the ring any more
-    UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-        if (j < columns) store_16(place(j * kWarpTiles + tile), sum[tile][j]);
-    float total[kMost][4] = {};
-    const auto fragment_of = [&](int i) { return block_y() + i * p.splits; };
-    if (p.accumulate)  // on its way meanwhile
-      UNROLLED_FOR (int i = 0; i < kMost; ++i)
-        if (const int f = fragment_of(i); f < columns * kWarpTiles)
-          each_of(f % kWarpTiles, f / kWarpTiles, [&](const float* y, int e) { total[i][e] = *y; });
-    sync_cluster();
-    UNROLLED_FOR (int i = 0; i < kMost; ++i) {
-      const int f = fragment_of(i);
-      if (f >= columns * kWarpTiles) break;
-      float part[kMostClustered][4];
-      UNROLLED_FOR (int rank = 0; rank < kMostClustered; ++rank)
-        if (rank < p.splits) load_cluster_16(place(f), rank, part[rank]);
-      UNROLLED_FOR (int e = 0; e < 4; ++e) {
-        float y = part[0][e];
-        UNROLLED_FOR (int rank = 1; rank < kMostClustered; ++rank)
-          if (rank < p.splits) y = y + part[rank][e];
-        total[i][e] = p.accumulate ? total[i][e] + y : y;
-      }
-    }
-    UNROLLED_FOR (int i = 0; i < kMost; ++i)
-      if (const int f = fragment_of(i); f < columns * kWarpTiles)
-        each_of(f % kWarpTiles, f / kWarpTiles, [&](float* y, int e) { *y = total[i][e]; });
-    sync_cluster();
-    return;
-  }
-
-  // Elsewhere, or of more runs than a cluster has, they leave them in memory as they stand in
-  // registers, 16 bytes a lane; the last one to arrive adds all of them.
+  const LinearOutput out{m.y + first_row(p.step, p.rows_of) * p.y_stride,
+                         p.y_stride,
+                         first_tile * kTileRows,
+                         m.rows,
+                         first_token,
+                         tokens,
+                         p.accumulate};
+  if (p.clustered) return add_in_cluster<kColumnTiles>(out, p.splits, columns, sum);
   if (p.splits > 1) {
     const int64_t all_columns = ceil_div(p.partial_tokens, 8),
-                  row_blocks = ceil_div<int64_t>(m.rows, kBlockRows),
-                  rank_floats = row_blocks * all_columns * kBlockRows * 8;
-    float* partial =
-        p.partials + m.first_partial +
-        ((row_block - m.first_block) * all_columns + first_token / 8) * kBlockRows * 8 +
-        (warp_index() * kWarpTiles * kLanes + lane_index()) * 4;
-    const auto at = [](int tile, int j) { return j * kBlockRows * 8 + tile * kLanes * 4; };
-    UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-        if (j < columns) store_16(partial + block_y() * rank_floats + at(tile, j), sum[tile][j]);
-    sync_threads();  // also: nobody reads the ring any more
-    auto* arrived = reinterpret_cast<uint32_t*>(ring);
-    if (thread_index() == 0) *arrived = arrive(p.counters + block_x());
-    sync_threads();
-    if (*arrived + 1 != static_cast<uint32_t>(p.splits)) return;
-    if (thread_index() == 0) p.counters[block_x()] = 0;
-    // Loads of several runs go ahead of their sums: the way to L2 and back takes 0.7 us.
-    constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
-    for (int first = 0; first < p.splits; first += kAhead) {
-      float part[kAhead][kWarpTiles][kColumnTiles][4];
-      UNROLLED_FOR (int r = 0; r < kAhead; ++r)
-        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-            if (first + r < p.splits && j < columns)
-              load_fresh_16(partial + (first + r) * rank_floats + at(tile, j), part[r][tile][j]);
-      UNROLLED_FOR (int r = 0; r < kAhead; ++r)
-        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-            UNROLLED_FOR (int i = 0; i < 4; ++i)
-              if (first + r < p.splits && j < columns)
-                sum[tile][j][i] =
-                    first + r == 0 ? part[r][tile][j][i] : sum[tile][j][i] + part[r][tile][j][i];
-    }
+                  row_blocks = ceil_div<int64_t>(m.rows, kBlockRows);
+    const int64_t block = (row_block - m.first_block) * all_columns + first_token / 8;
+    if (!add_in_memory<kColumnTiles>(p.partials + m.first_partial + block * kBlockRows * 8,
+                                     row_blocks * all_columns * kBlockRows * 8,
+                                     p.counters + block_x(), p.splits, columns, sum))
+      return;
   }
-
-  // y is read for all sums before any is written: else each load would wait for the store before
-  // it.
-  const auto each = [&](auto f) {
-    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-        each_of(tile, j, [&](float* y, int i) { f(y, &sum[tile][j][i]); });
-  };
-  if (p.accumulate) each([](const float* y, float* sum) { *sum = *y + *sum; });
-  each([](float* y, const float* sum) { *y = *sum; });
+  out.write<kColumnTiles>(sum);
 }
 
 // F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and
