@@ -5,7 +5,7 @@
 #
 # With the model's halves (model.gguf.0, model.gguf.1) in the same folder, it is measured too.
 set -u
-cd "$(dirname "$0")"
+cd "$(dirname "$0")" || exit
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -39,31 +39,51 @@ value() { [ -s "$1" ] && cat "$1" || echo null; }
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
 say "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 
-# The tests read models from ../shared/data. After a fault a process gets nothing from the device any
-# more: so each suite has its own.
+# All tests at once: each suite has a process of its own, for after a fault one gets nothing from the
+# device any more, and a folder for the models that it makes. The tests read ../shared/data.
+# run NAME SECONDS COMMAND...: in the background, its output in $work/NAME, then its exit code.
 mkdir -p tests
 cd tests || exit 1
 export CHIMERA_TEST_DEVICE=cuda
-# What the kernels do to memory and to each other, where the tool for it is there; on few tests, for
-# it makes them slower many times over.
-sanitized=
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck synccheck; do
-    before=$failed
-    part $tool 25 compute-sanitizer --tool $tool --error-exitcode 9 ../gpu_tests --gtest_brief=1 \
-      --gtest_filter='CudaLinear.AnyNumberOfColumns:CudaAttention.*:CudaAccept.WalksTheTree'
-    [ $code != 124 ] || failed=$before # slow, not wrong
-    sanitized="$sanitized${sanitized:+,}\"$tool\":$code"
-  done
-  say "compute-sanitizer, exit codes: $sanitized"
-fi
+run() {
+  name=$1 seconds=$2
+  shift 2
+  (
+    CHIMERA_BUILD=$work/models.$name timeout "$seconds" "$@" >"$work/$name" 2>&1
+    echo $? >"$work/$name.code"
+  ) &
+}
+suites=$(../gpu_tests --gtest_list_tests | sed -n 's/^\([A-Za-z0-9_]*\)\.$/\1/p')
+[ -n "$suites" ] || { failed=1; say "FAILED: no tests"; }
+for suite in $suites; do
+  run "$suite" 60 ../gpu_tests --gtest_brief=1 --gtest_filter="$suite.*" --gtest_output="json:$work/$suite.json"
+done
+wait
 tests=
-for suite in $(../gpu_tests --gtest_list_tests | sed -n 's/^\([A-Za-z0-9_]*\)\.$/\1/p'); do
-  part "$suite" 60 ../gpu_tests --gtest_brief=1 --gtest_filter="$suite.*" --gtest_output="json:$work/$suite.json"
+for suite in $suites; do
   say "tests $suite: $(tail -n 1 "$work/$suite")"
+  [ "$(cat "$work/$suite.code")" = 0 ] || { failed=1; tail -n 40 "$work/$suite" >>$table; }
   tests="$tests${tests:+,}$(value "$work/$suite.json")"
 done
-[ -n "$tests" ] || { failed=1; say "FAILED: no tests"; }
+# What the kernels do to memory and to each other, where the tool for it is there. It makes tests
+# slower many times over: those that take longer than this are slow, not wrong.
+sanitized=
+if command -v compute-sanitizer >/dev/null; then
+  for suite in $suites; do
+    for tool in memcheck racecheck synccheck; do
+      run "$tool.$suite" 40 compute-sanitizer --tool $tool --error-exitcode 9 ../gpu_tests --gtest_brief=1 --gtest_filter="$suite.*"
+    done
+  done
+  wait
+  for suite in $suites; do
+    for tool in memcheck racecheck synccheck; do
+      code=$(cat "$work/$tool.$suite.code")
+      [ "$code" = 0 ] || [ "$code" = 124 ] || { failed=1; tail -n 40 "$work/$tool.$suite" >>$table; }
+      sanitized="$sanitized${sanitized:+,}\"$tool $suite\":$code"
+    done
+  done
+  say "compute-sanitizer, exit codes (124: not finished): $sanitized"
+fi
 cd ..
 
 part kernels 120 ./bench_cuda --json "$work/kernels.json" && { say ""; tee -a $table <"$work/kernels"; }
