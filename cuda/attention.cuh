@@ -158,9 +158,11 @@ struct QueryTile {
   int sequence, first, count;  // count 0: there is no such tile
 };
 DEVICE QueryTile query_tile(const Step* step, int group, int index) {
-  for (int s = 0; s < step->n_sequences; ++s) {
-    const Step::Sequence& q = step->sequences[s];
-    const int pairs = most(0, q.first_row + q.n_rows - most(q.first_row, step->first_new)) * group,
+  const int n_sequences = early(step->n_sequences), first_new = early(step->first_new);
+  for (int s = 0; s < n_sequences; ++s) {
+    const int first_row = early(step->sequences[s].first_row),
+              end = first_row + early(step->sequences[s].n_rows);
+    const int pairs = most(0, end - most(first_row, first_new)) * group,
               n = ceil_div(pairs, kQueries);
     if (index < n) return {s, index * kQueries, least(kQueries, pairs - index * kQueries)};
     index -= n;
@@ -183,8 +185,10 @@ struct AttentionShared {
   uint8_t* path;    // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
 };
 // Slots of K and V that are laid out in shared memory to be gathered from there: those of a tree of
-// 64 nodes and of the tile that it begins in.
-BOTH constexpr int tail_slots(int padded_dim) { return padded_dim <= 128 ? 80 : 48; }
+// 64 nodes and of the tile that it begins in, or fewer where sm_89's 99 KiB have no room.
+BOTH constexpr int tail_slots(int padded_dim) {
+  return padded_dim <= 128 ? 80 : padded_dim <= 256 ? 32 : 0;
+}
 // f16 of a slot: 16 bytes more than needed put 8 neighbours into all 32 banks.
 BOTH constexpr int tail_stride(int padded_dim) { return padded_dim + 8; }
 BOTH constexpr int tail_bytes(int padded_dim) {
@@ -199,6 +203,7 @@ BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
                              tail_bytes(padded_dim) + kQueries * 16 + Step::kMaxRows * 3 +
                              kQueries * Step::kMaxRows);
 }
+static_assert(attention_shared_bytes(256) <= 99 * 1024);
 DEVICE AttentionShared carve_attention(int padded_dim) {
   AttentionShared s;
   s.scores = reinterpret_cast<float*>(shared_memory());
@@ -224,12 +229,13 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   // A block without work waits as well: when a kernel is done, so must be all before it.
   if (queries.count == 0) return wait_for_previous();
   const Step::Sequence& sequence = step->sequences[queries.sequence];
-  if (begin >= sequence.committed + sequence.n_rows) return wait_for_previous();
-  const int committed = sequence.committed, dim_tiles = p.kv.padded_dim / kKvTile;
+  const int committed = early(sequence.committed);
+  if (begin >= committed + early(sequence.n_rows)) return wait_for_previous();
+  const int sequence_row = early(sequence.first_row), dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
   const int skipped = queries.first / group,
             n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
-  const int first_row = most(sequence.first_row, step->first_new) + skipped;
+  const int first_row = most(sequence_row, early(step->first_new)) + skipped;
   const int query_tiles = ceil_div(queries.count, 8);
   const AttentionShared s = carve_attention(p.kv.padded_dim);
   if (thread_index() < queries.count) {
@@ -238,13 +244,13 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     s.head[thread_index()] = kv_head * group + pair % group;
   }
   // Where each row's ancestors are.
-  for (int row = sequence.first_row + thread_index(); row < first_row + n_rows;
+  for (int row = sequence_row + thread_index(); row < first_row + n_rows;
        row += kAttentionThreads) {
-    s.parent[row] = static_cast<int16_t>(step->parent[row]);
-    s.slot[row] = static_cast<uint8_t>(step->slot[row] - committed);
+    s.parent[row] = static_cast<int16_t>(early(step->parent[row]));
+    s.slot[row] = static_cast<uint8_t>(early(step->slot[row]) - committed);
   }
   const int position =
-      thread_index() < n_rows ? step->position[first_row + thread_index()] : committed;
+      thread_index() < n_rows ? early(step->position[first_row + thread_index()]) : committed;
   sync_threads();
   if (thread_index() < n_rows) {
     uint8_t* path = s.path + thread_index() * Step::kMaxRows;
@@ -526,11 +532,11 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
 //   b)
 // Block (row, part): the coordinates of all heads.
 KERNEL(kInputThreads, 1) void combine_kernel(AttentionParams p) {
-  const int row = p.step->first_new + block_x(), dim = p.heads.head_dim;
+  const int row = early(p.step->first_new) + block_x(), dim = p.heads.head_dim;
   const int head = (block_y() * kInputThreads + thread_index()) / dim,
             d = (block_y() * kInputThreads + thread_index()) % dim;
-  if (row >= p.step->n_rows || head >= p.heads.n_heads) return wait_for_previous();
-  const int chunks = p.step->position[row] / kChunk + 1;
+  if (row >= early(p.step->n_rows) || head >= p.heads.n_heads) return wait_for_previous();
+  const int chunks = early(p.step->position[row]) / kChunk + 1;
   wait_for_previous();
   const float* c = p.partial(row, head, 0);
   float m = c[0], l = c[1], o = c[2 + d];

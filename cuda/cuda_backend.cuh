@@ -254,9 +254,8 @@ class CudaBackend final : public Backend, public TreeOps {
   }
 
   void linear(const Step* step, const Linear& l) override {
-    if (step_written_)  // input_kernel reads the Step before the kernel ahead of it is done
-      throw Error("a product", "another op ahead of it than one that writes a Step", "such a one");
     op(step, [&](const Sight& s) {
+      look_ahead();
       const CudaMatrix& w = cast(*l.weights);
       const int tokens = l.rows == Rows::kAll ? s.max_rows : s.max_logits;
       if (tokens == 0) return;
@@ -302,6 +301,7 @@ class CudaBackend final : public Backend, public TreeOps {
   void rope_append(const Step* step, float* qkv, const Heads& h, const RopeTable& rope,
                    const KvCache& kv, int layer) override {
     op(step, [&](const Sight& s) {
+      look_ahead();
       const float scale = 1.0f / std::sqrt(static_cast<float>(h.head_dim));
       cuda::rope_append(stream_, {s.device, qkv, h, rope, scale, kv_layer(kv, layer)}, s.max_rows);
     });
@@ -310,6 +310,7 @@ class CudaBackend final : public Backend, public TreeOps {
   void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
                  float* out) override {
     op(step, [&](const Sight& s) {
+      look_ahead();
       if (s.max_rows > scratch_rows_)
         throw Error("attention of " + std::to_string(s.max_rows) + " rows",
                     "at most " + std::to_string(scratch_rows_) + ", as reserved", "more");
@@ -349,8 +350,8 @@ class CudaBackend final : public Backend, public TreeOps {
       s.written = !s.on_device;
       cuda::accept(stream_, {s.device, logits, vocab, static_cast<uint64_t*>(sampled_.get())},
                    s.max_logits, s.n_sequences);
+      step_written_ = true;
     });
-    step_written_ = true;
   }
   void keep(const Step* step, const KvCache& kv) override {
     op(step, [&](const Sight& s) {
@@ -368,8 +369,10 @@ class CudaBackend final : public Backend, public TreeOps {
   // ---- tree_ops.h ----
 
   void advance(const Step* step, DraftState* state, const DraftPass& draft) override {
-    op(step, [&](const Sight& s) { cuda::advance(stream_, {s.device, state, draft}); });
-    step_written_ = true;
+    op(step, [&](const Sight& s) {
+      cuda::advance(stream_, {s.device, state, draft});
+      step_written_ = true;
+    });
   }
   void learn_matches(const Step* step, DraftState* state) override {
     op(step, [&](const Sight& s) { cuda::learn_matches(stream_, {s.device, state}, s.max_rows); });
@@ -388,8 +391,10 @@ class CudaBackend final : public Backend, public TreeOps {
     });
   }
   void propose(DraftState* state, const DraftPass& draft) override {
-    free_op([&] { cuda::propose(stream_, {state, draft}); });
-    step_written_ = true;
+    free_op([&] {
+      cuda::propose(stream_, {state, draft});
+      step_written_ = true;
+    });
   }
   void top_k(const DraftPass& draft, const float* logits, int64_t stride, int depth,
              DraftState* state) override {
@@ -398,12 +403,16 @@ class CudaBackend final : public Backend, public TreeOps {
     });
   }
   void grow(int depth, DraftState* state, const DraftPass& draft) override {
-    free_op([&] { cuda::grow(stream_, {depth, state, draft}); });
-    step_written_ = true;
+    free_op([&] {
+      cuda::grow(stream_, {depth, state, draft});
+      step_written_ = true;
+    });
   }
   void choose(DraftState* state, Step* step) override {
-    free_op([&] { cuda::choose(stream_, {state, step}); });
-    step_written_ = true;
+    free_op([&] {
+      cuda::choose(stream_, {state, step});
+      step_written_ = true;
+    });
   }
 
  private:
@@ -494,7 +503,7 @@ class CudaBackend final : public Backend, public TreeOps {
     try {
       ops();
     } catch (...) {
-      submitted_ = false;
+      submitted_ = step_written_ = false;
       steps_.clear();
       throw;
     }
@@ -508,13 +517,21 @@ class CudaBackend final : public Backend, public TreeOps {
     if (!capturing_) synchronize(stream_);
     last_steps_.assign(steps_.begin(), steps_.end());
     steps_.clear();
+    step_written_ = false;
+  }
+
+  // For an op whose kernels read the Step before the one ahead of them is done.
+  void look_ahead() const {
+    if (behind_writer_)
+      throw Error("an op that reads the Step early",
+                  "another one ahead of it than one that writes it", "such a one");
   }
 
   template <typename F>
   void op(const Step* step, const F& f) {
     Sight& s = sight(step);
     if (s.max_rows > 0) {
-      step_written_ = false;
+      behind_writer_ = std::exchange(step_written_, false);
       f(s);
     }
     if (!submitted_) finish();
@@ -574,7 +591,8 @@ class CudaBackend final : public Backend, public TreeOps {
   std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
   std::map<uint64_t, std::vector<Recorded>> recorded_;
   bool submitted_ = false, capturing_ = false, bucketed_ = false;
-  bool step_written_ = false;  // by the last op
+  bool step_written_ = false,
+       behind_writer_ = false;  // by the last op of the list; as an op begins
 };
 
 }  // namespace CHIMERA_CUDA_BODY

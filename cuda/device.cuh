@@ -5,8 +5,8 @@
 //   KERNEL(threads, blocks) void foo_kernel(FooParams p) { ... }      private
 //   void foo(Stream stream, const FooParams& p) { launch(...); }      public
 //
-// A kernel takes one plain struct by value, and begins with wait_for_previous(). All shared memory
-// is dynamic, through shared_memory().
+// A kernel takes one plain struct by value, and waits for those ahead of it (wait_for_previous()).
+// All shared memory is dynamic, through shared_memory().
 //
 // The two builds live in one program where tests are linked with a CUDA build, so everything that
 // is compiled twice is in an inline namespace of its own.
@@ -49,6 +49,7 @@ namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
 inline constexpr int kLanes = 32;
+inline constexpr int kLargestCluster = 8;  // blocks, on every device that has clusters
 
 // ---- Plain arithmetic, host and device ---------------------------------------------------------
 
@@ -193,10 +194,10 @@ DEVICE void load_matrices(const uint16_t* row, uint32_t (&r)[4]) {
 
 // A kernel of a graph may begin before the one ahead of it is done (sm_90: programmatic dependent
 // launch): when all blocks of that have called let_next_begin(), or have ended. So its blocks are
-// there, and have done what they can, when their turn comes. Every kernel calls wait_for_previous()
-// before it touches anything that another one writes, or writes anything: behind it all that was
-// launched before is done and seen. A kernel lets the next one begin only when it has waited
-// itself. So what the kernel just ahead does not write may be read earlier: weights, the Step.
+// there, and have done what they can, when their turn comes. Every kernel waits before it touches
+// anything that another one writes, or writes anything: behind it all that was launched before is
+// done and seen. A kernel lets the next one begin only when it has waited itself. So what the
+// kernel just ahead does not write may be read earlier: weights, and, by early(), the Step.
 //
 // Blocks begin where there is room. Those of a large kernel that begin while another large one ends
 // crowd on the multiprocessors that are free first, two on each, with others idle; so products
@@ -237,6 +238,9 @@ DEVICE void load_cluster_16(const float* p, int rank, float (&to)[4]) {
       : "memory");
 #endif
 }
+
+// x, not from this multiprocessor's L1, which is sure to be of today only behind the wait.
+DEVICE int32_t early(const int32_t& x) { return __ldcg(&x); }
 
 // The 128 bytes around p will be wanted: from memory to L2.
 DEVICE void prefetch_l2(const void* p) {
@@ -424,6 +428,7 @@ DEVICE void load_cluster_16(const float* p, int rank, float (&to)[4],
   std::memcpy(to, emulator::of_cluster(p, rank, place), sizeof to);
 }
 DEVICE void wait_alone() {}
+DEVICE int32_t early(const int32_t& x) { return x; }
 // Reads, so that an address that is nobody's shows.
 DEVICE void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 

@@ -166,9 +166,11 @@ class Emulator {
   }
   const void* of_cluster(const void* p, int rank, const Place& place) {
     const auto offset = static_cast<const std::byte*>(p) - current.shared;
-    if (offset < 0 || static_cast<size_t>(offset) >= shared_bytes_ || rank < 0 ||
+    if (offset < 0 || static_cast<size_t>(offset) + 16 > shared_bytes_ || rank < 0 ||
         static_cast<unsigned>(rank) * current.count >= n_fibers_)
       refuse_here("mapa", "shared memory of a block of the cluster", "another place", place);
+    if (blocks_[rank].finished > 0)
+      refuse_here("mapa", "a block that runs", "one that has ended, or is about to", place);
     return blocks_[rank].shared + offset;
   }
 

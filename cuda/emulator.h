@@ -91,7 +91,7 @@ using Place = std::source_location;
 
 void sync_threads(const Place& place);
 void sync_cluster(const Place& place);
-// Where the block of a rank in the cluster has what this one has at p.
+// Where the block of a rank in the cluster has the 16 bytes that this one has at p.
 const void* of_cluster(const void* p, int rank, const Place& place);
 
 // A warp instruction. Every lane brings its operand; `operation` gets those of the 32 lanes.

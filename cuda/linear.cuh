@@ -24,9 +24,9 @@
 // times as many, and they, not memory, were what it took: half the speed.
 //
 // Bytes in flight: F16, one token: a stage is 8.5 KiB, 8 of them 68 KiB a block. So three blocks
-// live on an H100's multiprocessor (227 KiB), 119 threads' registers allow four, and the 132 have
+// live on an H100's multiprocessor (227 KiB), 118 registers a thread allow four, and the 132 have
 // 23 MB in flight, where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 12 KiB a
-// stage, 96 KiB a block, two blocks; 177 registers. On sm_89 (99 KiB): one block. The build refuses
+// stage, 96 KiB a block, two blocks; 176 registers. On sm_89 (99 KiB): one block. The build refuses
 // a kernel that spills.
 //
 // x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2; and by
@@ -146,8 +146,11 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
   const int token = block_x();
-  if (token >= n_tokens(p.step, p.rows)) return wait_for_previous();
-  const int64_t row = p.rows == Rows::kAll ? p.step->first_new + token : p.step->logits_row[token];
+  const bool all = p.rows == Rows::kAll;
+  const int first_new = early(p.step->first_new),
+            tokens = all ? early(p.step->n_rows) - first_new : early(p.step->n_logits);
+  if (token >= tokens) return wait_for_previous();
+  const int64_t row = all ? first_new + token : early(p.step->logits_row[token]);
   wait_for_previous();
   const bool gated = p.input == Linear::Input::kSwiGlu;
   const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
@@ -236,7 +239,6 @@ static_assert(kLinearWarps * kWarpTiles * kTileRows == kBlockRows);
 // tokens make a stage larger, for two. sm_89 has 99 KiB.
 BOTH constexpr int ring_limit(int column_tiles) { return (column_tiles == 1 ? 74 : 99) * 1024; }
 inline constexpr int kMostStages = 8;
-inline constexpr int kMostClustered = 8;  // what every device with clusters can do
 
 // A stage of the ring; a function of type and column tiles, and nothing that the bits depend on.
 struct StageLayout {
@@ -320,12 +322,12 @@ DEVICE void add_in_cluster(const LinearOutput& out, int splits, int columns,
   UNROLLED_FOR (int i = 0; i < kMost; ++i) {
     const int fragment = fragment_of(i);
     if (fragment >= n) break;
-    float part[kMostClustered][4];
-    UNROLLED_FOR (int rank = 0; rank < kMostClustered; ++rank)
+    float part[kLargestCluster][4];
+    UNROLLED_FOR (int rank = 0; rank < kLargestCluster; ++rank)
       if (rank < splits) load_cluster_16(place(fragment), rank, part[rank]);
     UNROLLED_FOR (int e = 0; e < 4; ++e) {
       float y = part[0][e];
-      UNROLLED_FOR (int rank = 1; rank < kMostClustered; ++rank)
+      UNROLLED_FOR (int rank = 1; rank < kLargestCluster; ++rank)
         if (rank < splits) y = y + part[rank][e];
       total[i][e] = out.accumulate ? total[i][e] + y : y;
     }
@@ -556,7 +558,7 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
   p.splits = static_cast<int>(n_splits(p.stacked_rows, p.cols));
   p.run_slabs =
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
-  p.clustered = p.splits > 1 && p.splits <= least(kMostClustered, largest_cluster());
+  p.clustered = p.splits > 1 && p.splits <= largest_cluster();
   Grid grid{0, p.splits, 1, p.clustered ? p.splits : 1};
   int64_t partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {

@@ -73,10 +73,10 @@ struct RopeAppendParams {
 // Block (row, part): pairs of coordinates of the query heads, then of the KV heads. Always behind a
 // product, which does not write the Step.
 KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
-  const int row = p.step->first_new + block_x(), dim = p.heads.head_dim, half = dim / 2;
+  const int row = early(p.step->first_new) + block_x(), dim = p.heads.head_dim, half = dim / 2;
   const int head = (block_y() * kInputThreads + thread_index()) / half,
             i = (block_y() * kInputThreads + thread_index()) % half;
-  if (row >= p.step->n_rows || head >= p.heads.n_heads + p.heads.n_kv_heads)
+  if (row >= early(p.step->n_rows) || head >= p.heads.n_heads + p.heads.n_kv_heads)
     return wait_for_previous();
   float* x =
       p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
@@ -86,9 +86,9 @@ KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   const bool turns = p.heads.rope_kv_heads < 0 || kv_head < p.heads.rope_kv_heads;
   const float scale = is_key ? 1.0f : p.q_scale;
   const int64_t angle =
-      static_cast<int64_t>(p.step->position[row] + (is_key ? 0 : p.rope.query_shift)) * half;
+      static_cast<int64_t>(early(p.step->position[row]) + (is_key ? 0 : p.rope.query_shift)) * half;
   const float cos = turns ? p.rope.cos[angle + i] : 1, sin = turns ? p.rope.sin[angle + i] : 0;
-  const int slot = p.step->slot[row], sequence = p.step->sequence[row];
+  const int slot = early(p.step->slot[row]), sequence = early(p.step->sequence[row]);
   wait_for_previous();
   const float a = x[i], b = x[half + i];
   float first = a, second = b;

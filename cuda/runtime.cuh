@@ -43,13 +43,13 @@ inline void check(cudaError_t status, const char* what) {
     throw Error(std::string("cuda: ") + what, "success", cudaGetErrorString(status));
 }
 
-inline bool is_sm_90() {
+inline bool is_sm_90_or_later() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major >= 9;
 }
-inline int largest_cluster() { return is_sm_90() ? 8 : 1; }
+inline int largest_cluster() { return is_sm_90_or_later() ? kLargestCluster : 1; }
 
 // Are launches into this stream captured, on a device that can start a kernel before the last one
 // is done? Outside a graph a launch takes the host longer than the gap between two kernels.
@@ -58,7 +58,7 @@ inline bool overlaps(Stream stream) {
   if (stream == nullptr || cudaStreamIsCapturing(stream->handle, &status) != cudaSuccess ||
       status != cudaStreamCaptureStatusActive)
     return false;
-  return is_sm_90();
+  return is_sm_90_or_later();
 }
 
 template <typename Params>

@@ -122,6 +122,8 @@ struct RowCopy {
 
 // One thread at a time may use a backend and whatever was made from it: sessions share its threads
 // and its scratch. (Two backends are two machines.) Ops do not throw but for a device's errors.
+// In a list, linear(), rope_append() and attention() do not follow at once an op that writes a
+// Step: a device looks at it ahead of their turn.
 class Backend {
  public:
   virtual ~Backend() = default;

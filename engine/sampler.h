@@ -63,7 +63,7 @@ struct SamplingOps {
 const SamplingOps& sampling_ops();
 
 // The most probable tokens of softmax(logits), most probable first, of equal ones the lower id
-// first. Probabilities are good to a millionth of them, and not the same bits on all backends.
+// first. Probabilities are good to two millionths of them, and not the same bits on all backends.
 struct LikelyTokens {
   static constexpr int kMost = 32;
   int32_t token[kMost];  // -1: fewer than kMost

@@ -268,9 +268,16 @@ TEST(CudaBackend, ProductsNeedTheirScratchAndAStep) {
     step->clear();
     step->begin_sequence(0);
     step->set_root(step->add_row(1, -1, true));
+    const auto list = [&](bool between) {
+      backend->submit(0, [&] {
+        backend->accept(step.get(), x, 40);
+        if (between) backend->copy_rows(step.get(), {x, 4, x + 8});
+        run(*second);
+      });
+    };
+    EXPECT_THROW(list(false), Error) << device;
+    list(true);
     backend->accept(step.get(), x, 40);
-    EXPECT_THROW(run(*second), Error) << device;
-    backend->copy_rows(step.get(), {x, 4, x + 8});
     run(*second);
   }
 }

@@ -102,6 +102,16 @@ TEST(CudaEmulator, BlocksOfAClusterMeet) {
                  "a block of the cluster");
 }
 
+TEST(CudaEmulator, ABlockStaysWhileItIsRead) {
+  const auto leaves = [](Params) {
+    auto* mine = reinterpret_cast<float*>(shared_memory());
+    sync_cluster();
+    float to[4];
+    if (block_y() == 1) load_cluster_16(mine, 0, to);
+  };
+  EXPECT_REFUSED(refusal(leaves, 32, 64, {}, {1, 2, 1, 2}), "has ended");
+}
+
 TEST(CudaEmulator, RefusesDivergentBarriers) {
   // Some threads return before the barrier: first those that would come later, then earlier ones.
   EXPECT_REFUSED(refusal(

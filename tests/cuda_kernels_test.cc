@@ -263,7 +263,9 @@ TEST(CudaAttention, TreesAndChainsAcrossChunks) {
                           {2, 2, 128, 35, 60, false},
                           // More slots than tail_slots().
                           {2, 2, 16, 9, 120, false},
-                          {1, 1, 144, 20, 50, false}}) {
+                          {1, 1, 144, 20, 50, false},
+                          {1, 1, 256, 20, 20, false},
+                          {2, 1, 512, 17, 9, false}}) {
       Buffer<Step> step(1);
       random_step(random, step.get(), c.committed, c.rows, c.chain);
       const int first_new = c.rows > 10 ? 4 : 0;

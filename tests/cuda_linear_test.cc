@@ -159,7 +159,7 @@ TEST(CudaLinear, WidthIndependent) {
 // clusters, and where there are more runs than the largest has.
 TEST(CudaLinear, RunsAreAddedAlike) {
   std::mt19937 random(8);
-  ASSERT_GT(n_splits(70, 4352), kMostClustered);
+  ASSERT_GT(n_splits(70, 4352), kLargestCluster);
   for (const int64_t cols : {1280, 4352})
     for (const DType type : {DType::kBF16, DType::kQ6_K}) {
       const RandomMatrix m = random_matrix(random, type, 70, cols, false);

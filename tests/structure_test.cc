@@ -40,8 +40,9 @@ TEST(Structure, IncludesPointOneWay) {
   EXPECT_GT(files, 40);
 }
 
-// A kernel that did not would read what the one before it is still writing, and only on a GPU. Nor
-// may a block end before: the next kernel would take what is behind this one for done.
+// A kernel that never did would read what the one before it is still writing, and only on a GPU.
+// Nor may a block end before it has: the next kernel would take what is behind this one for done.
+// (What a kernel touches before it waits is for its reader to see.)
 TEST(Structure, EveryKernelWaitsForThePrevious) {
   int kernels = 0;
   for (const auto& entry : fs::directory_iterator("cuda")) {
@@ -62,7 +63,7 @@ TEST(Structure, EveryKernelWaitsForThePrevious) {
     }
     EXPECT_TRUE(waits) << entry.path() << ": " << kernel;
   }
-  EXPECT_GE(kernels, 14);
+  EXPECT_GE(kernels, 40);
 }
 
 // Of what git keeps: anything else that lies about is not ours.

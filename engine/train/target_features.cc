@@ -47,7 +47,7 @@ TargetFeatures::TargetFeatures(const Llama& target, int context)
 TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first_start) {
   const LlamaConfig& config = session_.model().config();
   Backend& backend = session_.model().backend();
-  const auto* likely = static_cast<LikelyTokens*>(likely_memory_.get());
+  auto* likely = static_cast<LikelyTokens*>(likely_memory_.get());
   auto* states = static_cast<float*>(states_memory_.get());
   TrainingText text;
   text.tokens.assign(tokens.begin(), tokens.end());
@@ -65,8 +65,7 @@ TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first
     const int n_logits = step.n_logits;
     backend.submit(key_, [&] {
       session_.forward();
-      backend.likely_tokens(&step, session_.logits(), config.vocab_size,
-                            static_cast<LikelyTokens*>(likely_memory_.get()));
+      backend.likely_tokens(&step, session_.logits(), config.vocab_size, likely);
       backend.copy_rows(&step, {session_.states(), config.hidden_size, states});
       session_.accept_and_keep();
     });

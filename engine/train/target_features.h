@@ -1,7 +1,8 @@
 // What the target says about a text, for the draft to learn from: its states at every position and
 // its likeliest next tokens where they are to be predicted.
 //
-// Two ways to the same values (a token's row has the same bits in any batch): FeatureRecorder takes
+// Two ways to the same states and tokens (a token's row has the same bits in any batch), and to
+// probabilities that differ, on a device, by rounding: FeatureRecorder takes
 // them from a session while it writes the text; TargetFeatures runs a finished text through the
 // target again.
 #pragma once

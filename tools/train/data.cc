@@ -212,7 +212,8 @@ class Answerer {
         return drafts ? turns_->guess_or(s, sampled) : sampled;
       });
     }
-    // The logits of a pass are the host's to read, or, on a device, too many to bring over.
+    // A device's logits are too many for the host to read at each pass: there a finished text goes
+    // through the target again, and only the likeliest tokens come back.
     if (output_.features && o.device != "cpu") read_again_.emplace(llama, context);
     watcher_.emplace(output_.features && !read_again_ ? &recorder_ : nullptr,
                      turns_ ? &*turns_ : nullptr);
