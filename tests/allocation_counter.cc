@@ -28,6 +28,11 @@ void* operator new(size_t n, std::align_val_t alignment) {
   const auto a = static_cast<size_t>(alignment);
   return counted(std::aligned_alloc(a, (n + a - 1) / a * a));
 }
+void* operator new(size_t n, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  const auto a = static_cast<size_t>(alignment);
+  ++count;
+  return std::aligned_alloc(a, (n + a - 1) / a * a);
+}
 void operator delete(void* p) noexcept {
   std::free(p);
 }
