@@ -20,8 +20,8 @@
 // One barrier a stage: after it, all have left stage i - 1, whose slot the new copy takes.
 //
 // A multiprocessor's share of an H200's 4.6 TB/s is a stage of 8 KiB every 400 cycles, so the loop
-// must be short: some 70 instructions. Its first form worked out each copy's addresses anew, ten
-// times as many, and they, not memory, were what it took: half the speed.
+// must be short: some 70 instructions. Its first form worked out each copy's addresses anew, with
+// ten times as many (32000 x 4096 in BF16, 16 tokens, on an H200: 80 us; now 67 to 70).
 //
 // Bytes in flight: F16, one token: a stage is 8.5 KiB, 8 of them 68 KiB a block. So three blocks
 // live on an H100's multiprocessor (227 KiB), 118 registers a thread allow four, and the 132 have
@@ -30,7 +30,8 @@
 // a kernel that spills.
 //
 // x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2; and by
-// each warp from shared memory, which then moves 36 KiB for 8 of weights: 290 of the 400 cycles.
+// each warp from shared memory, which then moves 36 KiB for 8 of weights: by count, 290 of the 400
+// cycles.
 //
 // More tokens than a block has columns for are groups, a block each. The groups of the same rows
 // are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
@@ -42,7 +43,7 @@
 // the runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of
 // all. Elsewhere they go through memory, and the last one to arrive, found by an integer counter,
 // adds them. Either way all loads are begun before the first sum: the first form's loads waited for
-// one another, 0.7 us a token.
+// one another, 0.6 to 0.9 us a token.
 //
 // # Between kernels
 // A step of LLaMA-2-7B is some 350 kernels, and one takes 2 us from the end of the one ahead of it
@@ -66,11 +67,11 @@ namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
 // The tokens of an op: token i is row first_row() + i of its buffers (kLogits: output row i).
-DEVICE int n_tokens(const Step* step, Rows rows) {
-  return rows == Rows::kAll ? step->n_rows - step->first_new : step->n_logits;
-}
 DEVICE int first_row(const Step* step, Rows rows) {
-  return rows == Rows::kAll ? step->first_new : 0;
+  return rows == Rows::kAll ? early(step->first_new) : 0;
+}
+DEVICE int n_tokens(const Step* step, Rows rows) {
+  return early(rows == Rows::kAll ? step->n_rows : step->n_logits) - first_row(step, rows);
 }
 
 // ---- Input: x as the product wants it ----------------------------------------------------------
@@ -146,11 +147,9 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
   const int token = block_x();
-  const bool all = p.rows == Rows::kAll;
-  const int first_new = early(p.step->first_new),
-            tokens = all ? early(p.step->n_rows) - first_new : early(p.step->n_logits);
-  if (token >= tokens) return wait_for_previous();
-  const int64_t row = all ? first_new + token : early(p.step->logits_row[token]);
+  if (token >= n_tokens(p.step, p.rows)) return wait_for_previous();
+  const int64_t row =
+      p.rows == Rows::kAll ? first_row(p.step, p.rows) + token : early(p.step->logits_row[token]);
   wait_for_previous();
   const bool gated = p.input == Linear::Input::kSwiGlu;
   const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
@@ -353,7 +352,7 @@ DEVICE bool add_in_memory(float* partials, int64_t rank_floats, uint32_t* counte
   sync_threads();
   if (*arrived + 1 != static_cast<uint32_t>(splits)) return false;
   if (thread_index() == 0) *counter = 0;
-  // Loads of several runs go ahead of their sums: the way to L2 and back takes 0.7 us.
+  // Loads of several runs go ahead of their sums: they need not wait for one another.
   constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
   for (int first = 0; first < splits; first += kAhead) {
     float part[kAhead][kWarpTiles][kColumnTiles][4];
