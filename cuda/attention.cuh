@@ -33,7 +33,7 @@
 // from the cache it is 32 loads of 2 or 4 bytes for a fragment: attention of 64 nodes took 2.37 ms
 // in LLaMA-2-7B's 32 layers on an H200, and 1.88 so.)
 //
-// Shared memory at head_dim 128: 87 KiB; 121 registers of 256 threads: two blocks on an H100. K and
+// Shared memory at head_dim 128: 87 KiB; 123 registers of 256 threads: two blocks on an H100. K and
 // V of shared tiles go straight from global memory to registers, 16 bytes a lane: the 8 loads of a
 // tile (4 KiB a warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other. What
 // needs the Step alone is done, and K and V are asked for, before the kernel's turn.
