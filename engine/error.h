@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace chimera {
 
@@ -19,5 +20,11 @@ class Error : public std::runtime_error {
       : std::runtime_error(where + ": expected " + expected + ", found " + found +
                            (hint.empty() ? "" : "; " + hint)) {}
 };
+
+// What a message says of texts that others wrote: `text` with every byte outside printable ASCII as
+// \xNN, and cut with "..." after `limit` bytes.
+std::string printable(std::string_view text, size_t limit = 80);
+// The same between single quotes.
+std::string in_quotes(std::string_view text);
 
 }  // namespace chimera

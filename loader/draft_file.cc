@@ -11,7 +11,6 @@
 #include "engine/error.h"
 #include "loader/mapped_file.h"
 #include "loader/safetensors.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {
@@ -100,7 +99,7 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
   if (text.size() > 4096)
     throw Error(where, "a short object", std::to_string(text.size()) + " bytes", kTrainAgain);
   nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) throw Error(where, "a JSON object", chimera::quoted(text), kTrainAgain);
+  if (!json.is_object()) throw Error(where, "a JSON object", in_quotes(text), kTrainAgain);
   DraftConfig c;
   const auto take = [&](const char* key, int min, int max) {
     const auto it = json.find(key);
@@ -142,19 +141,10 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
   c.greedy = take_calibration(&json, "greedy", where);
   c.sampled = take_calibration(&json, "sampled", where);
   if (!json.empty()) {
-    throw Error(where, "what this version knows", chimera::quoted(json.begin().key()),
+    throw Error(where, "what this version knows", in_quotes(json.begin().key()),
                 "use a newer version of chimera");
   }
   return c;
-}
-
-void refuse_pickle(std::span<const std::byte> bytes, const std::string& file) {
-  const bool zip = bytes.size() >= 4 && std::memcmp(bytes.data(), "PK\x03\x04", 4) == 0;
-  if (!zip && static_cast<unsigned char>(bytes[0]) != 0x80) return;
-  // A header of 128 bytes begins with 0x80 too, but then '{' follows it.
-  if (!zip && bytes.size() > 8 && static_cast<char>(bytes[8]) == '{') return;
-  throw Error(file, "a safetensors draft", zip ? "a zip archive (PyTorch?)" : "a Python pickle",
-              "loading pickles runs the code in them: use a safetensors file");
 }
 
 // FNV-1a, 64 bits, over words of 8 bytes where there are such.
@@ -193,7 +183,7 @@ class Hash {
 DraftTensors load_draft(const std::string& path) {
   const MappedFile mapped(path);
   const std::string& file = mapped.name();
-  refuse_pickle(mapped.bytes(), file);
+  refuse_pickle(mapped.bytes(), file, "a safetensors draft", "a safetensors file");
   SafeTensors st = parse_safetensors(mapped.bytes(), file);
   const auto meta = [&](const char* key) {
     const auto it = st.metadata.find(key);
@@ -204,7 +194,7 @@ DraftTensors load_draft(const std::string& path) {
     return it->second;
   };
   if (const std::string version = meta("chimera_draft"); version != kVersion) {
-    throw Error(file, "version 1 of the draft format", chimera::quoted(version),
+    throw Error(file, "version 1 of the draft format", in_quotes(version),
                 "use a newer version of chimera");
   }
   DraftTensors t;
@@ -218,7 +208,7 @@ DraftTensors load_draft(const std::string& path) {
   const auto take = [&](const std::string& tensor) {
     const auto it = st.tensors.find(tensor);
     if (it == st.tensors.end())
-      throw Error(file + ": tensor " + chimera::quoted(tensor), "to be there", "none", kTrainAgain);
+      throw Error(file + ": tensor " + in_quotes(tensor), "to be there", "none", kTrainAgain);
     SafeTensor found = std::move(it->second);
     st.tensors.erase(it);
     return found;
@@ -226,7 +216,7 @@ DraftTensors load_draft(const std::string& path) {
   each_tensor(t, [&](const std::string& name, std::vector<float>& values,
                      const std::vector<int64_t>& shape) {
     const SafeTensor found = take(name);
-    const std::string where = file + ": tensor " + chimera::quoted(name);
+    const std::string where = file + ": tensor " + in_quotes(name);
     SafeTensor wanted;
     wanted.shape = shape;
     if (found.shape != shape)
@@ -254,8 +244,7 @@ DraftTensors load_draft(const std::string& path) {
     }
   }
   if (!st.tensors.empty()) {
-    throw Error(file, "the tensors of a draft",
-                chimera::quoted(st.tensors.begin()->first) + " besides",
+    throw Error(file, "the tensors of a draft", in_quotes(st.tensors.begin()->first) + " besides",
                 "use a newer version of chimera");
   }
   return t;

@@ -6,7 +6,6 @@
 
 #include "engine/dtype.h"
 #include "engine/error.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {

@@ -6,7 +6,7 @@
 #include <limits>
 #include <utility>
 
-#include "loader/text.h"
+#include "engine/error.h"
 
 namespace chimera {
 namespace {
@@ -134,7 +134,7 @@ class Cursor {
                          const std::string& hint = kDamaged) const {
     std::string where = file_ + ": " + kind_;
     if (!item_.empty()) {
-      where += " " + quoted(item_);
+      where += " " + in_quotes(item_);
     } else if (index_ != kNoIndex) {
       where += " " + std::to_string(index_);
     }
@@ -182,7 +182,7 @@ uint32_t read_version(Cursor& in) {
   if (text == "FUGG") {
     in.fail("a little-endian GGUF file", "a byte-swapped one", "convert the model again");
   }
-  if (text != "GGUF") in.fail("the magic 'GGUF'", quoted(text), "is this a GGUF file?");
+  if (text != "GGUF") in.fail("the magic 'GGUF'", in_quotes(text), "is this a GGUF file?");
   const auto version = in.read<uint32_t>();
   if (version == 1) {
     in.fail("version 2 or 3", "version 1", "convert the model again with a current llama.cpp");
@@ -219,7 +219,7 @@ std::string_view read_key(Cursor& in) {
   const std::string_view key = in.read_string("a key", kLongestKey);
   if (key.empty()) in.fail("a key", "an empty one");
   if (!std::ranges::all_of(key, [](char c) { return c >= 0x20 && c < 0x7f; })) {
-    in.fail("a key of printable ASCII", quoted(key));
+    in.fail("a key of printable ASCII", in_quotes(key));
   }
   return key;
 }
@@ -373,7 +373,7 @@ GgufFile::GgufFile(std::span<const std::byte> bytes, std::string name) : name_(s
   uint64_t next = 0;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     GgufTensor& t = tensors_[i];
-    const std::string at = name_ + ": tensor " + quoted(t.name);
+    const std::string at = name_ + ": tensor " + in_quotes(t.name);
     if (offsets[i] != next) {
       throw Error(at, "offset " + std::to_string(next) + " (after the tensor before it)",
                   std::to_string(offsets[i]), kDamaged);
@@ -398,7 +398,7 @@ const GgufValue* GgufFile::find_value(std::string_view key) const {
 }
 
 std::string GgufFile::where(std::string_view key) const {
-  return name_ + ": key " + quoted(key);
+  return name_ + ": key " + in_quotes(key);
 }
 
 void GgufFile::throw_missing(std::string_view key) const {
@@ -415,20 +415,13 @@ std::optional<int64_t> GgufFile::find(std::string_view key) const {
   const GgufValue* value = find_value(key);
   if (value == nullptr) return std::nullopt;
   switch (value->type) {
-    case GgufType::kU8:
-      return load<uint8_t>(value->data);
-    case GgufType::kI8:
-      return load<int8_t>(value->data);
-    case GgufType::kU16:
-      return load<uint16_t>(value->data);
-    case GgufType::kI16:
-      return load<int16_t>(value->data);
-    case GgufType::kU32:
-      return load<uint32_t>(value->data);
-    case GgufType::kI32:
-      return load<int32_t>(value->data);
-    case GgufType::kI64:
-      return load<int64_t>(value->data);
+    case GgufType::kU8: return load<uint8_t>(value->data);
+    case GgufType::kI8: return load<int8_t>(value->data);
+    case GgufType::kU16: return load<uint16_t>(value->data);
+    case GgufType::kI16: return load<int16_t>(value->data);
+    case GgufType::kU32: return load<uint32_t>(value->data);
+    case GgufType::kI32: return load<int32_t>(value->data);
+    case GgufType::kI64: return load<int64_t>(value->data);
     case GgufType::kU64: {
       const auto number = load<uint64_t>(value->data);
       if (!std::in_range<int64_t>(number)) {
@@ -436,8 +429,7 @@ std::optional<int64_t> GgufFile::find(std::string_view key) const {
       }
       return static_cast<int64_t>(number);
     }
-    default:
-      throw_type(key, "an integer", *value);
+    default: throw_type(key, "an integer", *value);
   }
 }
 

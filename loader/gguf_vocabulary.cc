@@ -1,9 +1,9 @@
 // The tokenizer.* keys of a GGUF file.
 #include <cmath>
 
+#include "engine/error.h"
 #include "loader/gguf.h"
 #include "loader/mapped_file.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {
@@ -13,7 +13,7 @@ TokenizerModel read_model(const GgufFile& file) {
   const auto name = file.get<std::string>(key);
   if (name == "gpt2") return TokenizerModel::kByteBpe;
   if (name == "llama") return TokenizerModel::kSentencePiece;
-  throw Error(file.where(key), "'gpt2' or 'llama'", quoted(name),
+  throw Error(file.where(key), "'gpt2' or 'llama'", in_quotes(name),
               "this kind of tokenizer is not supported");
 }
 
@@ -22,13 +22,14 @@ PreTokenizer read_pre_tokenizer(const GgufFile& file, TokenizerModel model) {
   const auto name = file.find<std::string>(key);
   if (model == TokenizerModel::kSentencePiece) {
     if (!name || *name == "default") return PreTokenizer::kNone;
-    throw Error(file.where(key), "'default' or none", quoted(*name),
+    throw Error(file.where(key), "'default' or none", in_quotes(*name),
                 "this pre-tokenizer is not supported");
   }
   if (name == "smollm") return PreTokenizer::kSmolLm;
   if (name == "gpt-2" || name == "gpt2") return PreTokenizer::kGpt2;
   if (name == "llama-bpe" || name == "llama3" || name == "llama-v3") return PreTokenizer::kLlama3;
-  throw Error(file.where(key), "'smollm', 'gpt-2' or 'llama-bpe'", name ? quoted(*name) : "no such key",
+  throw Error(file.where(key), "'smollm', 'gpt-2' or 'llama-bpe'",
+              name ? in_quotes(*name) : "no such key",
               "another pre-tokenizer would split text differently from the model's training");
 }
 
@@ -114,8 +115,8 @@ Vocabulary read_gguf_vocabulary(const GgufFile& file) {
   v.eos = read_id(file, "tokenizer.ggml.eos_token_id", n);
   v.unk = read_id(file, "tokenizer.ggml.unknown_token_id", n);
   const char* add_bos_key = "tokenizer.ggml.add_bos_token";
-  v.add_bos = file.find<bool>(add_bos_key)
-                  .value_or((!bpe || v.pre == PreTokenizer::kLlama3) && v.bos >= 0);
+  v.add_bos =
+      file.find<bool>(add_bos_key).value_or((!bpe || v.pre == PreTokenizer::kLlama3) && v.bos >= 0);
   if (v.add_bos && v.bos < 0) {
     throw Error(file.where(add_bos_key), "false in a file without tokenizer.ggml.bos_token_id",
                 "true", "convert the model again");

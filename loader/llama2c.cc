@@ -13,7 +13,6 @@
 #include "loader/llama_config.h"
 #include "loader/mapped_file.h"
 #include "loader/sentencepiece.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "engine/error.h"
-#include "loader/text.h"
 
 namespace chimera {
 
@@ -32,7 +31,7 @@ void check_finite(const std::string& file, const TensorView& tensor) {
     float value;
     std::memcpy(&value, tensor.data + static_cast<size_t>(i) * sizeof(float), sizeof(float));
     if (!std::isfinite(value)) {
-      throw Error(file + ": tensor " + quoted(tensor.name), "finite weights",
+      throw Error(file + ": tensor " + in_quotes(tensor.name), "finite weights",
                   std::to_string(value) + " at " + std::to_string(i),
                   "the file is damaged: download it again");
     }

@@ -4,8 +4,8 @@
 #include <set>
 #include <string_view>
 
+#include "engine/error.h"
 #include "loader/llama_config.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {
@@ -32,7 +32,7 @@ double number_between(const GgufFile& file, const char* key, double value, doubl
 void refuse_unsupported(const GgufFile& file) {
   const auto architecture = file.get<std::string>("general.architecture");
   if (architecture != "llama") {
-    throw Error(file.where("general.architecture"), "'llama'", quoted(architecture),
+    throw Error(file.where("general.architecture"), "'llama'", in_quotes(architecture),
                 "only LLaMA models are supported");
   }
   for (const char* key : {"llama.expert_count", "llama.attention.sliding_window"}) {
@@ -75,7 +75,7 @@ float read_rope_factor(const GgufFile& file) {
   const char* key = file.has(factor_key) || !file.has(old_key) ? factor_key : old_key;
   const auto type = file.find<std::string>(type_key);
   if (type && *type != "none" && *type != "linear") {
-    throw Error(file.where(type_key), "'none' or 'linear'", quoted(*type),
+    throw Error(file.where(type_key), "'none' or 'linear'", in_quotes(*type),
                 "this RoPE scaling is not supported");
   }
   if (type == "none" || (!type && !file.has(key))) return 1.0f;
@@ -144,7 +144,7 @@ class TensorReader {
 
  private:
   std::string where(std::string_view name) const {
-    return file_.name() + ": tensor " + quoted(name);
+    return file_.name() + ": tensor " + in_quotes(name);
   }
 
   TensorView read(const std::string& name, int max_dims, int64_t rows, int64_t cols) {
@@ -171,7 +171,7 @@ class TensorReader {
 int read_vocab_size(const GgufFile& file) {
   const char* name = "token_embd.weight";
   const GgufTensor* embedding = file.find_tensor(name);
-  const std::string where = file.name() + ": tensor " + quoted(name);
+  const std::string where = file.name() + ": tensor " + in_quotes(name);
   if (embedding == nullptr) throw Error(where, "the tensor", "none", kConvert);
   const int rows = checked_size(where + ": rows", embedding->ne[1], kMaxVocab);
   const char* key = "llama.vocab_size";
@@ -193,7 +193,7 @@ std::vector<float> read_rope_divisors(const GgufFile& file, TensorReader& tensor
     dequantize_row(view.type, view.data, view.cols, divisors.data());
     for (const float d : divisors) {
       if (d < static_cast<float>(kLeastDivisor)) {
-        throw Error(file.name() + ": tensor " + quoted(name), "factors of 0.001 or more",
+        throw Error(file.name() + ": tensor " + in_quotes(name), "factors of 0.001 or more",
                     std::to_string(d), kConvert);
       }
     }

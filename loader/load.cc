@@ -9,18 +9,12 @@
 #include "loader/gguf.h"
 #include "loader/llama2c.h"
 #include "loader/llama_gguf.h"
+#include "loader/safetensors.h"
 
 namespace chimera {
 namespace {
 
 constexpr char kUseGguf[] = "use a GGUF file of the model";
-
-// PyTorch files before zip: a pickle begins with 0x80, its protocol (2 to 5) and an opcode, none of
-// which is 0. (A llama2.c header may begin with the first two: dim 640 is 80 02 00 00.)
-bool is_pickle(std::string_view start) {
-  return start.size() > 2 && start[0] == '\x80' && start[1] >= 2 && start[1] <= 5 &&
-         start[2] != '\0';
-}
 
 // u64 length of the header, at most 100,000,000, and the header, which begins with '{'. Empty: this
 // is no safetensors file.
@@ -37,11 +31,7 @@ void refuse_known_formats(std::span<const std::byte> bytes, const std::string& n
   const std::string_view start(reinterpret_cast<const char*>(bytes.data()),
                                bytes.size() < 16 ? bytes.size() : 16);
   const char* expected = "a GGUF or llama2.c model";
-  if (is_pickle(start) || start.starts_with("PK\x03\x04")) {
-    throw Error(
-        name, expected, start[0] == 'P' ? "a zip archive (PyTorch?)" : "a Python pickle",
-        "loading pickles runs the code in them: use a GGUF or safetensors file of the model");
-  }
+  refuse_pickle(bytes, name, expected, "a GGUF or safetensors file of the model");
   if (const std::string_view header = safetensors_header(bytes); !header.empty()) {
     if (header.find("\"chimera_draft\"") != std::string_view::npos)
       throw Error(name, expected, "a draft model", "give it with --draft, and its target with -m");

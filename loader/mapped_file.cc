@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "engine/error.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {

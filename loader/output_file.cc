@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "engine/error.h"
-#include "loader/text.h"
 
 namespace chimera {
 

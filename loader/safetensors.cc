@@ -5,11 +5,11 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <string_view>
 
 #include "engine/dtype.h"
 #include "engine/error.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {
@@ -95,7 +95,7 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
   bool key(string_t& k) override {
     auto& keys = keys_.back();
     if (!keys.emplace(k, true).second) {
-      throw Error(file_ + ": header", "each key once", chimera::quoted(k) + " twice", kDamaged);
+      throw Error(file_ + ": header", "each key once", in_quotes(k) + " twice", kDamaged);
     }
     key_ = k;
     return true;
@@ -108,7 +108,7 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
 
  private:
   bool unexpected(const std::string& what) {
-    throw Error(file_ + ": header: " + (depth_ == 0 ? "top" : chimera::quoted(key_)),
+    throw Error(file_ + ": header: " + (depth_ == 0 ? "top" : in_quotes(key_)),
                 depth_ == 0                   ? "an object"
                 : in_metadata_ && depth_ == 2 ? "a string"
                                               : "tensors with dtype, shape and data_offsets",
@@ -126,7 +126,7 @@ SafeType parse_type(const std::string& text, const std::string& where) {
   for (size_t i = 0; i < std::size(kTypes); ++i) {
     if (text == kTypes[i].name) return static_cast<SafeType>(i);
   }
-  throw Error(where, "dtype F32, F16, BF16 or I32", chimera::quoted(text),
+  throw Error(where, "dtype F32, F16, BF16 or I32", in_quotes(text),
               "convert the file to one of these");
 }
 
@@ -162,6 +162,21 @@ std::vector<float> SafeTensor::floats() const {
   return values;
 }
 
+// A pickle begins with 0x80, its protocol (2 to 5) and an opcode, none of which is 0. (A llama2.c
+// header may begin with the first two, dim 640 is 80 02 00 00; and so may a safetensors file, whose
+// ninth byte is '{'.)
+void refuse_pickle(std::span<const std::byte> bytes, const std::string& name,
+                   const std::string& expected, const std::string& instead) {
+  const std::string_view start(reinterpret_cast<const char*>(bytes.data()),
+                               std::min<size_t>(bytes.size(), 9));
+  const bool zip = start.starts_with("PK\x03\x04"),
+             pickle = start.size() > 2 && start[0] == '\x80' && start[1] >= 2 && start[1] <= 5 &&
+                      start[2] != '\0' && (start.size() < 9 || start[8] != '{');
+  if (zip || pickle)
+    throw Error(name, expected, zip ? "a zip archive (PyTorch?)" : "a Python pickle",
+                "loading pickles runs the code in them: use " + instead);
+}
+
 SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::string& file) {
   if (bytes.size() < 8)
     throw Error(file, "a safetensors file", std::to_string(bytes.size()) + " bytes", kDamaged);
@@ -178,8 +193,7 @@ SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::strin
   const char* header = reinterpret_cast<const char*>(bytes.data()) + 8;
   if (header_bytes == 0 || header[0] != '{') {
     throw Error(file + ": header", "an object",
-                header_bytes == 0 ? "nothing" : chimera::quoted(std::string(1, header[0])),
-                kDamaged);
+                header_bytes == 0 ? "nothing" : in_quotes(std::string(1, header[0])), kDamaged);
   }
   HeaderReader reader(file);
   nlohmann::json::sax_parse(header, header + header_bytes, &reader);
@@ -193,7 +207,7 @@ SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::strin
   };
   std::vector<Place> places;
   for (HeaderReader::Entry& e : reader.entries) {
-    const std::string where = file + ": tensor " + chimera::quoted(e.name);
+    const std::string where = file + ": tensor " + in_quotes(e.name);
     if (!e.dtype || !e.shape || !e.offsets) {
       throw Error(where, "dtype, shape and data_offsets",
                   !e.dtype   ? "no dtype"

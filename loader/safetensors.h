@@ -39,6 +39,11 @@ struct SafeTensors {
 // Views of `bytes`, which must outlive them. Throws Error, which names the file `name`.
 SafeTensors parse_safetensors(std::span<const std::byte> bytes, const std::string& name);
 
+// What PyTorch saves instead is refused: pickles run code as they are read. Throws Error if `bytes`
+// are one, or a zip archive of such.
+void refuse_pickle(std::span<const std::byte> bytes, const std::string& name,
+                   const std::string& expected, const std::string& instead);
+
 // A tensor to be written: f32 values as F32 or BF16 (rounded to nearest even), or i32.
 struct SafeOutput {
   std::string name;

@@ -66,6 +66,12 @@ Loaded load(const GgufBuilder& b) {
 
 // GGUF.
 
+TEST(Error, TextsOfOthersAreOneShortLine) {
+  EXPECT_EQ(in_quotes("a b"), "'a b'");
+  EXPECT_EQ(in_quotes("a\n\xFF"), "'a\\x0a\\xff'");
+  EXPECT_EQ(in_quotes(std::string(1000, 'x')), "'" + std::string(80, 'x') + "...'");
+}
+
 TEST(LlamaGgufTest, FillsInTheModel) {
   const Loaded m = load(tiny_llama());
   const LlamaConfig& c = m.tensors.config;

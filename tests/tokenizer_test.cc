@@ -221,12 +221,6 @@ TEST(Unicode, Classes) {
     EXPECT_EQ(char_class(c), CharClass::kOther) << std::hex << c;
 }
 
-TEST(Unicode, QuotedTextIsOneShortLine) {
-  EXPECT_EQ(in_quotes("a b"), "'a b'");
-  EXPECT_EQ(in_quotes("a\n\xFF"), "'a\\x0A\\xFF'");
-  EXPECT_EQ(in_quotes(std::string(1000, 'x')), "'" + std::string(40, 'x') + "...'");
-}
-
 // ---- Pre-tokenizers -----------------------------------------------------------------------------
 
 using Words = std::vector<std::string_view>;

@@ -64,21 +64,6 @@ CharClass char_class(uint32_t code_point) {
   return CharClass::kOther;
 }
 
-std::string in_quotes(std::string_view text) {
-  constexpr size_t kMaxBytes = 40;
-  constexpr char kHex[] = "0123456789ABCDEF";
-  std::string result = "'";
-  for (const char c : text.substr(0, kMaxBytes)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte < 0x7F) {
-      result += c;
-    } else {
-      result += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
-    }
-  }
-  return result + (text.size() > kMaxBytes ? "...'" : "'");
-}
-
 std::string_view trimmed(std::string_view text) {
   constexpr std::string_view kWhiteSpace = " \t\r\n";
   const size_t begin = text.find_first_not_of(kWhiteSpace);

@@ -36,9 +36,6 @@ enum class CharClass : uint8_t { kLetter, kNumber, kSpace, kOther };
 // Unicode's \p{L}, \p{N} and White_Space.
 CharClass char_class(uint32_t code_point);
 
-// Text from a file, fit for one line of an error message: quoted, short, unprintable bytes escaped.
-std::string in_quotes(std::string_view text);
-
 // Without spaces, tabs and line ends around it.
 std::string_view trimmed(std::string_view text);
 

@@ -1,8 +1,8 @@
 #include "tools/drafters.h"
 
+#include "engine/error.h"
 #include "engine/resident_drafter.h"
 #include "loader/draft_file.h"
-#include "loader/text.h"
 #include "tools/tree_file.h"
 
 namespace chimera {

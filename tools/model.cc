@@ -8,7 +8,6 @@
 
 #include "engine/error.h"
 #include "loader/draft_file.h"
-#include "loader/text.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
 

@@ -9,7 +9,6 @@
 
 #include "engine/error.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 
 namespace chimera {
 

@@ -6,8 +6,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "engine/error.h"
 #include "engine/generate.h"
-#include "loader/text.h"
 #include "tokenizer/stream_decoder.h"
 #include "tools/commands.h"
 #include "tools/cost_cache.h"

@@ -5,7 +5,6 @@
 #include "engine/error.h"
 #include "loader/mapped_file.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 
 namespace chimera {
 namespace {
@@ -31,7 +30,7 @@ std::vector<int> read_numbers(std::string_view text, char separator, int most) {
 StaticTree of_widths(const std::string& text) {
   const std::vector<int> widths = read_numbers(text, ',', StaticTree::kMostRanks);
   if (widths.empty())
-    throw UsageError("--tree", "widths from 1 to 32 such as 3,2,1, or a file", quoted(text));
+    throw UsageError("--tree", "widths from 1 to 32 such as 3,2,1, or a file", in_quotes(text));
   StaticTree tree;
   std::vector<int> parents = {-1};
   for (const int width : widths) {
@@ -39,7 +38,7 @@ StaticTree of_widths(const std::string& text) {
     for (const int parent : parents)
       for (int rank = 0; rank < width; ++rank) {
         if (tree.size() == StaticTree::kMostNodes)
-          throw UsageError("--tree", kNodes, "more in " + quoted(text));
+          throw UsageError("--tree", kNodes, "more in " + in_quotes(text));
         children.push_back(tree.add(parent, rank));
       }
     parents = std::move(children);
@@ -59,15 +58,15 @@ StaticTree of_file(const std::string& path) {
     const std::string where = file.name() + ": line " + std::to_string(number);
     const std::vector<int> ranks = read_numbers(line, ' ', StaticTree::kMostRanks);
     if (ranks.empty())
-      throw Error(where, "ranks from 1 to 32 with a space between", quoted(line.substr(0, 60)));
+      throw Error(where, "ranks from 1 to 32 with a space between", in_quotes(line.substr(0, 60)));
     int parent = -1;
     for (size_t i = 0; i + 1 < ranks.size(); ++i) {
       parent = tree.find(parent, ranks[i] - 1);
       if (parent < 0)
-        throw Error(where, "a node below one of an earlier line", quoted(line.substr(0, 60)));
+        throw Error(where, "a node below one of an earlier line", in_quotes(line.substr(0, 60)));
     }
     if (tree.find(parent, ranks.back() - 1) >= 0)
-      throw Error(where, "every node once", quoted(line.substr(0, 60)) + " again");
+      throw Error(where, "every node once", in_quotes(line.substr(0, 60)) + " again");
     if (tree.size() == StaticTree::kMostNodes) throw Error(where, kNodes, "more");
     tree.add(parent, ranks.back() - 1);
   }

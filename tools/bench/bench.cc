@@ -5,8 +5,8 @@
 #include <functional>
 #include <set>
 
+#include "engine/error.h"
 #include "engine/generate.h"
-#include "loader/text.h"
 #include "tools/bench/roofline.h"
 #include "tools/bench/shape.h"
 #include "tools/bench/step_costs.h"

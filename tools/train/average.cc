@@ -2,10 +2,10 @@
 // (or from one draft) end in the same basin, each at another point of its rim; the middle is better
 // than any of them and costs nothing. (Wortsman et al., "Model soups", arXiv 2203.05482; Izmailov
 // et al., arXiv 1803.05407.)
+#include "engine/error.h"
 #include "engine/train/parameters.h"
 #include "loader/draft_file.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/output.h"
 #include "tools/train/train.h"

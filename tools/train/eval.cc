@@ -4,8 +4,8 @@
 #include <cmath>
 #include <filesystem>
 
+#include "engine/error.h"
 #include "loader/draft_file.h"
-#include "loader/text.h"
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"

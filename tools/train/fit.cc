@@ -4,6 +4,7 @@
 #include <cstring>
 #include <future>
 
+#include "engine/error.h"
 #include "engine/train/batch_gradient.h"
 #include "engine/train/gemm.h"
 #include "engine/train/optimizer.h"
@@ -11,7 +12,6 @@
 #include "loader/load.h"
 #include "loader/mapped_file.h"
 #include "loader/safetensors.h"
-#include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/interrupt.h"
 #include "tools/output.h"
@@ -171,8 +171,7 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
     return it->second;
   };
   if (meta("chimera_checkpoint") != "1")
-    throw Error(file.name(), "version 1 of checkpoints",
-                chimera::quoted(meta("chimera_checkpoint")));
+    throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
   ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
   // Older ones do not say: it was auto, unless somebody had asked for something else.
   if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
@@ -181,7 +180,7 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
   const auto number = [&](const char* key) {
     const std::string t = meta(key);
     if (t.empty() || t.size() > 15 || t.find_first_not_of("0123456789") != std::string::npos)
-      throw Error(file.name() + ": " + key, "a number", chimera::quoted(t));
+      throw Error(file.name() + ": " + key, "a number", in_quotes(t));
     return static_cast<int64_t>(std::stoll(t));
   };
   const auto take = [&](const char* name, SafeType type, int64_t count) -> const SafeTensor& {

@@ -2,8 +2,8 @@
 #include <map>
 #include <set>
 
+#include "engine/error.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 #include "tools/flags.h"
 #include "tools/output.h"
 #include "tools/train/shard.h"

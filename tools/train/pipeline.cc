@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "engine/error.h"
 #include "engine/step.h"
 #include "loader/output_file.h"
-#include "loader/text.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/model.h"

@@ -5,7 +5,6 @@
 #include <filesystem>
 
 #include "engine/error.h"
-#include "loader/text.h"
 
 namespace chimera {
 
@@ -44,7 +43,7 @@ bool ShardReader::next() {
   const ordered_json answer = ordered_json::parse(line_, nullptr, false);
   if (!answer.is_object() || !answer.contains("ids") || !answer.contains("prompt") ||
       !answer["prompt"].is_number_unsigned())
-    throw Error(where(), "an answer with its prompt's number and ids", chimera::quoted(line_),
+    throw Error(where(), "an answer with its prompt's number and ids", in_quotes(line_),
                 "remove the line, or go back to a copy of the file");
   prompt_ = answer["prompt"].get<size_t>();
   bytes_ += line_.size() + 1;

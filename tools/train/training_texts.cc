@@ -8,7 +8,6 @@
 
 #include "engine/error.h"
 #include "engine/philox.h"
-#include "loader/text.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
 #include "tools/train/shard.h"

@@ -6,7 +6,7 @@
 // gives most tokens for the time of a pass of that many rows and of drafting that deep.
 #include <cmath>
 
-#include "loader/text.h"
+#include "engine/error.h"
 #include "tools/commands.h"
 #include "tools/drafters.h"
 #include "tools/flags.h"

@@ -1,4 +1,4 @@
-#include "loader/text.h"
+#include "engine/error.h"
 
 namespace chimera {
 
@@ -17,7 +17,7 @@ std::string printable(std::string_view text, size_t limit) {
   return out;
 }
 
-std::string quoted(std::string_view text) {
+std::string in_quotes(std::string_view text) {
   return "'" + printable(text) + "'";
 }
 
