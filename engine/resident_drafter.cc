@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <tuple>
 #include <vector>
 
 #include "engine/chimera/draft_model.h"
@@ -10,20 +9,6 @@
 
 namespace chimera {
 namespace {
-
-using Depths = float[DraftState::kMostDepths];
-
-// A calibration's values by depth, in between for temperatures between.
-void mix(const std::vector<float>& greedy, const std::vector<float>& sampled, float temperature,
-         Depths& out) {
-  const auto at = [](const std::vector<float>& values, size_t depth) {
-    return values.empty() ? 1.0f : values[std::min(depth, values.size() - 1)];
-  };
-  for (size_t depth = 0; depth < std::size(out); ++depth) {
-    const float g = at(greedy, depth), s = at(sampled, depth);
-    out[depth] = g + (s - g) * std::min(temperature, 1.0f);
-  }
-}
 
 class Resident final : public ResidentDrafter {
  public:
@@ -34,7 +19,7 @@ class Resident final : public ResidentDrafter {
     if (tensors != nullptr) {
       model_ =
           std::make_unique<DraftModel>(target, *tensors, 1, context, DType::kQ4_1, Memory::kDevice);
-      calibration_ = tensors->config;
+      config_ = tensors->config;
       // A pass has as many rows as there may be: of a prompt, of a path that was accepted, of a
       // depth. What is not there costs nothing but its share of the grid.
       const int longest = std::min(options.nodes, std::max(options.depth, kMatchDepth));
@@ -89,12 +74,11 @@ class Resident final : public ResidentDrafter {
     initial_.has_costs = cost != nullptr;
     for (int rows = 1; cost != nullptr && rows <= Step::kMaxRows; ++rows)
       initial_.seconds[rows] = static_cast<float>(cost->seconds(rows));
-    for (const auto& [values, greedy, sampled] :
-         {std::tuple{&initial_.temperature, &calibration_.greedy.temperature,
-                     &calibration_.sampled.temperature},
-          std::tuple{&initial_.coverage, &calibration_.greedy.coverage,
-                     &calibration_.sampled.coverage}})
-      mix(*greedy, *sampled, sampling.temperature, *values);
+    for (int depth = 0; depth < DraftState::kMostDepths; ++depth) {
+      const DraftCalibration::Reading read = config_.calibration(depth, sampling.temperature);
+      initial_.temperature[depth] = read.temperature;
+      initial_.coverage[depth] = read.coverage;
+    }
     upload(initial_.text, tokens.data(), tokens.size());
     upload(initial_.vocabulary, vocabulary_.data(), vocabulary_.size());
     upload(initial_.known, known_.data(), known_.size());
@@ -212,7 +196,7 @@ class Resident final : public ResidentDrafter {
   TreeOps& ops_;
   ResidentOptions options_;
   std::unique_ptr<DraftModel> model_;
-  DraftConfig calibration_;
+  DraftConfig config_;  // of the draft
   DraftPass prompt_, kept_, grown_;
   std::vector<int32_t> vocabulary_;  // the static part
   std::vector<uint8_t> known_;       // by token

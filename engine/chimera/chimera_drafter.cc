@@ -33,8 +33,6 @@ class GrowingDrafter final : public ChimeraDrafter {
                  int n_sequences, int context)
       : options_(options),
         hidden_(tensors.config.hidden_size),
-        greedy_(tensors.config.greedy),
-        sampled_(tensors.config.sampled),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
     for (int s = 0; s < n_sequences; ++s) sequences_[static_cast<size_t>(s)].root = model_.root(s);
@@ -231,11 +229,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     *mean = *mean > 0 ? *mean + change / (change > 0 ? 16 : 4) : seconds;
   }
 
-  static float at_depth(const std::vector<float>& values, int depth) {  // depth: 0 below the root
-    if (values.empty()) return 1;
-    return values[std::min(static_cast<size_t>(depth), values.size() - 1)];
-  }
-
   // Adds candidates below a node `depth` below the root that was expanded, from its row of the
   // logits: the n likeliest, or those of the ranks that wanted(rank) says. added(rank, candidate).
   template <typename Wanted, typename Added>
@@ -245,21 +238,15 @@ class GrowingDrafter final : public ChimeraDrafter {
     const auto width = static_cast<int64_t>(vocabulary_.size());
     int32_t best[StaticTree::kMostRanks] = {};
     n = ops_.top_k(logits, width, n, best);
-    // In between for temperatures between.
-    const float mix = std::min(c.sampling.temperature, 1.0f);
-    const auto mixed = [&](const std::vector<float>& greedy, const std::vector<float>& sampled) {
-      const float g = at_depth(greedy, depth), s = at_depth(sampled, depth);
-      return g + (s - g) * mix;
-    };
-    const float scale = 1 / mixed(greedy_.temperature, sampled_.temperature);
-    const float coverage = mixed(greedy_.coverage, sampled_.coverage);
+    const DraftCalibration::Reading read = model_.config().calibration(depth, c.sampling.temperature);
+    const float scale = 1 / read.temperature;
     const float largest = logits[best[0]];
     const float sum = ops_.sum_of_exp(logits, width, largest, scale);
     const float above = tree_.probability_of(parent), others = tree_.discount_matches(parent);
     for (int i = 0; i < n; ++i) {
       if (!wanted(i)) continue;
       const float p =
-          above * others * coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
+          above * others * read.coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
       added(i, tree_.add_drafted(parent, vocabulary_[static_cast<size_t>(best[i])], p));
     }
   }
@@ -412,7 +399,6 @@ class GrowingDrafter final : public ChimeraDrafter {
   ChimeraOptions options_;
   const SamplingOps& ops_ = sampling_ops();
   int hidden_;
-  DraftCalibration greedy_, sampled_;
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;

@@ -1,8 +1,23 @@
 #include "engine/chimera/draft_tensors.h"
 
+#include <algorithm>
+
 #include "engine/error.h"
 
 namespace chimera {
+
+DraftCalibration::Reading DraftCalibration::at(int step) const {
+  if (temperature.empty()) return {};
+  const size_t i = std::min(static_cast<size_t>(step), temperature.size() - 1);
+  return {temperature[i], coverage[i]};
+}
+
+DraftCalibration::Reading DraftConfig::calibration(int step, float sampling_temperature) const {
+  const DraftCalibration::Reading g = greedy.at(step), s = sampled.at(step);
+  const float share = std::min(sampling_temperature, 1.0f);
+  return {g.temperature + (s.temperature - g.temperature) * share,
+          g.coverage + (s.coverage - g.coverage) * share};
+}
 
 void check(const DraftTensors& draft, const LlamaConfig& target) {
   const DraftConfig& c = draft.config;

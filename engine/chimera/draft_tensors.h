@@ -52,6 +52,10 @@ namespace chimera {
 struct DraftCalibration {
   std::vector<float> temperature, coverage;  // by step, as long as each other; further steps are
                                              // like the last; empty: both are 1
+  struct Reading {
+    float temperature = 1, coverage = 1;
+  };
+  Reading at(int step) const;
 };
 
 struct DraftConfig {
@@ -64,7 +68,9 @@ struct DraftConfig {
   double rope_base = 10000.0;
   bool skip = true;                      // w3 is there
   DraftCalibration greedy{}, sampled{};  // where the target takes its best token, and at
-                                         // temperature 1; in between for those between
+                                         // temperature 1
+  // For a text sampled at this temperature: in between for those between, above 1 as at 1.
+  DraftCalibration::Reading calibration(int step, float sampling_temperature) const;
 
   int q_size() const { return n_heads * head_dim; }
   int kv_size() const { return n_kv_heads * head_dim; }
