@@ -8,7 +8,7 @@
 
 namespace chimera {
 
-inline constexpr int kTreeSizes[] = {4, 8, 16, 32, kLargestTree};  // nodes without the root
+inline constexpr int kTreeSizes[] = {3, 4, 8, 16, 32, kLargestTree};  // nodes without the root
 
 struct TreeCurve {
   std::string tree;                     // "ngram", "chain", "static", "dynamic", "hybrid"
