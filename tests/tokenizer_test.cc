@@ -901,7 +901,7 @@ TEST(Tokenizer, RefusesBadByteBpe) {
           {"empty right", [](Vocabulary& v) { v.merges = {"ab "}; }, "merge 0"},
           {"unknown part", [](Vocabulary& v) { v.merges = {"zz b"}; }, "found 'zz b'"},
           {"unknown result", [](Vocabulary& v) { v.merges = {"a c"}; }, "union is a token"},
-          {"newline", [](Vocabulary& v) { v.merges = {"a\nb"}; }, "'a\\x0Ab'"},
+          {"newline", [](Vocabulary& v) { v.merges = {"a\nb"}; }, "'a\\x0ab'"},
       });
 }
 
