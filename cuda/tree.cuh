@@ -214,9 +214,10 @@ struct TreeShared {
   int16_t parent[DraftState::kMostCandidates];
   uint8_t wanted[DraftState::kMostCandidates];  // who takes part in a ranking
   float share[DraftState::kMaxRows];            // by row: of its node's probability, the draft's
-  uint32_t merged[DraftState::kMaxRows];        // by row: a bit for each rank that was a match
-  int32_t first_child[DraftState::kMaxRows];    // by row: of the candidates that it adds
-  float place;                                  // of the nodes-th most probable
+  // By row: a bit for each rank that adds no candidate, being a match or not of the shape.
+  uint32_t merged[DraftState::kMaxRows];
+  int32_t first_child[DraftState::kMaxRows];  // by row: of the candidates that it adds
+  float place;                                // of the nodes-th most probable
   uint32_t n_chosen;
 
   DEVICE float probability_of(int node) const { return node < 0 ? 1.0f : probability[node]; }
@@ -277,6 +278,8 @@ DEVICE void add_candidates(TreeShared* shared, DraftState* s, int first, int end
     const float share = above * (above > 0 ? most(divide(left, above), 0.0f) : 1.0f);
     uint32_t merged = 0;
     for (int rank = 0; rank < n_best; ++rank) {
+      if (s->n_shape > 0 && s->shape[node < 0 ? 0 : s->shape_of[node]][rank] < 0)
+        merged |= 1u << rank;
       const int32_t token = s->vocabulary[s->best[row][rank]];
       int match = node + 1;
       while (match < n_matches && (shared->parent[match] != node || shared->token[match] != token))
@@ -315,6 +318,7 @@ DEVICE void add_candidates(TreeShared* shared, DraftState* s, int first, int end
     s->probability[at] = shared->probability[at] =
         least(shared->share[row] * s->share[row][rank], shared->probability_of(node));
     s->row[at] = -1;
+    if (s->n_shape > 0) s->shape_of[at] = 1 + s->shape[node < 0 ? 0 : s->shape_of[node]][rank];
   }
   for (int i = thread_index(); i < n_matches; i += kDraftThreads)
     s->probability[i] = shared->probability[i];
@@ -332,7 +336,7 @@ KERNEL(kDraftThreads, 1) void grow_kernel(GrowParams p) {
   add_candidates(shared, s, first, end);
 
   // The next rows: the most probable candidates of the next depth, as far as what comes below them
-  // can still be among the best.
+  // can still be among the best; of a shape, those that have children in it.
   const int n = s->n_candidates, next = p.depth + 1,
             depths = least(s->depth, s->context - s->length),
             width = next < depths ? least(s->width, DraftState::kMaxRows - end) : 0;
@@ -345,12 +349,16 @@ KERNEL(kDraftThreads, 1) void grow_kernel(GrowParams p) {
   for (int i = t; i < n; i += kDraftThreads)
     if (shared->rank(n, i) == s->nodes - 1) shared->place = shared->probability[i];
   sync_threads();
+  const auto promising = [&](int i) {
+    if (s->n_shape == 0) return shared->probability[i] > shared->place;
+    for (const int16_t child : s->shape[s->shape_of[i]])
+      if (child >= 0) return true;
+    return false;
+  };
   for (int i = t; i < n; i += kDraftThreads) {
     const int parent = shared->parent[i];
-    shared->wanted[i] = s->depth_of[i] == next && shared->probability[i] > shared->place &&
-                                (parent < 0 || s->row[parent] >= 0)
-                            ? 1
-                            : 0;
+    shared->wanted[i] =
+        s->depth_of[i] == next && promising(i) && (parent < 0 || s->row[parent] >= 0) ? 1 : 0;
   }
   sync_threads();
   const int committed = rows->sequences[0].committed;

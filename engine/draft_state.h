@@ -10,6 +10,7 @@
 
 #include "engine/ngram_match.h"
 #include "engine/sampler.h"
+#include "engine/static_tree.h"
 #include "engine/step.h"
 #include "engine/trust.h"
 
@@ -63,6 +64,12 @@ struct DraftState {
   float seconds[Step::kMaxRows + 1];
   float drafting_seconds;  // of all that is not the target's pass
 
+  // ---- A tree of one shape, if n_shape > 0: of all that could grow, its nodes alone ----
+  int32_t n_shape;
+  // shape[i + 1][rank]: the child of node i (0: of the root) of that rank, as its index in the
+  // shape; -1: none.
+  int16_t shape[StaticTree::kMostNodes + 1][kBranch];
+
   // ---- N-gram matches ----
   uint32_t matched[kLongestMatch + 1], came_true[kLongestMatch + 1];  // by length
 
@@ -74,6 +81,7 @@ struct DraftState {
   int32_t depth_of[kMostCandidates];
   float probability[kMostCandidates];
   int32_t row[kMostCandidates];        // of the draft's pass, -1: not expanded
+  int32_t shape_of[kMostCandidates];   // its row of `shape`, if there is one
   int32_t candidate_of_row[kMaxRows];  // inverse; row 0 stands for the root
 
   // ---- What the draft's logits say, by row ----

@@ -49,6 +49,7 @@ class Resident final : public ResidentDrafter {
     initial_.vocabulary = static_cast<int32_t*>(vocabulary_memory_.get());
     initial_.known = static_cast<uint8_t*>(known_memory_.get());
     initial_.n_static = static_cast<int32_t>(vocabulary_.size());
+    set_shape(options.tree);
     for (uint64_t* key : {&prompt_key_, &last_key_, &pass_key_}) *key = backend_.new_key();
   }
   ~Resident() override {
@@ -61,12 +62,14 @@ class Resident final : public ResidentDrafter {
   Resident& operator=(const Resident&) = delete;
 
   std::string name() const override {
+    if (!options_.tree.empty()) return "static";
     return !model_ ? (options_.nodes == 0 ? "none" : "ngram")
                    : (options_.max_match > 0 ? "hybrid" : "chimera");
   }
 
   void start(const Target& target, int64_t text, std::span<const int32_t> tokens,
              const Sampling& sampling, const CostCurve* cost) override {
+    if (!options_.tree.empty()) cost = nullptr;  // all of it: its shape was the choice
     bind(target);
     initial_.length = static_cast<int32_t>(tokens.size());
     initial_.sampling = sampling;
@@ -124,6 +127,15 @@ class Resident final : public ResidentDrafter {
   }
 
  private:
+  void set_shape(const StaticTree& tree) {
+    initial_.n_shape = tree.size();
+    for (auto& children : initial_.shape) std::fill(std::begin(children), std::end(children), -1);
+    for (int i = 0; i < tree.size(); ++i) {
+      const StaticTree::Node& node = tree.nodes[static_cast<size_t>(i)];
+      initial_.shape[node.parent + 1][node.rank] = static_cast<int16_t>(i);
+    }
+  }
+
   // Lists are about the buffers of a session; another one needs others.
   void bind(const Target& target) {
     const int rows = 1 + std::min(options_.nodes, target.max_nodes);
@@ -228,7 +240,12 @@ std::unique_ptr<ResidentDrafter> make_resident_drafter(const Llama& target,
                                                        const ResidentOptions& options,
                                                        int context) {
   if (target.backend().tree_ops() == nullptr) return nullptr;
-  return std::make_unique<Resident>(target, tensors, options, context);
+  const StaticTree& tree = options.tree;
+  if (tree.ranks() > DraftState::kBranch || tree.depth() > DraftState::kMostDepths) return nullptr;
+  ResidentOptions all = options;
+  if (!tree.empty())
+    all = {.nodes = tree.size(), .depth = tree.depth(), .width = tree.width(), .tree = tree};
+  return std::make_unique<Resident>(target, tensors, all, context);
 }
 
 }  // namespace chimera

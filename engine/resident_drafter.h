@@ -17,6 +17,7 @@
 #include "engine/chimera/draft_tensors.h"
 #include "engine/drafter.h"
 #include "engine/llama.h"
+#include "engine/static_tree.h"
 #include "engine/tree_ops.h"
 
 namespace chimera {
@@ -25,6 +26,7 @@ struct ResidentOptions {
   int nodes = 8;                     // candidates verified a step; 0: plain decoding
   int depth = 8, width = 4;          // of the draft model's tree
   int min_match = 0, max_match = 0;  // tokens of an n-gram match; max_match 0: none
+  StaticTree tree{};                 // if not empty, the tree of every step: the rest is ignored
 };
 
 class ResidentDrafter : public Drafter {
@@ -66,7 +68,8 @@ class ResidentDrafter : public Drafter {
   ResidentDrafter* resident() override { return this; }
 };
 
-// nullptr where the backend cannot draft. tensors: nullptr without a draft model; no longer needed
+// nullptr where the backend cannot draft, or not a tree of that shape: DraftState::kBranch ranks
+// and kMostDepths depths are the most. tensors: nullptr without a draft model; no longer needed
 // once this returns.
 std::unique_ptr<ResidentDrafter> make_resident_drafter(const Llama& target,
                                                        const DraftTensors* tensors,

@@ -27,6 +27,21 @@ struct StaticTree {
     for (const Node& node : nodes) deepest = std::max(deepest, node.depth);
     return deepest;
   }
+  // The most nodes of one depth that have children.
+  int width() const {
+    int widest = 1, at_depth[kMostNodes + 1] = {};
+    for (int i = 0; i < size(); ++i) {
+      const auto child_of = [i](const Node& node) { return node.parent == i; };
+      if (std::any_of(nodes.begin() + i + 1, nodes.end(), child_of))
+        widest = std::max(widest, ++at_depth[nodes[static_cast<size_t>(i)].depth]);
+    }
+    return widest;
+  }
+  int ranks() const {
+    int most = 0;
+    for (const Node& node : nodes) most = std::max(most, node.rank + 1);
+    return most;
+  }
   int find(int parent, int rank) const {  // -1 if it is not there
     for (int i = parent + 1; i < size(); ++i) {
       const Node& node = nodes[static_cast<size_t>(i)];

@@ -502,6 +502,16 @@ DraftTensors random_draft(unsigned seed) {
 const std::string kStories = shared("models/stories260K/stories260K.bin");
 const std::vector<int32_t> kPrompt = {1, 403, 407, 261, 378, 403, 407, 261};
 
+// 1; 2 - 2 1 - 2 1 2; 2 3: the likeliest guess has no children.
+StaticTree small_shape() {
+  StaticTree tree;
+  tree.add(-1, 0);
+  const int second = tree.add(-1, 1), deep = tree.add(second, 0);
+  tree.add(second, 2);
+  tree.add(deep, 1);
+  return tree;
+}
+
 struct Way {
   const char* name;
   ResidentOptions options;
@@ -511,7 +521,8 @@ const Way kWays[] = {
     {"none", {.nodes = 0}, false},
     {"ngram", {.nodes = 4, .min_match = 1, .max_match = 6}, false},
     {"chimera", {.nodes = 4, .depth = 2, .width = 2}, true},
-    {"hybrid", {.nodes = 5, .depth = 3, .width = 2, .min_match = 1, .max_match = 6}, true}};
+    {"hybrid", {.nodes = 5, .depth = 3, .width = 2, .min_match = 1, .max_match = 6}, true},
+    {"static", {.tree = small_shape()}, true}};
 
 std::unique_ptr<ResidentDrafter> drafter_of(const Way& way, const Llama& target, int context) {
   const DraftTensors draft = random_draft(1);
@@ -572,10 +583,13 @@ TEST(CudaDraft, TreesAreTheHosts) {
         const ResidentOptions& o = way.options;
         std::unique_ptr<TreeDrafter> host;
         if (way.has_draft)
-          host = make_chimera_drafter(
-              *l.model, random_draft(1),
-              {.nodes = o.nodes, .depth = o.depth, .width = o.width, .ngrams = o.max_match > 0}, 1,
-              kContext);
+          host = make_chimera_drafter(*l.model, random_draft(1),
+                                      {.nodes = o.tree.empty() ? o.nodes : o.tree.size(),
+                                       .depth = o.depth,
+                                       .width = o.width,
+                                       .ngrams = o.max_match > 0,
+                                       .tree = o.tree},
+                                      1, kContext);
         else
           host = make_ngram_drafter(
               {.nodes = o.nodes, .min_match = o.min_match, .max_match = o.max_match}, 1, kContext);
@@ -597,7 +611,8 @@ TEST(CudaDraft, TreesAreTheHosts) {
           l.backend->upload(state.get(), drafter->on_device().state, sizeof(DraftState));
           const std::vector<CandidateTree::Node>& expected = recorder.candidates[n];
           ASSERT_EQ(state->n_candidates, static_cast<int>(expected.size())) << "tree " << n;
-          for (size_t i = 0; i < expected.size(); ++i) {
+          for (size_t i = 0; i < expected.size() && o.tree.empty(); ++i) {  // (a shape's order is
+                                                                            // the host's own)
             ASSERT_EQ(state->token[i], expected[i].token) << "tree " << n << " candidate " << i;
             ASSERT_EQ(state->parent[i], expected[i].parent) << "tree " << n << " candidate " << i;
             ASSERT_NEAR(state->probability[i], expected[i].probability, 1e-4f)
@@ -767,20 +782,41 @@ TEST(CudaDraft, TreesFollowTheCosts) {
   SKIP_WITHOUT(kStories);
   for (const std::string& device : devices()) {
     const Loaded l = load_on(device, kStories);
-    Session session(*l.model, {.context = 20, .max_nodes = 4, .prefill_rows = 8});
-    const GenerateOptions options{5, {}, {}};
-    const auto drafter = drafter_of(kWays[2], *l.model, 20);
-    const Generation all = generate(session, drafter.get(), kPrompt, options);
-    for (const bool dear : {true, false}) {
-      CostCurve cost;  // in seconds beside which the emulator's drafting is nothing
-      for (int m = 1; m <= 5; ++m) cost.set(m, dear ? 1e6 * m : 1e6);
-      session.set_cost(cost);
-      const auto sized = drafter_of(kWays[2], *l.model, 20);
-      const Generation g = generate(session, sized.get(), kPrompt, options);
-      EXPECT_EQ(g.ids, all.ids);
-      EXPECT_EQ(g.drafted, dear ? 0 : all.drafted);
+    for (const Way* way : {&kWays[2], &kWays[4]}) {
+      Session session(*l.model, {.context = 20, .max_nodes = 5, .prefill_rows = 8});
+      const GenerateOptions options{5, {}, {}};
+      const auto drafter = drafter_of(*way, *l.model, 20);
+      const Generation all = generate(session, drafter.get(), kPrompt, options);
+      for (const bool dear : {true, false}) {
+        CostCurve cost;  // in seconds beside which the emulator's drafting is nothing
+        for (int m = 1; m <= 6; ++m) cost.set(m, dear ? 1e6 * m : 1e6);
+        session.set_cost(cost);
+        const auto sized = drafter_of(*way, *l.model, 20);
+        const Generation g = generate(session, sized.get(), kPrompt, options);
+        EXPECT_EQ(g.ids, all.ids);
+        EXPECT_EQ(g.drafted, dear && way->options.tree.empty() ? 0 : all.drafted) << way->name;
+      }
     }
   }
+}
+
+// The host's drafter takes them.
+TEST(CudaDraft, ShapesThatTheDeviceDoesNotTake) {
+  SKIP_WITHOUT(kStories);
+  const Loaded l = load_on(devices().front(), kStories);
+  const DraftTensors draft = random_draft(1);
+  const auto takes = [&](const StaticTree& tree) {
+    return make_resident_drafter(*l.model, &draft, {.tree = tree}, 16) != nullptr;
+  };
+  StaticTree wide, deep;
+  wide.add(-1, DraftState::kBranch - 1);
+  EXPECT_TRUE(takes(wide));
+  wide.add(-1, DraftState::kBranch);
+  EXPECT_FALSE(takes(wide));
+  for (int i = 0; i < DraftState::kMostDepths; ++i) deep.add(i - 1, 0);
+  EXPECT_TRUE(takes(deep));
+  deep.add(deep.size() - 1, 0);
+  EXPECT_FALSE(takes(deep));
 }
 
 TEST(CudaDraft, IsNotForBatches) {

@@ -71,7 +71,7 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
                                       int context) {
   const bool has_draft = needs_draft(name);
   const NgramOptions ngram{.nodes = flags.most_nodes()};
-  if (name != "static" && target.backend().tree_ops() != nullptr) {
+  if (target.backend().tree_ops() != nullptr) {
     ResidentOptions options{.nodes = name == "none" ? 0 : flags.most_nodes(),
                             .depth = flags.depth,
                             .width = flags.most_width()};
@@ -81,8 +81,11 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
     } else if (name == "hybrid") {
       options.min_match = kHybridMinMatch;
       options.max_match = kHybridMaxMatch;
+    } else if (name == "static") {
+      options.tree = flags.tree;
     }
-    return make_resident_drafter(target, has_draft ? &*draft : nullptr, options, context);
+    auto drafter = make_resident_drafter(target, has_draft ? &*draft : nullptr, options, context);
+    if (drafter) return drafter;
   }
   if (name == "none") return nullptr;
   if (name == "ngram") return make_ngram_drafter(ngram, 1, context);
