@@ -215,7 +215,7 @@ struct TreeShared {
   uint8_t wanted[DraftState::kMostCandidates];  // who takes part in a ranking
   float share[DraftState::kMaxRows];            // by row: of its node's probability, the draft's
   // By row: a bit for each rank that adds no candidate, being a match or not of the shape.
-  uint32_t merged[DraftState::kMaxRows];
+  uint32_t left_out[DraftState::kMaxRows];
   int32_t first_child[DraftState::kMaxRows];  // by row: of the candidates that it adds
   float place;                                // of the nodes-th most probable
   uint32_t n_chosen;
@@ -260,6 +260,11 @@ struct GrowParams {
   DraftPass draft;
 };
 
+// Of a tree of one shape, the node of it that hangs below a candidate; -1: none.
+DEVICE int child_in_shape(const DraftState* s, int candidate, int rank) {
+  return s->shape[candidate < 0 ? 0 : s->shape_of[candidate]][rank];
+}
+
 // What the draft says below the new rows' nodes. A warp for each: the subtrees of two nodes of one
 // depth have nothing in common. An n-gram match that is there already keeps kMatchTrust of its
 // probability; the draft's word counts for the rest of the node's, and adds to a match of the same
@@ -276,22 +281,24 @@ DEVICE void add_candidates(TreeShared* shared, DraftState* s, int first, int end
       left -= shared->probability[i];
     }
     const float share = above * (above > 0 ? most(divide(left, above), 0.0f) : 1.0f);
-    uint32_t merged = 0;
+    uint32_t left_out = 0;
     for (int rank = 0; rank < n_best; ++rank) {
-      if (s->n_shape > 0 && s->shape[node < 0 ? 0 : s->shape_of[node]][rank] < 0)
-        merged |= 1u << rank;
+      if (s->n_shape > 0 && child_in_shape(s, node, rank) < 0) {
+        left_out |= 1u << rank;
+        continue;
+      }
       const int32_t token = s->vocabulary[s->best[row][rank]];
       int match = node + 1;
       while (match < n_matches && (shared->parent[match] != node || shared->token[match] != token))
         ++match;
       if (match >= n_matches) continue;
-      merged |= 1u << rank;
+      left_out |= 1u << rank;
       shared->set_probability(match, shared->probability[match] + share * s->share[row][rank],
                               n_matches);
     }
     if (lane_index() == 0) {
       shared->share[row] = share;
-      shared->merged[row] = merged;
+      shared->left_out[row] = left_out;
     }
   }
   sync_threads();
@@ -299,16 +306,16 @@ DEVICE void add_candidates(TreeShared* shared, DraftState* s, int first, int end
     int next = before;
     for (int row = first; row < end; ++row) {
       shared->first_child[row] = next;
-      for (int rank = 0; rank < n_best; ++rank) next += (shared->merged[row] >> rank & 1u) == 0;
+      for (int rank = 0; rank < n_best; ++rank) next += (shared->left_out[row] >> rank & 1u) == 0;
     }
     s->n_candidates = least(next, DraftState::kMostCandidates);
   }
   sync_threads();
   for (int i = thread_index(); i < (end - first) * kBranch; i += kDraftThreads) {
     const int row = first + i / kBranch, rank = i % kBranch;
-    if (rank >= n_best || (shared->merged[row] >> rank & 1u) != 0) continue;
+    if (rank >= n_best || (shared->left_out[row] >> rank & 1u) != 0) continue;
     int at = shared->first_child[row];
-    for (int r = 0; r < rank; ++r) at += (shared->merged[row] >> r & 1u) == 0;
+    for (int r = 0; r < rank; ++r) at += (shared->left_out[row] >> r & 1u) == 0;
     if (at >= DraftState::kMostCandidates) continue;
     const int node = s->candidate_of_row[row];
     s->token[at] = shared->token[at] = s->vocabulary[s->best[row][rank]];
@@ -318,7 +325,7 @@ DEVICE void add_candidates(TreeShared* shared, DraftState* s, int first, int end
     s->probability[at] = shared->probability[at] =
         least(shared->share[row] * s->share[row][rank], shared->probability_of(node));
     s->row[at] = -1;
-    if (s->n_shape > 0) s->shape_of[at] = 1 + s->shape[node < 0 ? 0 : s->shape_of[node]][rank];
+    if (s->n_shape > 0) s->shape_of[at] = 1 + child_in_shape(s, node, rank);
   }
   for (int i = thread_index(); i < n_matches; i += kDraftThreads)
     s->probability[i] = shared->probability[i];

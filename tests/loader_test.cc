@@ -490,6 +490,8 @@ TEST(LoadTest, RecognisesContentNotNames) {
        {"pickle", "GGUF or safetensors"}},
       {std::string("\x80\x04\x95 and a long enough rest of the pickle"), {"pickle"}},
       {safetensors, {"safetensors", "not supported yet", "GGUF"}},
+      // A header of 66,176 bytes begins as a pickle does.
+      {raw<uint64_t>(0x10280) + header + std::string(0x10280, ' '), {"not supported yet"}},
       {"24ka" + std::string(256, '\0'), {"version 0"}},
       {"tjgg" + std::string(256, '\0'), {"before GGUF"}},
       {"Once upon a time there was a text file", {"GGUF or llama2.c", "neither"}},
