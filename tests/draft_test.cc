@@ -140,5 +140,16 @@ TEST(Draft, TheOneThatShips) {
   }
 }
 
+TEST(Draft, CalibrationByStepAndTemperature) {
+  DraftConfig c;
+  EXPECT_EQ(c.calibration(3, 1).temperature, 1) << "none: as it is";
+  c.greedy = {{0.5f, 1.0f}, {1.0f, 0.5f}};
+  c.sampled = {{1.5f, 2.0f, 3.0f}, {0.5f, 0.25f, 0.125f}};
+  EXPECT_EQ(c.calibration(0, 0).temperature, 0.5f);
+  EXPECT_EQ(c.calibration(5, 0).coverage, 0.5f) << "like the last";
+  EXPECT_EQ(c.calibration(1, 0.5f).temperature, 1.5f) << "in between";
+  EXPECT_EQ(c.calibration(2, 7).coverage, 0.125f) << "above 1 as at 1";
+}
+
 }  // namespace
 }  // namespace chimera::test
