@@ -476,7 +476,7 @@ DraftTensors random_draft(unsigned seed) {
   c.ffn_size = 64;
   c.n_steps = 3;
   c.head_rank = 32;
-  c.greedy = {{0.9f, 1.1f, 1.2f}, {0.95f, 0.9f}};
+  c.greedy = {{0.9f, 1.1f, 1.2f}, {0.95f, 0.9f, 0.9f}};
   c.sampled = {{1.0f, 1.3f}, {0.8f, 0.7f}};
   const auto fill = [&](std::vector<float>* v, int rows, int cols, float size) {
     for (int i = 0; i < rows * cols; ++i)

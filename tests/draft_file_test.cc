@@ -248,6 +248,7 @@ TEST(Draft, IsCheckedAgainstItsTarget) {
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.hidden_size = 32; }), "64 (the target's)");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.ffn_size = 48; }), "FFN size");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.head_rank = 4; }), "rank of the heads");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.greedy = {{1, 1}, {1}}; }), "coverages");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.n_heads = 3, t.config.head_dim = 34; }),
                "query heads");
 }

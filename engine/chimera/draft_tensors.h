@@ -106,7 +106,7 @@ struct DraftTensors {
 };
 
 // Throws Error where the engine cannot run the draft below this target: another hidden size, a size
-// that is not a multiple of 32, a token that the target does not have.
+// that is not a multiple of 32, a calibration of two lengths, a token that the target does not have.
 void check(const DraftTensors& draft, const LlamaConfig& target);
 
 }  // namespace chimera
