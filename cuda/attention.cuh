@@ -29,14 +29,18 @@
 // that goes for each row, and its tiles are shared as well.)
 //
 // Gathered from where: the slots behind the shared tiles are laid out in shared memory first, a
-// slot in a row, and load_matrices() takes its fragment from any 16 of them. (Straight
-// from the cache it is 32 loads of 2 or 4 bytes for a fragment: attention of 64 nodes took 2.37 ms
-// in LLaMA-2-7B's 32 layers on an H200, and 1.88 so.)
+// slot in a row, and load_matrices() takes its fragment from any 16 of them: which, for each row
+// and tile, stands in a table. A row's products go into its own columns alone, so no row waits for
+// another. (LLaMA-2-7B's 32 layers, 64 nodes after 512 tokens, on an H200: 2.37 ms with fragments
+// straight from the cache, 32 loads of 2 or 4 bytes each; 1.34 from shared memory, slots looked up
+// by each warp for each row, one row after the other; 0.79 so.)
 //
-// Shared memory at head_dim 128: 87 KiB; 123 registers of 256 threads: two blocks on an H100. K and
-// V of shared tiles go straight from global memory to registers, 16 bytes a lane: the 8 loads of a
-// tile (4 KiB a warp, 32 KiB a block, 64 KiB a multiprocessor) do not depend on each other. What
-// needs the Step alone is done, and K and V are asked for, before the kernel's turn.
+// Nothing here is done often enough to be bound by anything but latency. So loads are begun as
+// early as can be: what needs the Step alone, and the keys of a warp's first tile, before the
+// kernel's turn; values before the softmax. And a block waits for every instruction that it runs
+// for the first time: loops are unrolled no further than loads ask for.
+//
+// Shared memory at head_dim 128: 90 KiB; 127 registers of 256 threads: two blocks on an H100.
 //
 // attention_f32_kernel is the plain form for an F32 cache: a block for each query and chunk, FMA
 // chains.
@@ -71,33 +75,33 @@ struct AttentionParams {
   }
 };
 
-// One query's chunk in one warp: s (n) scores become e = exp(s - max); n <= 256.
+// One query's chunk, n <= 256 scores in shared memory, in half a warp, whose lanes are the
+// contract's 16 virtual ones: lane i has positions i, i + 16, ... put(j, e) gets e = exp(s - max)
+// of position 16 j + lane, for j < tiles; 0 past the last. n <= 0: none. Loops are short: a block
+// runs them once for each of its queries, and waits for every instruction that it has not run yet.
+inline constexpr int kHalfWarp = 16;
 struct MaxSum {
-  float max, sum;  // sum: lane 0's
+  float max, sum;
 };
-DEVICE MaxSum softmax_chunk(float* s, int n) {
-  constexpr int kEach = kChunk / kLanes;  // a lane's, in registers: its exps do not wait in turn
-  float x[kEach], largest = -infinity();
-  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
-    const int i = lane_index() + j * kLanes;
-    x[j] = i < n ? s[i] : -infinity();
-  }
-  UNROLLED_FOR (int j = 0; j < kEach; ++j) largest = x[j] > largest ? x[j] : largest;
-  for (int width = 16; width > 0; width /= 2) {
+template <typename F>
+DEVICE MaxSum softmax_chunk(const float* s, int n, int tiles, const F& put) {
+  const int lane = lane_index() % kHalfWarp;
+  float largest = -infinity();
+  UNROLL_BY(8)
+  for (int i = lane; i < n; i += kHalfWarp) largest = s[i] > largest ? s[i] : largest;
+  for (int width = kHalfWarp / 2; width > 0; width /= 2) {
     const float other = shuffle_xor(largest, width);
     largest = other > largest ? other : largest;
   }
-  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
-    const int i = lane_index() + j * kLanes;
-    x[j] = i < n ? exp_contract(x[j] - largest) : 0.0f;
-    if (i < n) s[i] = x[j];
+  float sum = 0;
+  UNROLL_BY(4)
+  for (int j = 0; j < tiles; ++j) {
+    const int i = lane + j * kHalfWarp;
+    const float e = i < n ? exp_contract(s[i] - largest) : 0.0f;
+    sum = sum + e;
+    put(j, e);
   }
-  float lane = 0;  // virtual lane i sums s[i], s[i + 16], ...
-  UNROLLED_FOR (int j = 0; j < kEach; ++j) {
-    const float upper = shuffle_xor(x[j], 16);
-    lane = (lane + x[j]) + upper;
-  }
-  return {largest, fold_16(lane)};
+  return {largest, fold_16(sum)};
 }
 
 // ---- F32 cache ---------------------------------------------------------------------------------
@@ -131,8 +135,12 @@ KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
   sync_threads();
   float* partial = p.partial(row, head, chunk);
   if (warp_index() == 0) {
-    const MaxSum m = softmax_chunk(e, n);
-    if (lane_index() == 0) {
+    const int lane = lane_index();
+    const MaxSum m =
+        softmax_chunk(e, lane < kHalfWarp ? n : 0, ceil_div(n, kHalfWarp), [&](int j, float x) {
+          if (lane < kHalfWarp && lane + j * kHalfWarp < n) e[lane + j * kHalfWarp] = x;
+        });
+    if (lane == 0) {
       partial[0] = m.max;
       partial[1] = m.sum;
     }
@@ -157,18 +165,30 @@ inline constexpr int kScoreStride =
 // Queries [first, first + count) of a sequence's new (row, query head) pairs of one KV head.
 struct QueryTile {
   int sequence, first, count;  // count 0: there is no such tile
+  // Of the sequence; its rows from first_new on ask.
+  int first_row, end_row, first_new, committed;
 };
+// What it reads of the Step is on its way at once: each load takes 700 cycles.
 DEVICE QueryTile query_tile(const Step* step, int group, int index) {
   const int n_sequences = early(step->n_sequences), first_new = early(step->first_new);
-  for (int s = 0; s < n_sequences; ++s) {
-    const int first_row = early(step->sequences[s].first_row),
-              end = first_row + early(step->sequences[s].n_rows);
-    const int pairs = most(0, end - most(first_row, first_new)) * group,
-              n = ceil_div(pairs, kQueries);
-    if (index < n) return {s, index * kQueries, least(kQueries, pairs - index * kQueries)};
+  const auto read = [&](int s) {
+    const Step::Sequence& of = step->sequences[s];
+    const int first_row = early(of.first_row), n_rows = early(of.n_rows);
+    return QueryTile{s, 0, 0, first_row, first_row + n_rows, first_new, early(of.committed)};
+  };
+  QueryTile t = read(0);
+  for (int next = 1; next <= n_sequences; ++next) {
+    t.first_new = most(t.first_row, first_new);
+    const int pairs = most(0, t.end_row - t.first_new) * group, n = ceil_div(pairs, kQueries);
+    if (index < n) {
+      t.first = index * kQueries;
+      t.count = least(kQueries, pairs - t.first);
+      return t;
+    }
     index -= n;
+    if (next < n_sequences) t = read(next);
   }
-  return {0, 0, 0};
+  return {};
 }
 
 struct AttentionShared {
@@ -179,11 +199,14 @@ struct AttentionShared {
   uint16_t* k;    // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
   int* row;       // (kQueries) row of the tile and head of the group that a query is
   int* head;
-  int* length;      // (rows of the tile) positions that a row sees
-  int* direct;      // (rows of the tile) positions below stand in the slot of the same number
-  int16_t* parent;  // (rows of the step) in shared memory, where a walk takes no time
-  uint8_t* slot;    // ... - committed
-  uint8_t* path;    // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
+  int* length;         // (rows of the tile) positions that a row sees
+  int* direct;         // (rows of the tile) positions below stand in the slot of the same number
+  uint32_t* gathered;  // (kChunkTiles) by position tile behind the whole ones: a bit for each row
+                       // of the tile for which it is gathered
+  int16_t* parent;     // (rows of the step) in shared memory, where a walk takes no time
+  uint8_t* slot;       // ... - committed
+  uint8_t* path;       // (rows of the tile, kMaxRows): slot of the ancestor at depth i, - committed
+  uint8_t* at;  // (rows of the tile, tail_slots): by position of the tail, the row of k and v
 };
 // Slots of K and V that are laid out in shared memory to be gathered from there: those of a tree of
 // 64 nodes and of the tile that it begins in, or fewer where sm_89's 99 KiB have no room.
@@ -199,10 +222,10 @@ BOTH constexpr int score_bytes(int padded_dim) {
   return most(kQueries * kScoreStride * 4, tail_bytes(padded_dim));
 }
 BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
-  return static_cast<size_t>(score_bytes(padded_dim) + kChunkTiles * kQueryTiles * kLanes * 8 +
-                             kQueryTiles * padded_dim / kKvTile * kLanes * 8 +
-                             tail_bytes(padded_dim) + kQueries * 16 + Step::kMaxRows * 3 +
-                             kQueries * Step::kMaxRows);
+  return static_cast<size_t>(
+      score_bytes(padded_dim) + kChunkTiles * kQueryTiles * kLanes * 8 +
+      kQueryTiles * padded_dim / kKvTile * kLanes * 8 + tail_bytes(padded_dim) + kQueries * 16 +
+      kChunkTiles * 4 + Step::kMaxRows * 3 + kQueries * (Step::kMaxRows + tail_slots(padded_dim)));
 }
 static_assert(attention_shared_bytes(256) <= 99 * 1024);
 DEVICE AttentionShared carve_attention(int padded_dim) {
@@ -216,9 +239,11 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
   s.head = s.row + kQueries;
   s.length = s.head + kQueries;
   s.direct = s.length + kQueries;
-  s.parent = reinterpret_cast<int16_t*>(s.direct + kQueries);
+  s.gathered = reinterpret_cast<uint32_t*>(s.direct + kQueries);
+  s.parent = reinterpret_cast<int16_t*>(s.gathered + kChunkTiles);
   s.slot = reinterpret_cast<uint8_t*>(s.parent + Step::kMaxRows);
   s.path = s.slot + Step::kMaxRows;
+  s.at = s.path + kQueries * Step::kMaxRows;
   return s;
 }
 
@@ -226,17 +251,21 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
   const Step* step = p.step;
   const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
   const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
+  // A row for each thread: what is read of it is on its way while the tile is looked up.
+  static_assert(kAttentionThreads >= Step::kMaxRows);
+  const int own = least(thread_index(), Step::kMaxRows - 1);
+  const int own_parent = early(step->parent[own]), own_slot = early(step->slot[own]),
+            own_position = early(step->position[own]);
   const QueryTile queries = query_tile(step, group, block_z());
+  const int committed = queries.committed;
   // A block without work waits as well: when a kernel is done, so must be all before it.
-  if (queries.count == 0) return wait_for_previous();
-  const Step::Sequence& sequence = step->sequences[queries.sequence];
-  const int committed = early(sequence.committed);
-  if (begin >= committed + early(sequence.n_rows)) return wait_for_previous();
-  const int sequence_row = early(sequence.first_row), dim_tiles = p.kv.padded_dim / kKvTile;
+  if (queries.count == 0 || begin >= committed + queries.end_row - queries.first_row)
+    return wait_for_previous();
+  const int dim_tiles = p.kv.padded_dim / kKvTile;
   // Rows of the block: n_rows from first_row on.
   const int skipped = queries.first / group,
             n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
-  const int first_row = most(sequence_row, early(step->first_new)) + skipped;
+  const int first_row = queries.first_new + skipped;
   const int query_tiles = ceil_div(queries.count, 8);
   const AttentionShared s = carve_attention(p.kv.padded_dim);
   if (thread_index() < queries.count) {
@@ -245,22 +274,20 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     s.head[thread_index()] = kv_head * group + pair % group;
   }
   // Where each row's ancestors are.
-  for (int row = sequence_row + thread_index(); row < first_row + n_rows;
-       row += kAttentionThreads) {
-    s.parent[row] = static_cast<int16_t>(early(step->parent[row]));
-    s.slot[row] = static_cast<uint8_t>(early(step->slot[row]) - committed);
+  if (own >= queries.first_row && own < first_row + n_rows) {
+    s.parent[own] = static_cast<int16_t>(own_parent);
+    s.slot[own] = static_cast<uint8_t>(own_slot - committed);
+    if (own >= first_row) s.length[own - first_row] = own_position + 1;
   }
-  const int position =
-      thread_index() < n_rows ? early(step->position[first_row + thread_index()]) : committed;
   sync_threads();
   if (thread_index() < n_rows) {
     uint8_t* path = s.path + thread_index() * Step::kMaxRows;
+    const int position = s.length[thread_index()] - 1;
     int depth = position - committed;
     for (int node = first_row + thread_index(); node >= 0; node = s.parent[node])
       path[depth--] = s.slot[node];
     int direct = committed;
     while (direct <= position && path[direct - committed] == direct - committed) ++direct;
-    s.length[thread_index()] = position + 1;
     s.direct[thread_index()] = direct;
   }
   sync_threads();
@@ -296,10 +323,10 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       row_of[j][i] = query < queries.count ? s.row[query] : -1;
       direct_of[j][i] = query < queries.count ? s.direct[row_of[j][i]] : -1;
     }
-  // Has a tile of queries any of a row?
+  // Has a tile of queries any of a row? Those of a row follow each other.
   const auto has = [&](int query_tile, int row) {
-    return query_tile < query_tiles && s.row[query_tile * 8] <= row &&
-           s.row[least(query_tile * 8 + 7, queries.count - 1)] >= row;
+    const int first = (skipped + row) * group - queries.first;
+    return first < 8 * (query_tile + 1) && least(first + group, queries.count) > 8 * query_tile;
   };
   const auto load_tile = [&](const uint16_t* cache, int slot_tile, int dim_tile, uint32_t(&a)[4]) {
     const Words4 w = load_16(cache + p.kv.tile(slot_tile, dim_tile) + lane_index() * 8);
@@ -323,6 +350,22 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       }
     }
   };
+  const auto is_gathered = [&](int tile, int row) {
+    return !is_direct(row, begin + (tile + 1) * kKvTile) && s.length[row] > begin + tile * kKvTile;
+  };
+  if (staged) {
+    const int span = (tiles - whole) * kKvTile;
+    for (int row = warp_index(); row < n_rows; row += kAttentionWarps)
+      for (int i = lane_index(); i < span; i += kLanes)
+        s.at[row * zeros + i] = static_cast<uint8_t>(
+            tail_from + i < s.length[row] ? slot_of(row, tail_from + i) - tail_from : zeros);
+    for (int tile = whole + warp_index(); tile < tiles; tile += kAttentionWarps) {
+      uint32_t rows =
+          lane_index() < n_rows && is_gathered(tile, lane_index()) ? 1u << lane_index() : 0u;
+      for (int width = kLanes / 2; width > 0; width /= 2) rows |= shuffle_xor(rows, width);
+      if (lane_index() == 0) s.gathered[tile - whole] = rows;
+    }
+  }
   // So far only the Step was needed, which rope_append, just before, does not write. Keys and
   // values of the chunk, tile by tile, are on their way to L2, those that are there already, while
   // the rows before this kernel's turn are made.
@@ -331,26 +374,55 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     prefetch_l2(reinterpret_cast<const std::byte*>(k_cache + p.kv.tile(begin / kKvTile, 0)) + i);
     prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
   }
+  // The keys of a warp's first tile come all the way, if nothing in it can be new: if it is a
+  // shared one below the committed length.
+  constexpr int kEarlyDims = 8;  // of 16 coordinates
+  uint32_t keys[kEarlyDims][4];
+  const auto is_early = [&](int tile) {
+    return tile < shared && begin + (tile + 1) * kKvTile <= committed;
+  };
+  if (is_early(warp_index()))
+    UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+      if (dim_tile < dim_tiles) {
+        const Words4 w = early_16(k_cache + p.kv.tile(begin / kKvTile + warp_index(), dim_tile) +
+                                  lane_index() * 8);
+        UNROLLED_FOR (int r = 0; r < 4; ++r) keys[dim_tile][r] = w.word[r];
+      }
   wait_for_previous();
 
-  // Queries, rounded, as B fragments: k = coordinate, column = query.
-  for (int query = warp_index(); query < query_tiles * 8; query += kAttentionWarps) {
-    const float* q =
-        query < queries.count ? p.query(first_row + s.row[query], s.head[query]) : nullptr;
-    for (int d = 2 * lane_index(); d < p.kv.padded_dim; d += 2 * kLanes) {
-      const uint16_t low = q != nullptr && d < dim ? saturate_f16(q[d]) : uint16_t{0};
-      const uint16_t high = q != nullptr && d + 1 < dim ? saturate_f16(q[d + 1]) : uint16_t{0};
-      const Place16 at = place_b(d % 16, query % 8);
-      s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] = pack(low, high);
+  // Queries, rounded, as B fragments: k = coordinate, column = query. Loads of all of a warp's go
+  // ahead of what is done with them; a lane has 4 coordinates.
+  constexpr int kEach = kQueries / kAttentionWarps, kCoordinates = 4;
+  UNROLL_BY(1)
+  for (int d = kCoordinates * lane_index(); d < p.kv.padded_dim; d += kCoordinates * kLanes) {
+    float q[kEach][kCoordinates];
+    UNROLLED_FOR (int i = 0; i < kEach; ++i) {
+      const int query = warp_index() + i * kAttentionWarps;
+      const bool live = query < queries.count;
+      const float* from = p.query(first_row + (live ? s.row[query] : 0), live ? s.head[query] : 0);
+      UNROLLED_FOR (int c = 0; c < kCoordinates; ++c)
+        q[i][c] = live && d + c < dim ? from[d + c] : 0.0f;
+    }
+    UNROLLED_FOR (int i = 0; i < kEach; ++i) {
+      const int query = warp_index() + i * kAttentionWarps;
+      if (query >= query_tiles * 8) break;
+      UNROLLED_FOR (int c = 0; c < kCoordinates; c += 2) {
+        const Place16 at = place_b(d % 16 + c, query % 8);
+        s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] =
+            pack(saturate_f16(q[i][c]), saturate_f16(q[i][c + 1]));
+      }
     }
   }
   if (staged)
     stage(k_cache, s.k, [&](uint16_t* to, int r, uint32_t two) {
       *reinterpret_cast<uint32_t*>(to + (g + 8 * (r % 2)) * stride + 2 * t + 8 * (r / 2)) = two;
     });
-  // The row of s.k or s.v that holds what a row sees at a position.
-  const auto staged_row = [&](int row, int position) {
-    return (position < s.length[row] ? slot_of(row, position) - tail_from : zeros) * stride;
+  // Where in s.k or s.v stands what a row sees at a position of a tile.
+  const auto staged_row = [&](int row, int tile, int position) {
+    return s.at[row * zeros + (tile - whole) * kKvTile + position] * stride;
+  };
+  const auto is_staged = [&](int tile, int row) {
+    return (s.gathered[tile - whole] >> row & 1u) != 0;
   };
 
   sync_threads();
@@ -367,49 +439,87 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
     b[0] = w.word[0];
     b[1] = w.word[1];
   };
+  UNROLL_BY(1)
   for (int tile = warp_index(); tile < shared; tile += kAttentionWarps) {
-    const int from = begin + tile * kKvTile, end = from + kKvTile;
+    const int end = begin + (tile + 1) * kKvTile;
     float c[kQueryTiles][4] = {};
-    UNROLL_BY(8)
-    for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
-      uint32_t a[4], b[2];
-      load_tile(k_cache, from / kKvTile, dim_tile, a);
+    const auto multiply = [&](int dim_tile, const uint32_t(&a)[4]) {
       UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
         if (j >= query_tiles) break;
+        uint32_t b[2];
         query_fragment(j, dim_tile, b);
         mma_f16(c[j], a, b);
       }
+    };
+    if (tile != warp_index() || !is_early(tile))
+      UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+        if (dim_tile < dim_tiles)
+          load_tile(k_cache, begin / kKvTile + tile, dim_tile, keys[dim_tile]);
+    UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+      if (dim_tile < dim_tiles) multiply(dim_tile, keys[dim_tile]);
+    for (int dim_tile = kEarlyDims; dim_tile < dim_tiles; ++dim_tile) {
+      uint32_t a[4];
+      load_tile(k_cache, begin / kKvTile + tile, dim_tile, a);
+      multiply(dim_tile, a);
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
       store(c[j], tile, j, [&](int /*row*/, int direct) { return end <= direct; });
   }
-  // Gathered tiles are few, but there is one of each for every row: the pairs are dealt to all
-  // warps.
-  for (int pair = warp_index(); pair < (tiles - whole) * n_rows; pair += kAttentionWarps) {
-    const int tile = whole + pair / n_rows, row = pair % n_rows;
-    const int from = begin + tile * kKvTile, end = from + kKvTile;
-    if (is_direct(row, end) || s.length[row] <= from) continue;
-    // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
-    int64_t at[2];
-    bool seen[2];
-    UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const int position = from + g + 8 * i;
-      seen[i] = position < s.length[row];
-      at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
-    }
-    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-      if (!has(j, row)) continue;
-      float c[4] = {};
-      if (staged) {
-        const uint16_t* k = s.k + staged_row(row, from + lane_index() % 16) + lane_index() / 16 * 8;
-        UNROLL_BY(8)
+  // Gathered tiles are few, but there is one of each for every row: the pairs of tile and row are
+  // dealt to all warps.
+  const int pairs = (tiles - whole) * n_rows;
+  const auto tile_of = [&](int pair) { return whole + pair / n_rows; };
+  const auto store_row = [&](const float(&c)[4], int tile, int j, int row) {
+    store(c, tile, j, [&](int r, int /*direct*/) { return r == row; });
+  };
+  if (staged) {
+    constexpr int kTogether = 2;  // chains of products that need not wait for each other
+    for (int first = warp_index(); first < pairs; first += kTogether * kAttentionWarps) {
+      const uint16_t* k[kTogether];
+      int tile[kTogether], row[kTogether];
+      bool wanted[kTogether];
+      UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+        const int pair = first + i * kAttentionWarps;
+        tile[i] = tile_of(pair), row[i] = pair % n_rows;
+        wanted[i] = pair < pairs && is_staged(tile[i], row[i]);
+        k[i] = s.k + lane_index() / 16 * 8 +
+               (wanted[i] ? staged_row(row[i], tile[i], lane_index() % 16) : zeros * stride);
+      }
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+        bool has_any = false;
+        UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+          has_any = has_any || (wanted[i] && has(j, row[i]));
+        if (!has_any) continue;
+        float c[kTogether][4] = {};
+        UNROLL_BY(4)
         for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
-          uint32_t a[4], b[2];
-          load_matrices<false>(k + dim_tile * kKvTile, a);
+          uint32_t b[2];
           query_fragment(j, dim_tile, b);
-          mma_f16(c, a, b);
+          UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+            uint32_t a[4];
+            load_matrices<false>(k[i] + dim_tile * kKvTile, a);
+            mma_f16(c[i], a, b);
+          }
         }
-      } else {
+        UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+          if (wanted[i] && has(j, row[i])) store_row(c[i], tile[i], j, row[i]);
+      }
+    }
+  } else {
+    for (int pair = warp_index(); pair < pairs; pair += kAttentionWarps) {
+      const int tile = tile_of(pair), row = pair % n_rows;
+      if (!is_gathered(tile, row)) continue;
+      // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
+      int64_t at[2];
+      bool seen[2];
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        const int position = begin + tile * kKvTile + g + 8 * i;
+        seen[i] = position < s.length[row];
+        at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
+      }
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+        if (!has(j, row)) continue;
+        float c[4] = {};
         for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
           uint32_t a[4], b[2];
           // Coordinates 2 t + 8: two registers, four elements, on.
@@ -420,27 +530,33 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
           query_fragment(j, dim_tile, b);
           mma_f16(c, a, b);
         }
+        store_row(c, tile, j, row);
       }
-      store(c, tile, j, [&](int r, int /*direct*/) { return r == row; });
     }
   }
+  // Values of the first whole tiles are on their way meanwhile.
+  constexpr int kValues = kChunkTiles / 2;
+  uint32_t values[kValues][4];
+  const auto load_values = [&](int dim_tile, int first) {
+    UNROLLED_FOR (int i = 0; i < kValues; ++i)
+      if (dim_tile < dim_tiles && first + i < whole)
+        load_tile(v_cache, begin / kKvTile + first + i, dim_tile, values[i]);
+  };
+  load_values(warp_index(), 0);
   sync_threads();
 
   // 2. Softmax of the chunk, and e as B fragments: k = position, column = query.
-  for (int query = warp_index(); query < queries.count; query += kAttentionWarps) {
-    const int row = s.row[query], n = least(kChunk, s.length[row] - begin);
-    if (n <= 0) continue;
-    float* e = s.scores + query * kScoreStride;
-    const MaxSum m = softmax_chunk(e, n);
-    sync_warp();
-    UNROLL_BY(4)
-    for (int i = 2 * lane_index(); i < tiles * kKvTile; i += 2 * kLanes) {
-      const Place16 at = place_b(i % 16, query % 8);
-      s.e[((i / 16 * kQueryTiles + query / 8) * kLanes + at.lane) * 2 + at.reg] =
-          pack(i < n ? float_to_f16(e[i]) : uint16_t{0},
-               i + 1 < n ? float_to_f16(e[i + 1]) : uint16_t{0});
-    }
-    if (lane_index() == 0) {
+  for (int pair = warp_index(); 2 * pair < queries.count; pair += kAttentionWarps) {
+    const int lane = lane_index() % kHalfWarp, query = 2 * pair + lane_index() / kHalfWarp;
+    const int row = query < queries.count ? s.row[query] : -1,
+              n = row >= 0 ? least(kChunk, s.length[row] - begin) : 0;
+    const Place16 at = place_b(lane, query % 8);
+    auto* to = reinterpret_cast<uint16_t*>(s.e) +
+               ((query / 8 * kLanes + at.lane) * 2 + at.reg) * 2 + at.half;
+    const MaxSum m = softmax_chunk(
+        s.scores + query * kScoreStride, n, tiles,
+        [&](int tile, float e) { to[tile * kQueryTiles * kLanes * 4] = float_to_f16(e); });
+    if (n > 0 && lane == 0) {
       float* partial = p.partial(first_row + row, s.head[query], chunk);
       partial[0] = m.max;
       partial[1] = m.sum;
@@ -474,15 +590,19 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
       UNROLLED_FOR (int i = 0; i < 4; ++i)
         if (wanted(row_of[j][i % 2], direct_of[j][i % 2])) o[j][i] = c[i];
     };
-    UNROLL_BY(8)
-    for (int tile = 0; tile < whole; ++tile) {
-      uint32_t a[4], b[2];
-      load_tile(v_cache, begin / kKvTile + tile, dim_tile, a);
-      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-        if (j >= query_tiles) break;
-        e_fragment(tile, j, b);
-        mma_f16(o[j], a, b);
+    UNROLL_BY(1)
+    for (int first = 0; first < kChunkTiles; first += kValues) {
+      UNROLLED_FOR (int i = 0; i < kValues; ++i) {
+        if (first + i >= whole) break;
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+          if (j >= query_tiles) break;
+          uint32_t b[2];
+          e_fragment(first + i, j, b);
+          mma_f16(o[j], values[i], b);
+        }
       }
+      const bool last = first + kValues == kChunkTiles;
+      load_values(last ? dim_tile + kAttentionWarps : dim_tile, last ? 0 : first + kValues);
     }
     for (int tile = whole; tile < tiles; ++tile) {
       const int from = begin + tile * kKvTile, end = from + kKvTile;
@@ -493,14 +613,40 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
           if (j < query_tiles)
             add(tile, j, a, [&](int /*row*/, int direct) { return end <= direct; });
       }
-      for (int row = 0; row < n_rows; ++row) {
-        if (is_direct(row, end) || s.length[row] <= from) continue;
-        uint32_t a[4];
-        if (staged) {
-          const int position = from + lane_index() % 8 + lane_index() / 16 * 8;
-          load_matrices<true>(
-              s.v + staged_row(row, position) + dim_tile * kKvTile + lane_index() / 8 % 2 * 8, a);
-        } else {
+      if (staged) {
+        // A row's products go into its own columns alone, so rows need not wait for each other:
+        // each begins with the sums as they were.
+        constexpr int kTogether = 4;
+        const int position = lane_index() % 8 + lane_index() / 16 * 8;
+        const uint16_t* v = s.v + dim_tile * kKvTile + lane_index() / 8 % 2 * 8;
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+          if (j >= query_tiles) break;
+          uint32_t b[2];
+          e_fragment(tile, j, b);
+          const float before[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
+          const int end_row = s.row[least(j * 8 + 7, queries.count - 1)] + 1;
+          UNROLL_BY(1)
+          for (int first = s.row[j * 8]; first < end_row; first += kTogether) {
+            uint32_t a[kTogether][4];
+            bool wanted[kTogether];
+            UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+              wanted[i] = first + i < end_row && is_staged(tile, first + i);
+              load_matrices<true>(
+                  v + (wanted[i] ? staged_row(first + i, tile, position) : zeros * stride), a[i]);
+            }
+            UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+              if (!wanted[i]) continue;
+              float c[4] = {before[0], before[1], before[2], before[3]};
+              mma_f16(c, a[i], b);
+              UNROLLED_FOR (int k = 0; k < 4; ++k)
+                if (row_of[j][k % 2] == first + i) o[j][k] = c[k];
+            }
+          }
+        }
+      } else {
+        for (int row = 0; row < n_rows; ++row) {
+          if (!is_gathered(tile, row)) continue;
+          uint32_t a[4];
           const int n = s.length[row];
           // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
           UNROLLED_FOR (int r = 0; r < 4; ++r) {
@@ -511,17 +657,19 @@ KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
             };
             a[r] = pack(value(position), value(position + 1));
           }
+          UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+            if (has(j, row)) add(tile, j, a, [&](int r, int /*direct*/) { return r == row; });
         }
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-          if (has(j, row)) add(tile, j, a, [&](int r, int /*direct*/) { return r == row; });
       }
     }
     UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-      UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const int row = row_of[j][i % 2];
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        const int row = row_of[j][i];
         if (row < 0 || s.length[row] <= begin) continue;
-        float* partial = p.partial(first_row + row, s.head[j * 8 + 2 * t + i % 2], chunk);
-        partial[2 + dim_tile * kKvTile + g + 8 * (i / 2)] = o[j][i];
+        float* to = p.partial(first_row + row, s.head[j * 8 + 2 * t + i], chunk) + 2 +
+                    dim_tile * kKvTile + g;
+        to[0] = o[j][i];
+        to[8] = o[j][i + 2];
       }
   }
 }

@@ -151,9 +151,60 @@ DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }
 
+// A place in the block's shared memory, as its instructions want it. (A pointer to it has 64 bits,
+// and nvcc makes it anew wherever it is used, from a special register that takes 50 cycles: also in
+// the innermost loop.)
+using SharedAddress = uint32_t;
+DEVICE SharedAddress shared_address() {
+  SharedAddress a;
+  asm volatile(
+      "{\n"
+      ".reg .u64 at;\n"
+      "cvta.to.shared.u64 at, %1;\n"
+      "cvt.u32.u64 %0, at;\n"
+      "}"
+      : "=r"(a)
+      : "l"(shared_memory()));
+  return a;
+}
+DEVICE const std::byte* pointer_of(SharedAddress a) {
+  return static_cast<const std::byte*>(__cvta_shared_to_generic(a));
+}
+DEVICE Words4 load_shared_16(SharedAddress a) {
+  Words4 w;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+               : "r"(a));
+  return w;
+}
+DEVICE Words2 load_shared_8(SharedAddress a) {
+  Words2 w;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w.word[0]), "=r"(w.word[1]) : "r"(a));
+  return w;
+}
+DEVICE uint32_t load_shared_u32(SharedAddress a) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(a));
+  return x;
+}
+DEVICE uint16_t load_shared_u16(SharedAddress a) {
+  uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(a));
+  return x;
+}
+
+// (x & mask) | bits, one instruction (of which nvcc makes two where both are constants).
+DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+  return result;
+}
+
+DEVICE void copy_async_16(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 DEVICE void copy_async_16(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  copy_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global);
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kInFlight>
@@ -241,6 +292,11 @@ DEVICE void load_cluster_16(const float* p, int rank, float (&to)[4]) {
 
 // x, not from this multiprocessor's L1, which is sure to be of today only behind the wait.
 DEVICE int32_t early(const int32_t& x) { return __ldcg(&x); }
+
+DEVICE Words4 early_16(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
 
 // The 128 bytes around p will be wanted: from memory to L2.
 DEVICE void prefetch_l2(const void* p) {
@@ -333,6 +389,11 @@ DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
+
+using SharedAddress = std::byte*;
+DEVICE SharedAddress shared_address() { return emulator::current.shared; }
+DEVICE const std::byte* pointer_of(SharedAddress a) { return a; }
+DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
 DEVICE void copy_async_16(void* shared, const void* global,
                           const emulator::Place& place = emulator::Place::current()) {
@@ -460,6 +521,14 @@ DEVICE int warp_index() { return thread_index() / kLanes; }
 #if defined(__CUDACC__)
 DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
 DEVICE Words2 load_8(const void* p) { return *static_cast<const Words2*>(p); }
+// What no kernel writes and nobody else on this multiprocessor reads: past its L1.
+DEVICE Words4 load_once_16(const void* p) {
+  Words4 w;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+               : "l"(__cvta_generic_to_global(p)));
+  return w;
+}
 // Not from this multiprocessor's L1.
 DEVICE void load_fresh_16(const float* p, float (&to)[4]) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
@@ -480,6 +549,29 @@ DEVICE Words4 load_16(const void* p, const emulator::Place& place = emulator::Pl
 }
 DEVICE Words2 load_8(const void* p, const emulator::Place& place = emulator::Place::current()) {
   return load_vector<Words2>(p, place);
+}
+DEVICE Words4 early_16(const void* p, const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words4>(p, place);
+}
+DEVICE Words4 load_once_16(const void* p,
+                           const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words4>(p, place);
+}
+DEVICE Words4 load_shared_16(SharedAddress a,
+                             const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words4>(a, place);
+}
+DEVICE Words2 load_shared_8(SharedAddress a,
+                            const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<Words2>(a, place);
+}
+DEVICE uint32_t load_shared_u32(SharedAddress a,
+                                const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<uint32_t>(a, place);
+}
+DEVICE uint16_t load_shared_u16(SharedAddress a,
+                                const emulator::Place& place = emulator::Place::current()) {
+  return load_vector<uint16_t>(a, place);
 }
 DEVICE void load_fresh_16(const float* p, float (&to)[4],
                           const emulator::Place& place = emulator::Place::current()) {

@@ -102,7 +102,7 @@ class Emulator {
   }
 
   Order order = Order::kAscending;
-  int largest_cluster = kMaxCluster;
+  int largest_cluster = kMaxCluster, resident_blocks = 264;
 
   void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, int cluster_y,
            FunctionRef<void()> body) {
@@ -446,6 +446,8 @@ void Fault::check(const char* what) {
 void set_order(Order order) { emulator().order = order; }
 void set_largest_cluster(int blocks) { emulator().largest_cluster = blocks; }
 int largest_cluster() { return emulator().largest_cluster; }
+void set_resident_blocks(int n) { emulator().resident_blocks = n; }
+int resident_blocks() { return emulator().resident_blocks; }
 void run(const char* kernel, Dim grid, unsigned threads, size_t shared_bytes, int cluster_y,
          FunctionRef<void()> body) {
   if (Fault::happens(kernel)) return;

@@ -49,6 +49,10 @@ void set_order(Order order);
 // Blocks that a cluster may have: kMaxCluster, or 1, as on devices before sm_90.
 void set_largest_cluster(int blocks);
 int largest_cluster();
+// Blocks that it pretends to have room for at once, which launches are cut for: two on each of an
+// H100's multiprocessors, unless set.
+void set_resident_blocks(int n);
+int resident_blocks();
 
 // Runs every thread of every block. body: the kernel with its arguments. cluster_y: blocks that
 // follow each other in y and run together.

@@ -10,32 +10,38 @@
 // one.)
 //
 // # The stream
-// A block of 4 warps owns 128 rows; a warp 32 of them, two 16-row tiles, for all its columns, so
-// that a fragment of x that is read from shared memory serves two tiles. Weights (tape.cuh) and x
-// come through a ring of stages filled by cp.async: while a stage is multiplied, the next ones are
-// in flight.
+// A block has 4 to 8 warps, and a warp 16 rows for all its columns. Weights (tape.cuh) and x come
+// through a ring of stages filled by cp.async: while a stage is multiplied, the next ones are in
+// flight.
 //
 //   wait until stage i has landed; barrier; start the copy of stage i + S - 1; multiply stage i
 //
 // One barrier a stage: after it, all have left stage i - 1, whose slot the new copy takes.
 //
-// A multiprocessor's share of an H200's 4.6 TB/s is a stage of 8 KiB every 400 cycles, so the loop
-// must be short: some 70 instructions. Its first form worked out each copy's addresses anew, with
-// ten times as many (32000 x 4096 in BF16, 16 tokens, on an H200: 80 us; now 67 to 70).
+// A multiprocessor's share of an H200's 4.6 TB/s is a stage of 8 KiB every 400 cycles, and of 4-bit
+// weights one slab, 288 bytes, every 14 cycles, so there are no instructions to spare. What a look
+// at the machine code brought (22016 x 4096 in Q4_0, one token, on an H200: 26.3 us, then 23.7):
+// addresses in shared memory are 32-bit numbers (SharedAddress), (x & a) | b is one instruction
+// (and_or()), copies move two pointers and nothing else.
 //
-// Bytes in flight: F16, one token: a stage is 8.5 KiB, 8 of them 68 KiB a block. So three blocks
-// live on an H100's multiprocessor (227 KiB), 118 registers a thread allow four, and the 132 have
-// 23 MB in flight, where 3.35 TB/s x 0.8 us latency asks for 2.7 MB. With 64 tokens: 12 KiB a
-// stage, 96 KiB a block, two blocks; 176 registers. On sm_89 (99 KiB): one block. The build refuses
-// a kernel that spills.
-//
-// x at 64 tokens is read once for each 128 rows: 64 / 128 of F16's weight bytes, from L2; and by
-// each warp from shared memory, which then moves 36 KiB for 8 of weights: by count, 290 of the 400
-// cycles.
+// Bytes in flight: F16, one token: a stage is 8.5 KiB, 7 ahead are 60 KiB a block, two blocks on a
+// multiprocessor: 16 MB in all, where an H200's 4.6 TB/s x 0.8 us latency ask for 3.7. With 64
+// tokens x alone goes through the ring. Each warp reads all of it: by count 36 KiB of shared
+// memory's 128 bytes a cycle for 8 KiB of weights, 290 of the 400 cycles; through the ring as well,
+// weights took another 130. So a warp has its next 4 slabs of 16-bit weights in registers. The
+// build refuses a kernel that spills.
 //
 // More tokens than a block has columns for are groups, a block each. The groups of the same rows
 // are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
 // for the others.
+//
+// # How high a block is
+// 22016 rows are 172 blocks of 8 warps: two on 40 of 132 multiprocessors, and one on the others,
+// which then have nothing to do for half of the time. With 6 warps there are 230, and room for 264.
+// So the launch takes the height that is over first (launch_linear()). Nothing but x, which each
+// block reads, is lost with more blocks, and no bit depends on it. On an H200, 22016 x 4096: BF16,
+// 64 tokens: 58 us with 8, 53 with 6; Q4_0, one token: 23.7 and 19.7. (4 warps, 344 blocks:
+// 74, 28.)
 //
 // # Few rows
 // 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
@@ -228,41 +234,51 @@ struct LinearParams {
   int n_segments;
   // Set by linear():
   int groups = 1;                 // of tokens
+  int block_tiles = 0;            // row tiles of a block: its height
   int splits = 1, run_slabs = 0;  // of K; divisions are long ways on a GPU
   bool clustered = false;         // the runs of a tile are a cluster
 };
 
-inline constexpr int kLinearWarps = 4, kWarpTiles = 2, kLinearThreads = kLinearWarps * kLanes;
-static_assert(kLinearWarps * kWarpTiles * kTileRows == kBlockRows);
-// Shared memory of a block: what leaves room for three on an H100's multiprocessor, or, where more
-// tokens make a stage larger, for two. sm_89 has 99 KiB.
-BOTH constexpr int ring_limit(int column_tiles) { return (column_tiles == 1 ? 74 : 99) * 1024; }
-inline constexpr int kMostStages = 8;
+// Row tiles of a block, one for each of its warps.
+inline constexpr int kLeastTiles = 4, kMostTiles = 8;
+inline constexpr int kLinearThreads = kMostTiles * kLanes;
+inline constexpr int kBoundThreads = 384;  // registers: so few that two blocks of 6 tiles find room
+inline constexpr int kCopyThreads = kLeastTiles * kLanes;  // copy x: every block has them
 
+// Slabs of weights that a warp holds in registers ahead of their turn; 0: they come through the
+// ring. With 64 tokens of 16-bit weights shared memory has enough to do with x.
+BOTH constexpr int slabs_ahead(DType type, int column_tiles) {
+  return (type == DType::kF16 || type == DType::kBF16) && column_tiles == 8 ? 4 : 0;
+}
 // A stage of the ring; a function of type and column tiles, and nothing that the bits depend on.
 struct StageLayout {
   int slabs;         // of a row tile
-  int weight_bytes;  // 8 row tiles
+  int weight_bytes;  // kMostTiles row tiles
   int k32;           // of x
   int bytes;
   int stages;
 };
+// All that sm_89 has; an H100's multiprocessor has room for two. (With 72 KiB for one token, so
+// that the next kernel finds room for a third: Q4_0 2.63 ms in place of 2.57 for LLaMA-2-7B,
+// BF16 4.32 and 4.34.)
+inline constexpr int kRingBytes = 99 * 1024, kMostStages = 8;
 BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
   const SlabLayout l = slab_layout(type);
   const bool wide = type == DType::kF16 || type == DType::kBF16;
+  const int ahead = slabs_ahead(type, column_tiles);
   StageLayout s{};
-  s.slabs = l.k == 256 || wide ? 1 : 4;
-  s.weight_bytes = kLinearWarps * kWarpTiles * s.slabs * l.bytes;
+  s.slabs = ahead > 0 ? ahead : l.k == 256 || wide ? 1 : 4;
+  s.weight_bytes = ahead > 0 ? 0 : kMostTiles * s.slabs * l.bytes;
   s.k32 = s.slabs * l.k / 32;
   s.bytes = s.weight_bytes + column_tiles * s.k32 * 512;
-  s.stages = least(kMostStages, ring_limit(column_tiles) / s.bytes);
+  s.stages = least(kMostStages, kRingBytes / s.bytes);
   return s;
 }
 BOTH constexpr int max_column_tiles(DType type) { return slab_layout(type).k == 256 ? 4 : 8; }
 
-// The sums of a warp's two row tiles with the block's column tiles, as C fragments.
+// The sums of a warp's row tile with the block's column tiles, as C fragments.
 template <int kColumnTiles>
-using LinearSums = float[kWarpTiles][kColumnTiles][4];
+using LinearSums = float[kColumnTiles][4];
 
 // A block's part of y.
 struct LinearOutput {
@@ -273,10 +289,9 @@ struct LinearOutput {
 
   // f(y, i) for those of the four sums of a lane's fragment that there are.
   template <typename F>
-  DEVICE void each(int tile, int j, const F& f) const {
+  DEVICE void each(int j, const F& f) const {
     UNROLLED_FOR (int i = 0; i < 4; ++i) {
-      const int64_t row = first_row + (warp_index() * kWarpTiles + tile) * kTileRows +
-                          lane_index() / 4 + 8 * (i / 2);
+      const int64_t row = first_row + warp_index() * kTileRows + lane_index() / 4 + 8 * (i / 2);
       const int token = first_token + j * 8 + lane_index() % 4 * 2 + i % 2;
       if (row < rows && token < tokens) f(y + token * y_stride + row, i);
     }
@@ -286,9 +301,8 @@ struct LinearOutput {
   template <int kColumnTiles>
   DEVICE void write(LinearSums<kColumnTiles>& sum) const {
     const auto all = [&](const auto& f) {
-      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-        UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-          each(tile, j, [&](float* to, int i) { f(to, &sum[tile][j][i]); });
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+        each(j, [&](float* to, int i) { f(to, &sum[j][i]); });
     };
     if (accumulate) all([](const float* from, float* x) { *x = *from + *x; });
     all([](float* to, const float* x) { *to = *x; });
@@ -300,27 +314,24 @@ struct LinearOutput {
 template <int kColumnTiles>
 DEVICE void add_in_cluster(const LinearOutput& out, int splits, int columns,
                            const LinearSums<kColumnTiles>& sum) {
-  constexpr int kMost = (kWarpTiles * kColumnTiles + 1) / 2;  // fragments of a run
+  constexpr int kMost = (kColumnTiles + 1) / 2;  // fragments of a run
   float* const mine = reinterpret_cast<float*>(shared_memory()) + thread_index() * 4;
-  const auto place = [&](int fragment) { return mine + fragment * kLinearThreads * 4; };
+  const auto place = [&](int fragment) { return mine + fragment * block_threads() * 4; };
   sync_threads();  // nobody reads the ring any more
   UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-      if (j < columns) store_16(place(j * kWarpTiles + tile), sum[tile][j]);
+    if (j < columns) store_16(place(j), sum[j]);
   float total[kMost][4] = {};
-  const int n = columns * kWarpTiles;
   const auto fragment_of = [&](int i) { return block_y() + i * splits; };
   const auto each = [&](const auto& f) {  // of the run's fragments: f(i, y, element)
     UNROLLED_FOR (int i = 0; i < kMost; ++i)
-      if (const int fragment = fragment_of(i); fragment < n)
-        out.each(fragment % kWarpTiles, fragment / kWarpTiles,
-                 [&](float* y, int e) { f(&total[i][e], y); });
+      if (const int fragment = fragment_of(i); fragment < columns)
+        out.each(fragment, [&](float* y, int e) { f(&total[i][e], y); });
   };
   if (out.accumulate) each([](float* x, const float* y) { *x = *y; });  // on its way meanwhile
   sync_cluster();
   UNROLLED_FOR (int i = 0; i < kMost; ++i) {
     const int fragment = fragment_of(i);
-    if (fragment >= n) break;
+    if (fragment >= columns) break;
     float part[kLargestCluster][4];
     UNROLLED_FOR (int rank = 0; rank < kLargestCluster; ++rank)
       if (rank < splits) load_cluster_16(place(fragment), rank, part[rank]);
@@ -341,11 +352,10 @@ DEVICE void add_in_cluster(const LinearOutput& out, int splits, int columns,
 template <int kColumnTiles>
 DEVICE bool add_in_memory(float* partials, int64_t rank_floats, uint32_t* counter, int splits,
                           int columns, LinearSums<kColumnTiles>& sum) {
-  partials += (warp_index() * kWarpTiles * kLanes + lane_index()) * 4;
-  const auto at = [](int tile, int j) { return j * kBlockRows * 8 + tile * kLanes * 4; };
+  partials += thread_index() * 4;
+  const auto at = [](int j) { return j * kBlockRows * 8; };
   UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-      if (j < columns) store_16(partials + block_y() * rank_floats + at(tile, j), sum[tile][j]);
+    if (j < columns) store_16(partials + block_y() * rank_floats + at(j), sum[j]);
   sync_threads();  // also: nobody reads the ring any more
   auto* arrived = reinterpret_cast<uint32_t*>(shared_memory());
   if (thread_index() == 0) *arrived = arrive(counter);
@@ -353,31 +363,29 @@ DEVICE bool add_in_memory(float* partials, int64_t rank_floats, uint32_t* counte
   if (*arrived + 1 != static_cast<uint32_t>(splits)) return false;
   if (thread_index() == 0) *counter = 0;
   // Loads of several runs go ahead of their sums: they need not wait for one another.
-  constexpr int kAhead = kColumnTiles >= 8 ? 1 : kColumnTiles >= 4 ? 2 : 8;
+  constexpr int kAhead = 16 / kColumnTiles < 8 ? 16 / kColumnTiles : 8;
   for (int first = 0; first < splits; first += kAhead) {
-    float part[kAhead][kWarpTiles][kColumnTiles][4];
+    float part[kAhead][kColumnTiles][4];
     UNROLLED_FOR (int r = 0; r < kAhead; ++r)
       UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
+        if (first + r < splits && j < columns)
+          load_fresh_16(partials + (first + r) * rank_floats + at(j), part[r][j]);
+    UNROLLED_FOR (int r = 0; r < kAhead; ++r)
+      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
+        UNROLLED_FOR (int i = 0; i < 4; ++i)
           if (first + r < splits && j < columns)
-            load_fresh_16(partials + (first + r) * rank_floats + at(tile, j), part[r][tile][j]);
-    UNROLLED_FOR (int r = 0; r < kAhead; ++r)
-      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j)
-        UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-          UNROLLED_FOR (int i = 0; i < 4; ++i)
-            if (first + r < splits && j < columns)
-              sum[tile][j][i] =
-                  first + r == 0 ? part[r][tile][j][i] : sum[tile][j][i] + part[r][tile][j][i];
+            sum[j][i] = first + r == 0 ? part[r][j][i] : sum[j][i] + part[r][j][i];
   }
   return true;
 }
 
 template <DType kType, int kColumnTiles>
-KERNEL(kLinearThreads, 2)
+KERNEL(kBoundThreads, kColumnTiles == 1 ? 2 : 1)
 void linear_kernel(LinearParams p) {
   constexpr SlabLayout l = slab_layout(kType);
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
   static_assert(s.stages >= 2 && s.weight_bytes % 16 == 0);
+  static_assert(s.stages * s.bytes >= kLinearThreads * kColumnTiles * 16);  // add_in_cluster()
   const int group = block_x() % p.groups, row_block = block_x() / p.groups;
   LinearSegment m = p.segments[0];
   UNROLLED_FOR (int i = 1; i < kMaxSegments; ++i)
@@ -387,36 +395,45 @@ void linear_kernel(LinearParams p) {
   const int64_t first_slab = static_cast<int64_t>(block_y()) * p.run_slabs;
   int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, p.run_slabs));
   const int n_stages = ceil_div(slabs_left, s.slabs);
-  const int64_t first_tile =
-      static_cast<int64_t>(row_block - m.first_block) * kLinearWarps * kWarpTiles;
-  std::byte* ring = shared_memory();
+  const int64_t first_tile = static_cast<int64_t>(row_block - m.first_block) * p.block_tiles;
+  const SharedAddress ring = shared_address();
 
   // A loop that streams has few instructions to spare: what each thread copies in a stage is at the
   // same place of the next one, so that nothing but two pointers moves.
   //
-  // Weights: a warp copies what it multiplies, its two row tiles, each a run of bytes on the tape.
+  // Weights: a warp copies what it multiplies, its row tile, which is a run of bytes on the tape.
   constexpr int kTileBytes = s.slabs * l.bytes, kTileUnits = kTileBytes / 16;
-  const std::byte* tape[kWarpTiles];
-  int units_left[kWarpTiles];  // of 16 bytes, from this lane's first one on
-  UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
-    const int64_t index = first_tile + warp_index() * kWarpTiles + tile;
-    tape[tile] = m.tape + (index * slabs + first_slab) * l.bytes + lane_index() * 16;
-    units_left[tile] = index * kTileRows < m.rows ? slabs_left * (l.bytes / 16) - lane_index() : 0;
-  }
-  std::byte* const weights = ring + warp_index() * kWarpTiles * kTileBytes + lane_index() * 16;
+  const int64_t tile = first_tile + warp_index();
+  const std::byte* tape = m.tape + (tile * slabs + first_slab) * l.bytes + lane_index() * 16;
+  // Of 16 bytes, from this lane's first one on.
+  int units_left = tile * kTileRows < m.rows ? slabs_left * (l.bytes / 16) - lane_index() : 0;
+  const SharedAddress weights = ring + warp_index() * kTileBytes + lane_index() * 16;
   const auto fetch_weights = [&](int slot) {
-    UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
-      UNROLLED_FOR (int u = 0; u < kTileUnits; u += kLanes)
-        if (u < units_left[tile] && (u + kLanes <= kTileUnits || u + lane_index() < kTileUnits))
-          copy_async_16(weights + slot + tile * kTileBytes + u * 16, tape[tile] + u * 16);
-      tape[tile] += kTileBytes;
-      units_left[tile] -= kTileUnits;
-    }
+    UNROLLED_FOR (int u = 0; u < kTileUnits; u += kLanes)
+      if (u < units_left && (u + kLanes <= kTileUnits || u + lane_index() < kTileUnits))
+        copy_async_16(weights + slot + u * 16, tape + u * 16);
+    tape += kTileBytes;
+    units_left -= kTileUnits;
+  };
+  constexpr int kAhead = slabs_ahead(kType, kColumnTiles);
+  uint32_t held[most(kAhead, 1)][2][4] = {};
+  const auto hold = [&](uint32_t(&a)[2][4]) {  // the next slab
+    if (units_left > 0)
+      UNROLLED_FOR (int half = 0; half < 2; ++half) {
+        const Words4 w = load_once_16(tape + half * 512);
+        UNROLLED_FOR (int r = 0; r < 4; ++r) a[half][r] = w.word[r];
+      }
+    tape += l.bytes;
+    units_left -= l.bytes / 16;
   };
   // Weights can be on their way before the kernel that makes x is done: see let_next_begin().
   // Groups behind the first may have no tokens: they look first.
   const auto fetch_first = [&] {
-    UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i * s.bytes);
+    if constexpr (kAhead > 0) {
+      UNROLLED_FOR (int i = 0; i < kAhead; ++i) hold(held[i]);
+    } else {
+      UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_weights(i * s.bytes);
+    }
   };
   if (group == 0) fetch_first();
   wait_alone();
@@ -432,14 +449,15 @@ void linear_kernel(LinearParams p) {
   // nobody sees their sums.
   const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
   constexpr int kColumnUnits = s.k32 * 32;
+  const bool copies_x = thread_index() < kCopyThreads;
   const std::byte* x = p.x + (first_token / 8 * k32s + first_slab * l.k / 32) * 512 +
                        thread_index() / kColumnUnits * k32s * 512 +
                        thread_index() % kColumnUnits * 16;
-  std::byte* const x_ring = ring + s.weight_bytes + thread_index() * 16;
+  const SharedAddress x_ring = ring + s.weight_bytes + thread_index() * 16;
   int stages_to_fetch = n_stages;
   const auto fetch_x = [&](int slot) {
-    if (stages_to_fetch > 0) {
-      UNROLLED_FOR (int u = 0; u < kColumnTiles * kColumnUnits; u += kLinearThreads) {
+    if (copies_x && stages_to_fetch > 0) {
+      UNROLLED_FOR (int u = 0; u < kColumnTiles * kColumnUnits; u += kCopyThreads) {
         // u is a multiple of kColumnUnits, or less than a column.
         const int column = u / kColumnUnits, rest = u % kColumnUnits;
         if (column + thread_index() / kColumnUnits < columns)
@@ -451,45 +469,66 @@ void linear_kernel(LinearParams p) {
     copy_async_commit();  // also where there is nothing left: wait() counts groups
   };
 
-  float sum[kWarpTiles][kColumnTiles][4] = {};
-  const auto multiply = [&](const std::byte* stage, int slab) {
-    const std::byte* a_of = stage + (warp_index() * kWarpTiles * s.slabs + slab) * l.bytes;
-    const std::byte* b_of = stage + s.weight_bytes + slab * l.k * 16 + lane_index() * 16;
-    UNROLLED_FOR (int k32 = 0; k32 < l.k / 32; ++k32) {
-      uint32_t a[kWarpTiles][2][4];
-      UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile)
-        load_fragments<kType>(a_of + tile * kTileBytes, k32, a[tile]);
-      UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j) {
-        const Words4 w = load_16(b_of + (j * s.k32 + k32) * 512);
-        const uint32_t b[2][2] = {{w.word[0], w.word[1]}, {w.word[2], w.word[3]}};
-        UNROLLED_FOR (int half = 0; half < 2; ++half)
-          UNROLLED_FOR (int tile = 0; tile < kWarpTiles; ++tile) {
-            if constexpr (kType == DType::kBF16)
-              mma_bf16(sum[tile][j], a[tile][half], b[half]);
-            else
-              mma_f16(sum[tile][j], a[tile][half], b[half]);
-          }
+  LinearSums<kColumnTiles> sum = {};
+  // 32 k: a from the tape, b: the columns' fragments of them.
+  const auto multiply = [&](const uint32_t(&a)[2][4], SharedAddress b_of) {
+    UNROLLED_FOR (int j = 0; j < kColumnTiles; ++j) {
+      const Words4 w = load_shared_16(b_of + j * s.k32 * 512);
+      const uint32_t b[2][2] = {{w.word[0], w.word[1]}, {w.word[2], w.word[3]}};
+      UNROLLED_FOR (int half = 0; half < 2; ++half) {
+        if constexpr (kType == DType::kBF16)
+          mma_bf16(sum[j], a[half], b[half]);
+        else
+          mma_f16(sum[j], a[half], b[half]);
       }
+    }
+  };
+  const auto multiply_slab = [&](SharedAddress stage, int slab) {
+    const SharedAddress a_of = stage + (warp_index() * s.slabs + slab) * l.bytes;
+    const SharedAddress b_of = stage + s.weight_bytes + slab * l.k * 16 + lane_index() * 16;
+    UNROLLED_FOR (int k32 = 0; k32 < l.k / 32; ++k32) {
+      uint32_t a[2][4];
+      load_fragments<kType>(a_of, k32, a);
+      multiply(a, b_of + k32 * 512);
     }
   };
 
   UNROLLED_FOR (int i = 0; i < s.stages - 1; ++i) fetch_x(i * s.bytes);
   int reads = 0, writes = (s.stages - 1) * s.bytes;  // slots of the ring
   const auto next = [&](int slot) { return slot == (s.stages - 1) * s.bytes ? 0 : slot + s.bytes; };
-  for (int i = 0; i < n_stages; ++i) {
+  const auto begin_stage = [&] {
     copy_async_wait<s.stages - 2>();
     sync_threads();
-    fetch_weights(writes);
-    fetch_x(writes);
-    if (slabs_left >= s.slabs) {
-      UNROLLED_FOR (int slab = 0; slab < s.slabs; ++slab) multiply(ring + reads, slab);
-    } else {
-      UNROLL_BY(1)
-      for (int slab = 0; slab < slabs_left; ++slab) multiply(ring + reads, slab);
-    }
+  };
+  const auto end_stage = [&] {
     slabs_left -= s.slabs;
     reads = next(reads);
     writes = next(writes);
+  };
+  if constexpr (kAhead > 0) {
+    for (int i = 0; i < n_stages; ++i) {
+      begin_stage();
+      fetch_x(writes);
+      UNROLLED_FOR (int slab = 0; slab < s.slabs; ++slab) {
+        if (slab >= slabs_left) break;
+        multiply(held[slab], ring + reads + slab * 512 + lane_index() * 16);
+        hold(held[slab]);
+      }
+      end_stage();
+    }
+  } else {
+    for (int i = 0; i < n_stages; ++i) {
+      begin_stage();
+      fetch_weights(writes);
+      fetch_x(writes);
+      if (s.slabs == 1 || slabs_left >= s.slabs) {
+        UNROLLED_FOR (int slab = 0; slab < s.slabs; ++slab) multiply_slab(ring + reads, slab);
+      } else {
+        UNROLL_BY(1)
+        for (int slab = 0; slab < slabs_left; ++slab) multiply_slab(ring + reads, slab);
+      }
+      end_stage();
+    }
   }
   let_next_begin();
 
@@ -515,13 +554,13 @@ void linear_kernel(LinearParams p) {
 
 // F32 weights, one segment: one FMA chain for each output, lanes are rows, a warp has 32 rows and
 // up to 8 tokens.
-inline constexpr int kF32Tokens = 8;
-KERNEL(kLinearThreads, 1) void linear_f32_kernel(LinearParams p) {
+inline constexpr int kF32Tokens = 8, kF32Warps = 4;
+KERNEL(kF32Warps* kLanes, 1) void linear_f32_kernel(LinearParams p) {
   wait_alone();
   const LinearSegment& m = p.segments[0];
   const int tokens = n_tokens(p.step, p.rows_of), first_token = block_z() * kF32Tokens;
   const int n = least(kF32Tokens, tokens - first_token);
-  const int64_t panel = static_cast<int64_t>(block_x()) * kLinearWarps + warp_index();
+  const int64_t panel = static_cast<int64_t>(block_x()) * kF32Warps + warp_index();
   const int64_t row = panel * kF32PanelRows + lane_index();
   if (n <= 0 || row >= m.rows) return;
   const auto* w =
@@ -553,23 +592,43 @@ inline int64_t counter_words(int64_t rows, int tokens) {
 template <DType kType, int kColumnTiles>
 void launch_linear(Stream stream, LinearParams p, int max_rows) {
   constexpr StageLayout s = stage_layout(kType, kColumnTiles);
+  constexpr size_t kShared = static_cast<size_t>(s.stages * s.bytes);
+  const auto kernel = linear_kernel<kType, kColumnTiles>;
   p.groups = ceil_div(max_rows, kColumnTiles * 8);
   p.splits = static_cast<int>(n_splits(p.stacked_rows, p.cols));
   p.run_slabs =
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
   p.clustered = p.splits > 1 && p.splits <= largest_cluster();
-  Grid grid{0, p.splits, 1, p.clustered ? p.splits : 1};
-  int64_t partials = 0;
+  const int cluster = p.clustered ? p.splits : 1;
+  const auto row_blocks = [&](int tiles) {
+    int64_t blocks = 0;
+    for (int i = 0; i < p.n_segments; ++i)
+      blocks += ceil_div<int64_t>(p.segments[i].rows, tiles * kTileRows);
+    return blocks;
+  };
+  // The height of a block that takes the fewest tiles' time: as many blocks as are there at once
+  // take that of one. Of equals the highest, for each block reads x. (Partial sums in memory lie by
+  // kBlockRows.)
+  p.block_tiles = kMostTiles;
+  int64_t best = 0;
+  for (int tiles = kMostTiles; tiles >= kLeastTiles && (p.splits == 1 || p.clustered); --tiles) {
+    const int64_t time =
+        tiles * ceil_div(row_blocks(tiles) * p.groups * p.splits,
+                         resident_blocks(kernel, tiles * kLanes, kShared, cluster));
+    if (best > 0 && time >= best) continue;
+    best = time;
+    p.block_tiles = tiles;
+  }
+  int64_t first_block = 0, partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];
-    m.first_block = static_cast<int>(grid.x);
+    m.first_block = static_cast<int>(first_block);
     m.first_partial = partials;
-    grid.x += ceil_div<int64_t>(m.rows, kBlockRows);
+    first_block += ceil_div<int64_t>(m.rows, p.block_tiles * kTileRows);
     partials += partial_floats(kType, m.rows, p.stacked_rows, p.cols, p.partial_tokens);
   }
-  grid.x *= p.groups;
-  launch("linear", linear_kernel<kType, kColumnTiles>, stream, grid, kLinearThreads,
-         static_cast<size_t>(s.stages * s.bytes), p);
+  launch("linear", kernel, stream, {first_block * p.groups, p.splits, 1, cluster},
+         p.block_tiles * kLanes, kShared, p);
 }
 template <DType kType>
 void launch_linear(Stream stream, const LinearParams& p, int max_rows) {
@@ -588,8 +647,8 @@ inline void linear(Stream stream, DType type, const LinearParams& p, int max_row
         LinearParams one = p;
         one.segments[0] = p.segments[i];
         const int64_t panels = ceil_div<int64_t>(p.segments[i].rows, kF32PanelRows);
-        const Grid grid{ceil_div<int64_t>(panels, kLinearWarps), 1, ceil_div(max_rows, kF32Tokens)};
-        launch("linear f32", linear_f32_kernel, stream, grid, kLinearThreads, 0, one);
+        const Grid grid{ceil_div<int64_t>(panels, kF32Warps), 1, ceil_div(max_rows, kF32Tokens)};
+        launch("linear f32", linear_f32_kernel, stream, grid, kF32Warps * kLanes, 0, one);
       }
       return;
     case DType::kF16: return launch_linear<DType::kF16>(stream, p, max_rows);

@@ -51,6 +51,41 @@ inline bool is_sm_90_or_later() {
 }
 inline int largest_cluster() { return is_sm_90_or_later() ? kLargestCluster : 1; }
 
+// A kernel must ask for more shared memory than this.
+template <typename Params>
+void allow_shared(void (*kernel)(Params), size_t bytes, const char* name) {
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          name);
+}
+
+// Blocks of a kernel that the device has room for at once. cluster_y: as in its grid.
+template <typename Params>
+int64_t resident_blocks(void (*kernel)(Params), int threads, size_t shared_bytes, int cluster_y) {
+  allow_shared(kernel, shared_bytes, "occupancy");
+  int device = 0, multiprocessors = 0, n = 0;
+  if (cluster_y == 1) {
+    check(cudaGetDevice(&device), "device");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+          "multiprocessors");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared_bytes),
+          "occupancy");
+    return int64_t{most(n, 1)} * multiprocessors;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, static_cast<unsigned>(cluster_y), 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1, static_cast<unsigned>(cluster_y), 1);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaOccupancyMaxActiveClusters(&n, kernel, &config), "occupancy");
+  return int64_t{most(n, 1)} * cluster_y;
+}
+
 // Are launches into this stream captured, on a device that can start a kernel before the last one
 // is done? Outside a graph a launch takes the host longer than the gap between two kernels.
 inline bool overlaps(Stream stream) {
@@ -64,10 +99,7 @@ inline bool overlaps(Stream stream) {
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, int threads,
             size_t shared_bytes, const Params& params) {
-  if (shared_bytes > 48 * 1024)  // a kernel must ask for more than this
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
+  allow_shared(kernel, shared_bytes, name);
   cudaLaunchAttribute attributes[2] = {};
   unsigned n_attributes = 0;
   if (overlaps(stream)) {
@@ -201,6 +233,10 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
 }
 
 inline int largest_cluster() { return emulator::largest_cluster(); }
+template <typename Params>
+int64_t resident_blocks(void (*)(Params), int, size_t, int cluster_y) {
+  return emulator::resident_blocks() / cluster_y * cluster_y;
+}
 
 inline void* allocate_pinned(size_t bytes) {
   void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));

@@ -259,19 +259,19 @@ struct LaneScales {
 };
 
 template <DType kType>
-DEVICE LaneScales lane_scales(const std::byte* slab, int k32, int k16) {
+DEVICE LaneScales lane_scales(SharedAddress slab, int k32, int k16) {
   LaneScales s;
   UNROLLED_FOR (int i = 0; i < 2; ++i) {
     const int row = lane_index() / 4 + 8 * i;
     uint16_t scale, minimum = 0;
     if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K || kType == DType::kQ6_K) {
-      const ScaleMin f = tape_scale(kType, slab, row, k32 * 32 + k16 * 16);
+      const ScaleMin f = tape_scale(kType, pointer_of(slab), row, k32 * 32 + k16 * 16);
       scale = float_to_f16(f.scale);
       minimum = float_to_f16(f.minimum);
     } else {
-      const std::byte* p = slab + slab_layout(kType).scales + row * 2;
-      scale = load_u16(p);
-      if constexpr (has_minimum(kType)) minimum = load_u16(p + 32);
+      const SharedAddress p = slab + slab_layout(kType).scales + row * 2;
+      scale = load_shared_u16(p);
+      if constexpr (has_minimum(kType)) minimum = load_shared_u16(p + 32);
     }
     s.scale[i] = pack(scale, scale);
     s.minimum[i] = pack(minimum, minimum);
@@ -281,21 +281,21 @@ DEVICE LaneScales lane_scales(const std::byte* slab, int k32, int k16) {
 
 // The A fragments of the two 16 x 16 tiles at 32 k number `k32` of a slab in shared memory.
 template <DType kType>
-DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) {
+DEVICE void load_fragments(SharedAddress slab, int k32, uint32_t (&a)[2][4]) {
   const int lane = lane_index();
   if constexpr (kType == DType::kF16 || kType == DType::kBF16) {
     UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
-      const Words4 w = load_16(slab + tile * 512 + lane * 16);
+      const Words4 w = load_shared_16(slab + tile * 512 + lane * 16);
       UNROLLED_FOR (int r = 0; r < 4; ++r) a[tile][r] = w.word[r];
     }
   } else {
     constexpr SlabLayout l = slab_layout(kType);
     constexpr uint32_t kOffset = static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
     constexpr uint32_t kBase = 0x64006400u + kOffset;  // 1024 + offset
-    const std::byte* part = slab + k32 * (l.low_bytes + l.high_bytes);
+    const SharedAddress part = slab + k32 * (l.low_bytes + l.high_bytes);
     LaneScales s = lane_scales<kType>(slab, k32, 0);
     if constexpr (kType == DType::kQ8_0) {
-      const Words4 w = load_16(part + lane * 16);
+      const Words4 w = load_shared_16(part + lane * 16);
       UNROLLED_FOR (int tile = 0; tile < 2; ++tile)
         UNROLLED_FOR (int r = 0; r < 4; ++r) {
           const uint32_t q =
@@ -304,11 +304,10 @@ DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) 
               multiply_add_f16x2(subtract_f16x2(q, kBase), s.scale[r % 2], s.minimum[r % 2]);
         }
     } else {
-      const Words2 w = load_8(part + lane * 8);
+      const Words2 w = load_shared_8(part + lane * 8);
       uint32_t high = 0;
-      if constexpr (l.high_bytes == 64) high = load_u16(part + 256 + lane * 2);
-      if constexpr (l.high_bytes == 128)
-        high = *reinterpret_cast<const uint32_t*>(part + 256 + lane * 4);
+      if constexpr (l.high_bytes == 64) high = load_shared_u16(part + 256 + lane * 2);
+      if constexpr (l.high_bytes == 128) high = load_shared_u32(part + 256 + lane * 4);
       UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
         if constexpr (kType == DType::kQ6_K)
           s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
@@ -320,11 +319,12 @@ DEVICE void load_fragments(const std::byte* slab, int k32, uint32_t (&a)[2][4]) 
             constexpr uint32_t kSixteenth = 0x2c002c00u,
                                kMinusBase = 0xd400d400u + 16 * kOffset;  // -(64 + offset)
             const uint32_t nibbles = w.word[tile] >> (r < 2 ? 0 : 8);
-            less_offset = r % 2 == 0 ? subtract_f16x2(0x64006400u | (nibbles & 0x000f000fu), kBase)
-                                     : multiply_add_f16x2(0x64006400u | (nibbles & 0x00f000f0u),
-                                                          kSixteenth, kMinusBase);
+            less_offset = r % 2 == 0
+                              ? subtract_f16x2(and_or(nibbles, 0x000f000fu, 0x64006400u), kBase)
+                              : multiply_add_f16x2(and_or(nibbles, 0x00f000f0u, 0x64006400u),
+                                                   kSixteenth, kMinusBase);
           } else {
-            uint32_t q = 0x64006400u | (w.word[tile] >> (4 * r) & 0x000f000fu);
+            uint32_t q = and_or(w.word[tile] >> (4 * r), 0x000f000fu, 0x64006400u);
             const int i = 4 * tile + r;
             if constexpr (l.high_bytes == 64)
               q |= (high >> i & 1u) << 4 | (high >> (8 + i) & 1u) << 20;

@@ -155,6 +155,27 @@ TEST(CudaLinear, WidthIndependent) {
   }
 }
 
+// How high a block is depends on the device, and bits do not: 4 to 8 row tiles, for these.
+TEST(CudaLinear, BlockHeights) {
+  std::mt19937 random(9);
+  for (const DType type : {DType::kBF16, DType::kQ4_0, DType::kQ6_K})
+    for (const int64_t cols : {256, 1280})  // one run, a cluster of them
+      for (const auto& [rows, blocks] :
+           {std::pair<int64_t, int>{70, 1}, {257, 1}, {257, 4}, {210, 2}, {250, 2}}) {
+        const RandomMatrix m = random_matrix(random, type, rows, cols, false);
+        const std::vector<float> x = random_input(random, static_cast<size_t>(64 * cols), false);
+        for (const int tokens : {1, 11, 64}) {
+          const std::vector<float> some{x.begin(), x.begin() + tokens * cols};
+          const std::vector<float> one = run(m.view, some, tokens);
+          set_resident_blocks(blocks * static_cast<int>(n_splits(rows, cols)));
+          const std::vector<float> other = run(m.view, some, tokens);
+          set_resident_blocks(264);
+          ASSERT_TRUE(same_bits(one.data(), other.data(), one.size()))
+              << dtype_info(type).name << " " << rows << " x " << cols << ", " << tokens;
+        }
+      }
+}
+
 // Runs of a split are added in a cluster's shared memory, or in the device's: where there are no
 // clusters, and where there are more runs than the largest has.
 TEST(CudaLinear, RunsAreAddedAlike) {

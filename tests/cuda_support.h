@@ -28,6 +28,7 @@ namespace test {
 inline constexpr bool kOnDevice = true;
 inline void set_descending(bool /*descending*/) {}
 inline void set_clusters(bool /*has_any*/) {}
+inline void set_resident_blocks(int /*n*/) {}
 #else
 inline constexpr bool kOnDevice = false;
 // The order in which the emulator runs threads: what a race would show in.
@@ -37,6 +38,10 @@ inline void set_descending(bool descending) {
 // As on sm_90, or as before.
 inline void set_clusters(bool has_any) {
   emulator::set_largest_cluster(has_any ? emulator::kMaxCluster : 1);
+}
+// Launches are cut for a device of this size.
+inline void set_resident_blocks(int n) {
+  emulator::set_resident_blocks(n);
 }
 #endif
 
