@@ -47,7 +47,7 @@ inline constexpr int kContractVersion = 3;
 inline constexpr int kChunk = 256;
 inline constexpr int kSplitUnit =
     256;  // k; a run of a split is whole units (K-quants: blocks of 256)
-inline constexpr int kBlockRows = 128;  // weight rows of a thread block
+inline constexpr int kBlockRows = 128;  // weight rows of a thread block, the highest
 // Thread blocks that K is cut for: an H100's SMs. Whole units may leave a product with fewer (4096
 // rows of 4096 with 128), and short columns with many fewer.
 inline constexpr int kSplitBlocks = 132;

@@ -241,6 +241,7 @@ struct LinearParams {
 
 // Row tiles of a block, one for each of its warps.
 inline constexpr int kLeastTiles = 4, kMostTiles = 8;
+static_assert(kMostTiles * kTileRows == kBlockRows);
 inline constexpr int kLinearThreads = kMostTiles * kLanes;
 inline constexpr int kBoundThreads = 384;  // registers: so few that two blocks of 6 tiles find room
 inline constexpr int kCopyThreads = kLeastTiles * kLanes;  // copy x: every block has them
