@@ -247,7 +247,13 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
   return s;
 }
 
-KERNEL(kAttentionThreads, 2) void attention_kernel(AttentionParams p) {
+// Blocks that a multiprocessor's shared memory has room for, and so registers must have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kAttentionBlocks = 1;
+#else
+inline constexpr int kAttentionBlocks = 2;
+#endif
+KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParams p) {
   const Step* step = p.step;
   const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
   const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
