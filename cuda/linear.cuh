@@ -243,8 +243,9 @@ struct LinearParams {
 inline constexpr int kLeastTiles = 4, kMostTiles = 8;
 static_assert(kMostTiles * kTileRows == kBlockRows);
 inline constexpr int kLinearThreads = kMostTiles * kLanes;
-inline constexpr int kBoundThreads = 384;  // registers: so few that two blocks of 6 tiles find room
 inline constexpr int kCopyThreads = kLeastTiles * kLanes;  // copy x: every block has them
+// What registers are dealt out for: at most 168 a thread, so that two blocks of 6 warps find room.
+inline constexpr int kBoundThreads = 384;
 
 // Slabs of weights that a warp holds in registers ahead of their turn; 0: they come through the
 // ring. With 64 tokens of 16-bit weights shared memory has enough to do with x.
@@ -446,8 +447,8 @@ void linear_kernel(LinearParams p) {
     return;
   }
   if (group > 0) fetch_first();
-  // x: all warps copy it. Columns without a token are not copied, and multiplied like the others:
-  // nobody sees their sums.
+  // x: the first warps copy it. Columns without a token are not copied, and multiplied like the
+  // others: nobody sees their sums.
   const int columns = least(kColumnTiles, ceil_div(tokens - first_token, 8));  // live column tiles
   constexpr int kColumnUnits = s.k32 * 32;
   const bool copies_x = thread_index() < kCopyThreads;
