@@ -168,7 +168,7 @@ struct QueryTile {
   // Of the sequence; its rows from first_new on ask.
   int first_row, end_row, first_new, committed;
 };
-// What it reads of the Step is on its way at once: each load takes 700 cycles.
+// What it reads of the Step is on its way at once: no load waits for another.
 DEVICE QueryTile query_tile(const Step* step, int group, int index) {
   const int n_sequences = early(step->n_sequences), first_new = early(step->first_new);
   const auto read = [&](int s) {

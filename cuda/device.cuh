@@ -152,8 +152,8 @@ DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 // A place in the block's shared memory, as its instructions want it. (A pointer to it has 64 bits,
-// and nvcc makes it anew wherever it is used, from a special register that takes 50 cycles: also in
-// the innermost loop.)
+// and nvcc made it anew, from a special register that warps then wait for, also in the innermost
+// loop.)
 using SharedAddress = uint32_t;
 DEVICE SharedAddress shared_address() {
   SharedAddress a;
