@@ -247,119 +247,102 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
   return s;
 }
 
-// Blocks that a multiprocessor's shared memory has room for, and so registers must have.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kAttentionBlocks = 1;
-#else
-inline constexpr int kAttentionBlocks = 2;
-#endif
-KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParams p) {
-  const Step* step = p.step;
-  const int chunk = block_x(), kv_head = block_y(), begin = chunk * kChunk;
-  const int group = p.heads.n_heads / p.heads.n_kv_heads, dim = p.heads.head_dim;
-  // A row for each thread: what is read of it is on its way while the tile is looked up.
-  static_assert(kAttentionThreads >= Step::kMaxRows);
-  const int own = least(thread_index(), Step::kMaxRows - 1);
-  const int own_parent = early(step->parent[own]), own_slot = early(step->slot[own]),
-            own_position = early(step->position[own]);
-  const QueryTile queries = query_tile(step, group, block_z());
-  const int committed = queries.committed;
-  // A block without work waits as well: when a kernel is done, so must be all before it.
-  if (queries.count == 0 || begin >= committed + queries.end_row - queries.first_row)
-    return wait_for_previous();
-  const int dim_tiles = p.kv.padded_dim / kKvTile;
-  // Rows of the block: n_rows from first_row on.
-  const int skipped = queries.first / group,
-            n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
-  const int first_row = queries.first_new + skipped;
-  const int query_tiles = ceil_div(queries.count, 8);
-  const AttentionShared s = carve_attention(p.kv.padded_dim);
-  if (thread_index() < queries.count) {
-    const int pair = queries.first + thread_index();
-    s.row[thread_index()] = pair / group - skipped;
-    s.head[thread_index()] = kv_head * group + pair % group;
-  }
-  // Where each row's ancestors are.
-  if (own >= queries.first_row && own < first_row + n_rows) {
-    s.parent[own] = static_cast<int16_t>(own_parent);
-    s.slot[own] = static_cast<uint8_t>(own_slot - committed);
-    if (own >= first_row) s.length[own - first_row] = own_position + 1;
-  }
-  sync_threads();
-  if (thread_index() < n_rows) {
-    uint8_t* path = s.path + thread_index() * Step::kMaxRows;
-    const int position = s.length[thread_index()] - 1;
-    int depth = position - committed;
-    for (int node = first_row + thread_index(); node >= 0; node = s.parent[node])
-      path[depth--] = s.slot[node];
-    int direct = committed;
-    while (direct <= position && path[direct - committed] == direct - committed) ++direct;
-    s.direct[thread_index()] = direct;
-  }
-  sync_threads();
-  int longest = 0, least_direct = committed + Step::kMaxRows, most_direct = 0;
-  for (int r = 0; r < n_rows; ++r) {
-    longest = most(longest, s.length[r]);
-    least_direct = least(least_direct, s.direct[r]);
-    most_direct = most(most_direct, s.direct[r]);
-  }
-  if (longest <= begin) return wait_for_previous();
-  const int tiles =
-      least(kChunkTiles, ceil_div(longest - begin, kKvTile));  // of the chunk that anyone sees
-  // Tiles below `shared` are direct for some row; those below `whole` for all: none is gathered.
-  const int shared = most(0, least(tiles, (most_direct - begin) / kKvTile)),
-            whole = most(0, least(tiles, (least_direct - begin) / kKvTile));
+// What a block has to do: its queries, the positions of its chunk in tiles, and the steps of the
+// work, in the order of attention_kernel().
+//
+//   tiles of the chunk   0 ........... whole ........... shared ........... tiles
+//   all rows             read once     |                 |                  |
+//   direct rows                        read once         |                  |
+//   other rows                         gathered          gathered           |
+class AttentionBlock {
+ public:
+  static constexpr int kEarlyDims = 8;             // of 16 coordinates
+  static constexpr int kValues = kChunkTiles / 2;  // tiles of values that are loaded at once
 
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const int64_t base = p.kv.head_offset(queries.sequence, kv_head);
-  const auto* k_cache = static_cast<const uint16_t*>(p.kv.k) + base;
-  const auto* v_cache = static_cast<const uint16_t*>(p.kv.v) + base;
-  const auto slot_of = [&](int row, int position) {
-    return position < committed ? position
-                                : committed + s.path[row * Step::kMaxRows + position - committed];
-  };
-  // Does the tile that ends at `end` stand in its own slots for a row? Else it is gathered.
-  const auto is_direct = [&](int row, int end) { return end <= s.direct[row]; };
-  // Of the two queries of each of a lane's C fragments: row, and how far it is direct; -1: no
-  // query.
-  int row_of[kQueryTiles][2], direct_of[kQueryTiles][2];
-  UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-    UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const int query = j * 8 + 2 * t + i;
-      row_of[j][i] = query < queries.count ? s.row[query] : -1;
-      direct_of[j][i] = query < queries.count ? s.direct[row_of[j][i]] : -1;
+  DEVICE explicit AttentionBlock(const AttentionParams& params)
+      : p(params),
+        step(p.step),
+        begin(block_x() * kChunk),
+        kv_head(block_y()),
+        group(p.heads.n_heads / p.heads.n_kv_heads),
+        dim_tiles(p.kv.padded_dim / kKvTile),
+        s(carve_attention(p.kv.padded_dim)),
+        g(lane_index() / 4),
+        t(lane_index() % 4) {}
+
+  // Finds the queries and where each row's ancestors are; false: there is nothing to do. Of what
+  // the Step says of a row each thread asks for one at once, while the tile is looked up.
+  DEVICE bool find_queries() {
+    static_assert(kAttentionThreads >= Step::kMaxRows);
+    const int own = least(thread_index(), Step::kMaxRows - 1);
+    const int own_parent = early(step->parent[own]), own_slot = early(step->slot[own]),
+              own_position = early(step->position[own]);
+    queries = query_tile(step, group, block_z());
+    committed = queries.committed;
+    if (queries.count == 0 || begin >= committed + queries.end_row - queries.first_row)
+      return false;
+    skipped = queries.first / group;
+    n_rows = (queries.first + queries.count - 1) / group - skipped + 1;
+    first_row = queries.first_new + skipped;
+    query_tiles = ceil_div(queries.count, 8);
+    if (thread_index() < queries.count) {
+      const int pair = queries.first + thread_index();
+      s.row[thread_index()] = pair / group - skipped;
+      s.head[thread_index()] = kv_head * group + pair % group;
     }
-  // Has a tile of queries any of a row? Those of a row follow each other.
-  const auto has = [&](int query_tile, int row) {
-    const int first = (skipped + row) * group - queries.first;
-    return first < 8 * (query_tile + 1) && least(first + group, queries.count) > 8 * query_tile;
-  };
-  const auto load_tile = [&](const uint16_t* cache, int slot_tile, int dim_tile, uint32_t(&a)[4]) {
-    const Words4 w = load_16(cache + p.kv.tile(slot_tile, dim_tile) + lane_index() * 8);
-    UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = w.word[r];
-  };
-  // What is gathered: positions from tail_from on, which stand in slots from there on. Laid out in
-  // rows, a fragment of any 16 slots is one load_matrices(). (From the cache itself it is 32 loads
-  // of 2 or 4 bytes, a sector each: only for trees that are larger than the tail.)
-  const int tail_from = begin + whole * kKvTile,
-            n_tail = committed + s.slot[first_row + n_rows - 1] + 1 - tail_from,
-            zeros = tail_slots(p.kv.padded_dim), stride = tail_stride(p.kv.padded_dim);
-  const bool gathers = whole < tiles, staged = gathers && n_tail <= zeros;
-  const auto stage = [&](const uint16_t* cache, uint16_t* to, auto put) {
-    for (int i = thread_index(); i < stride; i += kAttentionThreads) to[zeros * stride + i] = 0;
-    for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
-      UNROLL_BY(5)
-      for (int slot = 0; slot < n_tail; slot += kKvTile) {
-        uint32_t a[4];
-        load_tile(cache, (tail_from + slot) / kKvTile, dim_tile, a);
-        UNROLLED_FOR (int r = 0; r < 4; ++r) put(to + slot * stride + dim_tile * kKvTile, r, a[r]);
+    if (own >= queries.first_row && own < first_row + n_rows) {
+      s.parent[own] = static_cast<int16_t>(own_parent);
+      s.slot[own] = static_cast<uint8_t>(own_slot - committed);
+      if (own >= first_row) s.length[own - first_row] = own_position + 1;
+    }
+    sync_threads();
+    if (thread_index() < n_rows) {
+      uint8_t* path = s.path + thread_index() * Step::kMaxRows;
+      const int position = s.length[thread_index()] - 1;
+      int depth = position - committed;
+      for (int node = first_row + thread_index(); node >= 0; node = s.parent[node])
+        path[depth--] = s.slot[node];
+      int direct = committed;
+      while (direct <= position && path[direct - committed] == direct - committed) ++direct;
+      s.direct[thread_index()] = direct;
+    }
+    sync_threads();
+    return true;
+  }
+
+  // Finds the tiles; false: no row sees this chunk.
+  DEVICE bool find_tiles() {
+    int longest = 0, least_direct = committed + Step::kMaxRows, most_direct = 0;
+    for (int r = 0; r < n_rows; ++r) {
+      longest = most(longest, s.length[r]);
+      least_direct = least(least_direct, s.direct[r]);
+      most_direct = most(most_direct, s.direct[r]);
+    }
+    if (longest <= begin) return false;
+    tiles = least(kChunkTiles, ceil_div(longest - begin, kKvTile));
+    shared = most(0, least(tiles, (most_direct - begin) / kKvTile));
+    whole = most(0, least(tiles, (least_direct - begin) / kKvTile));
+
+    const int64_t base = p.kv.head_offset(queries.sequence, kv_head);
+    k_cache = static_cast<const uint16_t*>(p.kv.k) + base;
+    v_cache = static_cast<const uint16_t*>(p.kv.v) + base;
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        const int query = j * 8 + 2 * t + i;
+        row_of[j][i] = query < queries.count ? s.row[query] : -1;
+        direct_of[j][i] = query < queries.count ? s.direct[row_of[j][i]] : -1;
       }
-    }
-  };
-  const auto is_gathered = [&](int tile, int row) {
-    return !is_direct(row, begin + (tile + 1) * kKvTile) && s.length[row] > begin + tile * kKvTile;
-  };
-  if (staged) {
+    tail_from = begin + whole * kKvTile;
+    n_tail = committed + s.slot[first_row + n_rows - 1] + 1 - tail_from;
+    zeros = tail_slots(p.kv.padded_dim);
+    stride = tail_stride(p.kv.padded_dim);
+    staged = whole < tiles && n_tail <= zeros;
+    return true;
+  }
+
+  // For each row, where in the tail its ancestors stand, and the tiles that it gathers.
+  DEVICE void make_tables() {
+    if (!staged) return;
     const int span = (tiles - whole) * kKvTile;
     for (int row = warp_index(); row < n_rows; row += kAttentionWarps)
       for (int i = lane_index(); i < span; i += kLanes)
@@ -372,113 +355,112 @@ KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParam
       if (lane_index() == 0) s.gathered[tile - whole] = rows;
     }
   }
-  // So far only the Step was needed, which rope_append, just before, does not write. Keys and
-  // values of the chunk, tile by tile, are on their way to L2, those that are there already, while
-  // the rows before this kernel's turn are made.
-  const int wanted = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
-  for (int i = 128 * thread_index(); i < wanted * dim_tiles * 512; i += 128 * kAttentionThreads) {
-    prefetch_l2(reinterpret_cast<const std::byte*>(k_cache + p.kv.tile(begin / kKvTile, 0)) + i);
-    prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+
+  // Keys and values of the chunk, tile by tile, are on their way to L2, those that are there
+  // already, while the rows before this kernel's turn are made. The keys of a warp's first tile
+  // come all the way, if nothing in it can be new.
+  DEVICE void ask_ahead(uint32_t (&keys)[kEarlyDims][4]) const {
+    const int wanted = staged ? most(tiles, whole + ceil_div(n_tail, kKvTile)) : tiles;
+    for (int i = 128 * thread_index(); i < wanted * dim_tiles * 512; i += 128 * kAttentionThreads) {
+      prefetch_l2(reinterpret_cast<const std::byte*>(k_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+      prefetch_l2(reinterpret_cast<const std::byte*>(v_cache + p.kv.tile(begin / kKvTile, 0)) + i);
+    }
+    if (is_early(warp_index()))
+      UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+        if (dim_tile < dim_tiles) {
+          const Words4 w = early_16(k_cache + p.kv.tile(begin / kKvTile + warp_index(), dim_tile) +
+                                    lane_index() * 8);
+          UNROLLED_FOR (int r = 0; r < 4; ++r) keys[dim_tile][r] = w.word[r];
+        }
   }
-  // The keys of a warp's first tile come all the way, if nothing in it can be new: if it is a
-  // shared one below the committed length.
-  constexpr int kEarlyDims = 8;  // of 16 coordinates
-  uint32_t keys[kEarlyDims][4];
-  const auto is_early = [&](int tile) {
-    return tile < shared && begin + (tile + 1) * kKvTile <= committed;
-  };
-  if (is_early(warp_index()))
-    UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
-      if (dim_tile < dim_tiles) {
-        const Words4 w = early_16(k_cache + p.kv.tile(begin / kKvTile + warp_index(), dim_tile) +
-                                  lane_index() * 8);
-        UNROLLED_FOR (int r = 0; r < 4; ++r) keys[dim_tile][r] = w.word[r];
-      }
-  wait_for_previous();
 
   // Queries, rounded, as B fragments: k = coordinate, column = query. Loads of all of a warp's go
   // ahead of what is done with them; a lane has 4 coordinates.
-  constexpr int kEach = kQueries / kAttentionWarps, kCoordinates = 4;
-  UNROLL_BY(1)
-  for (int d = kCoordinates * lane_index(); d < p.kv.padded_dim; d += kCoordinates * kLanes) {
-    float q[kEach][kCoordinates];
-    UNROLLED_FOR (int i = 0; i < kEach; ++i) {
-      const int query = warp_index() + i * kAttentionWarps;
-      const bool live = query < queries.count;
-      const float* from = p.query(first_row + (live ? s.row[query] : 0), live ? s.head[query] : 0);
-      UNROLLED_FOR (int c = 0; c < kCoordinates; ++c)
-        q[i][c] = live && d + c < dim ? from[d + c] : 0.0f;
-    }
-    UNROLLED_FOR (int i = 0; i < kEach; ++i) {
-      const int query = warp_index() + i * kAttentionWarps;
-      if (query >= query_tiles * 8) break;
-      UNROLLED_FOR (int c = 0; c < kCoordinates; c += 2) {
-        const Place16 at = place_b(d % 16 + c, query % 8);
-        s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] =
-            pack(saturate_f16(q[i][c]), saturate_f16(q[i][c + 1]));
+  DEVICE void place_queries() const {
+    constexpr int kEach = kQueries / kAttentionWarps, kCoordinates = 4;
+    const int dim = p.heads.head_dim;
+    UNROLL_BY(1)
+    for (int d = kCoordinates * lane_index(); d < p.kv.padded_dim; d += kCoordinates * kLanes) {
+      float q[kEach][kCoordinates];
+      UNROLLED_FOR (int i = 0; i < kEach; ++i) {
+        const int query = warp_index() + i * kAttentionWarps;
+        const bool live = query < queries.count;
+        const float* from =
+            p.query(first_row + (live ? s.row[query] : 0), live ? s.head[query] : 0);
+        UNROLLED_FOR (int c = 0; c < kCoordinates; ++c)
+          q[i][c] = live && d + c < dim ? from[d + c] : 0.0f;
+      }
+      UNROLLED_FOR (int i = 0; i < kEach; ++i) {
+        const int query = warp_index() + i * kAttentionWarps;
+        if (query >= query_tiles * 8) break;
+        UNROLLED_FOR (int c = 0; c < kCoordinates; c += 2) {
+          const Place16 at = place_b(d % 16 + c, query % 8);
+          s.q[((query / 8 * dim_tiles + d / 16) * kLanes + at.lane) * 2 + at.reg] =
+              pack(saturate_f16(q[i][c]), saturate_f16(q[i][c + 1]));
+        }
       }
     }
   }
-  if (staged)
-    stage(k_cache, s.k, [&](uint16_t* to, int r, uint32_t two) {
+
+  // Lays out the tail of the keys, or of the values, a slot in a row, so that a fragment of any 16
+  // slots is one load_matrices(). (From the cache itself it is 32 loads of 2 or 4 bytes, a sector
+  // each: only for trees that are larger than the tail.) Values take the scores' place, and are
+  // there for all threads when this returns.
+  DEVICE void stage_keys() const {
+    if (!staged) return;
+    stage(k_cache, s.k, [this](uint16_t* to, int r, uint32_t two) {
       *reinterpret_cast<uint32_t*>(to + (g + 8 * (r % 2)) * stride + 2 * t + 8 * (r / 2)) = two;
     });
-  // Where in s.k or s.v stands what a row sees at a position of a tile.
-  const auto staged_row = [&](int row, int tile, int position) {
-    return s.at[row * zeros + (tile - whole) * kKvTile + position] * stride;
-  };
-  const auto is_staged = [&](int tile, int row) {
-    return (s.gathered[tile - whole] >> row & 1u) != 0;
-  };
-
-  sync_threads();
-
-  // 1. Scores.
-  const auto store = [&](const float(&c)[4], int tile, int j, auto wanted) {
-    UNROLLED_FOR (int i = 0; i < 4; ++i)
-      if (wanted(row_of[j][i % 2], direct_of[j][i % 2]))
-        s.scores[(j * 8 + 2 * t + i % 2) * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
-  };
-  const auto query_fragment = [&](int query_tile, int dim_tile, uint32_t(&b)[2]) {
-    const Words2 w =
-        load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
-    b[0] = w.word[0];
-    b[1] = w.word[1];
-  };
-  UNROLL_BY(1)
-  for (int tile = warp_index(); tile < shared; tile += kAttentionWarps) {
-    const int end = begin + (tile + 1) * kKvTile;
-    float c[kQueryTiles][4] = {};
-    const auto multiply = [&](int dim_tile, const uint32_t(&a)[4]) {
-      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-        if (j >= query_tiles) break;
-        uint32_t b[2];
-        query_fragment(j, dim_tile, b);
-        mma_f16(c[j], a, b);
-      }
-    };
-    if (tile != warp_index() || !is_early(tile))
-      UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
-        if (dim_tile < dim_tiles)
-          load_tile(k_cache, begin / kKvTile + tile, dim_tile, keys[dim_tile]);
-    UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
-      if (dim_tile < dim_tiles) multiply(dim_tile, keys[dim_tile]);
-    for (int dim_tile = kEarlyDims; dim_tile < dim_tiles; ++dim_tile) {
-      uint32_t a[4];
-      load_tile(k_cache, begin / kKvTile + tile, dim_tile, a);
-      multiply(dim_tile, a);
-    }
-    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-      store(c[j], tile, j, [&](int /*row*/, int direct) { return end <= direct; });
   }
-  // Gathered tiles are few, but there is one of each for every row: the pairs of tile and row are
-  // dealt to all warps.
-  const int pairs = (tiles - whole) * n_rows;
-  const auto tile_of = [&](int pair) { return whole + pair / n_rows; };
-  const auto store_row = [&](const float(&c)[4], int tile, int j, int row) {
-    store(c, tile, j, [&](int r, int /*direct*/) { return r == row; });
-  };
-  if (staged) {
+  DEVICE void stage_values() const {
+    if (!staged) return;
+    stage(v_cache, s.v, [this](uint16_t* to, int r, uint32_t two) {
+      to += (2 * t + 8 * (r / 2)) * stride + g + 8 * (r % 2);
+      to[0] = static_cast<uint16_t>(two);
+      to[stride] = static_cast<uint16_t>(two >> 16);
+    });
+    sync_threads();
+  }
+
+  // Scores of the tiles that stand in their own slots, for the rows for which they do.
+  DEVICE void score_shared(uint32_t (&keys)[kEarlyDims][4]) const {
+    UNROLL_BY(1)
+    for (int tile = warp_index(); tile < shared; tile += kAttentionWarps) {
+      const int end = begin + (tile + 1) * kKvTile;
+      float c[kQueryTiles][4] = {};
+      const auto multiply = [&](int dim_tile, const uint32_t(&a)[4]) {
+        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+          if (j >= query_tiles) break;
+          uint32_t b[2];
+          query_fragment(j, dim_tile, b);
+          mma_f16(c[j], a, b);
+        }
+      };
+      if (tile != warp_index() || !is_early(tile))
+        UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+          if (dim_tile < dim_tiles)
+            load_tile(k_cache, begin / kKvTile + tile, dim_tile, keys[dim_tile]);
+      UNROLLED_FOR (int dim_tile = 0; dim_tile < kEarlyDims; ++dim_tile)
+        if (dim_tile < dim_tiles) multiply(dim_tile, keys[dim_tile]);
+      for (int dim_tile = kEarlyDims; dim_tile < dim_tiles; ++dim_tile) {
+        uint32_t a[4];
+        load_tile(k_cache, begin / kKvTile + tile, dim_tile, a);
+        multiply(dim_tile, a);
+      }
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+        store_scores(c[j], tile, j, [&](int /*row*/, int direct) { return end <= direct; });
+    }
+  }
+
+  // Scores of the gathered tiles. They are few, but there is one of each for every row: the pairs
+  // of tile and row are dealt to all warps.
+  DEVICE void score_gathered() const {
+    const int pairs = (tiles - whole) * n_rows;
+    if (!staged) {
+      for (int pair = warp_index(); pair < pairs; pair += kAttentionWarps)
+        score_from_cache(whole + pair / n_rows, pair % n_rows);
+      return;
+    }
     constexpr int kTogether = 2;  // chains of products that need not wait for each other
     for (int first = warp_index(); first < pairs; first += kTogether * kAttentionWarps) {
       const uint16_t* k[kTogether];
@@ -486,7 +468,7 @@ KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParam
       bool wanted[kTogether];
       UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
         const int pair = first + i * kAttentionWarps;
-        tile[i] = tile_of(pair), row[i] = pair % n_rows;
+        tile[i] = whole + pair / n_rows, row[i] = pair % n_rows;
         wanted[i] = pair < pairs && is_staged(tile[i], row[i]);
         k[i] = s.k + lane_index() / 16 * 8 +
                (wanted[i] ? staged_row(row[i], tile[i], lane_index() % 16) : zeros * stride);
@@ -511,173 +493,292 @@ KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParam
           if (wanted[i] && has(j, row[i])) store_row(c[i], tile[i], j, row[i]);
       }
     }
-  } else {
-    for (int pair = warp_index(); pair < pairs; pair += kAttentionWarps) {
-      const int tile = tile_of(pair), row = pair % n_rows;
-      if (!is_gathered(tile, row)) continue;
-      // Lanes 4 g .. 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
-      int64_t at[2];
-      bool seen[2];
-      UNROLLED_FOR (int i = 0; i < 2; ++i) {
-        const int position = begin + tile * kKvTile + g + 8 * i;
-        seen[i] = position < s.length[row];
-        at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
-      }
-      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-        if (!has(j, row)) continue;
-        float c[4] = {};
-        for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
-          uint32_t a[4], b[2];
-          // Coordinates 2 t + 8: two registers, four elements, on.
-          UNROLLED_FOR (int r = 0; r < 4; ++r)
-            a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
-                                                                    dim_tile * 256 + r / 2 * 4)
-                               : 0u;
-          query_fragment(j, dim_tile, b);
-          mma_f16(c, a, b);
-        }
-        store_row(c, tile, j, row);
-      }
-    }
   }
-  // Values of the first whole tiles are on their way meanwhile.
-  constexpr int kValues = kChunkTiles / 2;
-  uint32_t values[kValues][4];
-  const auto load_values = [&](int dim_tile, int first) {
+
+  // Values of kValues whole tiles from `first` on.
+  DEVICE void load_values(int dim_tile, int first, uint32_t (&values)[kValues][4]) const {
     UNROLLED_FOR (int i = 0; i < kValues; ++i)
       if (dim_tile < dim_tiles && first + i < whole)
         load_tile(v_cache, begin / kKvTile + first + i, dim_tile, values[i]);
-  };
-  load_values(warp_index(), 0);
-  sync_threads();
+  }
 
-  // 2. Softmax of the chunk, and e as B fragments: k = position, column = query.
-  for (int pair = warp_index(); 2 * pair < queries.count; pair += kAttentionWarps) {
-    const int lane = lane_index() % kHalfWarp, query = 2 * pair + lane_index() / kHalfWarp;
-    const int row = query < queries.count ? s.row[query] : -1,
-              n = row >= 0 ? least(kChunk, s.length[row] - begin) : 0;
-    const Place16 at = place_b(lane, query % 8);
-    auto* to = reinterpret_cast<uint16_t*>(s.e) +
-               ((query / 8 * kLanes + at.lane) * 2 + at.reg) * 2 + at.half;
-    const MaxSum m = softmax_chunk(
-        s.scores + query * kScoreStride, n, tiles,
-        [&](int tile, float e) { to[tile * kQueryTiles * kLanes * 4] = float_to_f16(e); });
-    if (n > 0 && lane == 0) {
-      float* partial = p.partial(first_row + row, s.head[query], chunk);
-      partial[0] = m.max;
-      partial[1] = m.sum;
+  // Softmax of the chunk, and e as B fragments: k = position, column = query.
+  DEVICE void softmax() const {
+    for (int pair = warp_index(); 2 * pair < queries.count; pair += kAttentionWarps) {
+      const int lane = lane_index() % kHalfWarp, query = 2 * pair + lane_index() / kHalfWarp;
+      const int row = query < queries.count ? s.row[query] : -1,
+                n = row >= 0 ? least(kChunk, s.length[row] - begin) : 0;
+      const Place16 at = place_b(lane, query % 8);
+      auto* to = reinterpret_cast<uint16_t*>(s.e) +
+                 ((query / 8 * kLanes + at.lane) * 2 + at.reg) * 2 + at.half;
+      const MaxSum m = softmax_chunk(
+          s.scores + query * kScoreStride, n, tiles,
+          [&](int tile, float e) { to[tile * kQueryTiles * kLanes * 4] = float_to_f16(e); });
+      if (n > 0 && lane == 0) {
+        float* partial = p.partial(first_row + row, s.head[query], block_x());
+        partial[0] = m.max;
+        partial[1] = m.sum;
+      }
     }
   }
-  sync_threads();
 
-  // 3. Output.
-  if (staged) {
-    stage(v_cache, s.v, [&](uint16_t* to, int r, uint32_t two) {
-      to += (2 * t + 8 * (r / 2)) * stride + g + 8 * (r % 2);
-      to[0] = static_cast<uint16_t>(two);
-      to[stride] = static_cast<uint16_t>(two >> 16);
-    });
-    sync_threads();
+  // The output: positions ascending. `values` holds those of the warp's first tiles.
+  DEVICE void add_values(uint32_t (&values)[kValues][4]) const {
+    for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
+      Sums o = {};
+      UNROLL_BY(1)
+      for (int first = 0; first < kChunkTiles; first += kValues) {
+        UNROLLED_FOR (int i = 0; i < kValues; ++i) {
+          if (first + i >= whole) break;
+          UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+            if (j >= query_tiles) break;
+            uint32_t b[2];
+            e_fragment(first + i, j, b);
+            mma_f16(o[j], values[i], b);
+          }
+        }
+        const bool last = first + kValues == kChunkTiles;
+        load_values(last ? dim_tile + kAttentionWarps : dim_tile, last ? 0 : first + kValues,
+                    values);
+      }
+      for (int tile = whole; tile < tiles; ++tile) {
+        if (tile < shared) add_shared(o, tile, dim_tile);
+        if (staged)
+          add_staged(o, tile, dim_tile);
+        else
+          add_from_cache(o, tile, dim_tile);
+      }
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+        UNROLLED_FOR (int i = 0; i < 2; ++i) {
+          const int row = row_of[j][i];
+          if (row < 0 || s.length[row] <= begin) continue;
+          float* to = p.partial(first_row + row, s.head[j * 8 + 2 * t + i], block_x()) + 2 +
+                      dim_tile * kKvTile + g;
+          to[0] = o[j][i];
+          to[8] = o[j][i + 2];
+        }
+    }
   }
-  for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
-    float o[kQueryTiles][4] = {};
-    const auto e_fragment = [&](int tile, int query_tile, uint32_t(&b)[2]) {
-      const Words2 w =
-          load_8(s.e + ((tile * kQueryTiles + query_tile) * kLanes + lane_index()) * 2);
-      b[0] = w.word[0];
-      b[1] = w.word[1];
-    };
-    // o of the wanted rows' columns becomes mma(a, e, o); the others stay.
-    const auto add = [&](int tile, int j, const uint32_t(&a)[4], auto wanted) {
+
+ private:
+  using Sums = float[kQueryTiles][4];  // C fragments
+
+  // ---- Who sees what ----
+  DEVICE int slot_of(int row, int position) const {
+    return position < committed ? position
+                                : committed + s.path[row * Step::kMaxRows + position - committed];
+  }
+  // Does a row see the tile, and not in slots of the same numbers?
+  DEVICE bool is_gathered(int tile, int row) const {
+    return begin + (tile + 1) * kKvTile > s.direct[row] && s.length[row] > begin + tile * kKvTile;
+  }
+  DEVICE bool is_staged(int tile, int row) const {  // the same, from the table
+    return (s.gathered[tile - whole] >> row & 1u) != 0;
+  }
+  // Where in s.k or s.v stands what a row sees at a position of a tile.
+  DEVICE int staged_row(int row, int tile, int position) const {
+    return s.at[row * zeros + (tile - whole) * kKvTile + position] * stride;
+  }
+  // Can nothing in the tile be new: is it a shared one below the committed length?
+  DEVICE bool is_early(int tile) const {
+    return tile < shared && begin + (tile + 1) * kKvTile <= committed;
+  }
+  // Has a tile of queries any of a row? Those of a row follow each other.
+  DEVICE bool has(int query_tile, int row) const {
+    const int first = (skipped + row) * group - queries.first;
+    return first < 8 * (query_tile + 1) && least(first + group, queries.count) > 8 * query_tile;
+  }
+
+  // ---- Fragments ----
+  DEVICE void load_tile(const uint16_t* cache, int slot_tile, int dim_tile,
+                        uint32_t (&a)[4]) const {
+    const Words4 w = load_16(cache + p.kv.tile(slot_tile, dim_tile) + lane_index() * 8);
+    UNROLLED_FOR (int r = 0; r < 4; ++r) a[r] = w.word[r];
+  }
+  DEVICE void query_fragment(int query_tile, int dim_tile, uint32_t (&b)[2]) const {
+    const Words2 w =
+        load_8(s.q + ((query_tile * dim_tiles + dim_tile) * kLanes + lane_index()) * 2);
+    b[0] = w.word[0];
+    b[1] = w.word[1];
+  }
+  DEVICE void e_fragment(int tile, int query_tile, uint32_t (&b)[2]) const {
+    const Words2 w = load_8(s.e + ((tile * kQueryTiles + query_tile) * kLanes + lane_index()) * 2);
+    b[0] = w.word[0];
+    b[1] = w.word[1];
+  }
+  template <typename Put>
+  DEVICE void stage(const uint16_t* cache, uint16_t* to, const Put& put) const {
+    for (int i = thread_index(); i < stride; i += kAttentionThreads) to[zeros * stride + i] = 0;
+    for (int dim_tile = warp_index(); dim_tile < dim_tiles; dim_tile += kAttentionWarps) {
+      UNROLL_BY(5)
+      for (int slot = 0; slot < n_tail; slot += kKvTile) {
+        uint32_t a[4];
+        load_tile(cache, (tail_from + slot) / kKvTile, dim_tile, a);
+        UNROLLED_FOR (int r = 0; r < 4; ++r) put(to + slot * stride + dim_tile * kKvTile, r, a[r]);
+      }
+    }
+  }
+
+  // ---- Scores ----
+  // Of the queries for which wanted(row, how far it is direct) holds.
+  template <typename Wanted>
+  DEVICE void store_scores(const float (&c)[4], int tile, int j, const Wanted& wanted) const {
+    UNROLLED_FOR (int i = 0; i < 4; ++i)
+      if (wanted(row_of[j][i % 2], direct_of[j][i % 2]))
+        s.scores[(j * 8 + 2 * t + i % 2) * kScoreStride + tile * kKvTile + g + 8 * (i / 2)] = c[i];
+  }
+  DEVICE void store_row(const float (&c)[4], int tile, int j, int row) const {
+    store_scores(c, tile, j, [&](int r, int /*direct*/) { return r == row; });
+  }
+  // A gathered tile's scores for a row where the tail is too long for shared memory. Lanes 4 g ..
+  // 4 g + 3 load positions g and g + 8 of the tile, as this row sees them.
+  DEVICE void score_from_cache(int tile, int row) const {
+    if (!is_gathered(tile, row)) return;
+    int64_t at[2];
+    bool seen[2];
+    UNROLLED_FOR (int i = 0; i < 2; ++i) {
+      const int position = begin + tile * kKvTile + g + 8 * i;
+      seen[i] = position < s.length[row];
+      at[i] = seen[i] ? p.kv.k_index(slot_of(row, position), 2 * t) : 0;
+    }
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+      if (!has(j, row)) continue;
+      float c[4] = {};
+      for (int dim_tile = 0; dim_tile < dim_tiles; ++dim_tile) {
+        uint32_t a[4], b[2];
+        // Coordinates 2 t + 8: two registers, four elements, on.
+        UNROLLED_FOR (int r = 0; r < 4; ++r)
+          a[r] = seen[r % 2] ? *reinterpret_cast<const uint32_t*>(k_cache + at[r % 2] +
+                                                                  dim_tile * 256 + r / 2 * 4)
+                             : 0u;
+        query_fragment(j, dim_tile, b);
+        mma_f16(c, a, b);
+      }
+      store_row(c, tile, j, row);
+    }
+  }
+
+  // ---- Output ----
+  // o of the wanted queries' columns becomes mma(a, e, o); the others stay.
+  template <typename Wanted>
+  DEVICE void add(Sums& o, int tile, int j, const uint32_t (&a)[4], const Wanted& wanted) const {
+    uint32_t b[2];
+    e_fragment(tile, j, b);
+    float c[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
+    mma_f16(c, a, b);
+    UNROLLED_FOR (int i = 0; i < 4; ++i)
+      if (wanted(row_of[j][i % 2], direct_of[j][i % 2])) o[j][i] = c[i];
+  }
+  DEVICE void add_shared(Sums& o, int tile, int dim_tile) const {
+    const int end = begin + (tile + 1) * kKvTile;
+    uint32_t a[4];
+    load_tile(v_cache, begin / kKvTile + tile, dim_tile, a);
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+      if (j < query_tiles)
+        add(o, tile, j, a, [&](int /*row*/, int direct) { return end <= direct; });
+  }
+  // A row's products go into its own columns alone, so rows need not wait for each other: each
+  // begins with the sums as they were.
+  DEVICE void add_staged(Sums& o, int tile, int dim_tile) const {
+    constexpr int kTogether = 4;
+    const int position = lane_index() % 8 + lane_index() / 16 * 8;
+    const uint16_t* v = s.v + dim_tile * kKvTile + lane_index() / 8 % 2 * 8;
+    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
+      if (j >= query_tiles) break;
       uint32_t b[2];
       e_fragment(tile, j, b);
-      float c[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
-      mma_f16(c, a, b);
-      UNROLLED_FOR (int i = 0; i < 4; ++i)
-        if (wanted(row_of[j][i % 2], direct_of[j][i % 2])) o[j][i] = c[i];
-    };
-    UNROLL_BY(1)
-    for (int first = 0; first < kChunkTiles; first += kValues) {
-      UNROLLED_FOR (int i = 0; i < kValues; ++i) {
-        if (first + i >= whole) break;
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-          if (j >= query_tiles) break;
-          uint32_t b[2];
-          e_fragment(first + i, j, b);
-          mma_f16(o[j], values[i], b);
+      const float before[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
+      const int end_row = s.row[least(j * 8 + 7, queries.count - 1)] + 1;
+      UNROLL_BY(1)
+      for (int first = s.row[j * 8]; first < end_row; first += kTogether) {
+        uint32_t a[kTogether][4];
+        bool wanted[kTogether];
+        UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+          wanted[i] = first + i < end_row && is_staged(tile, first + i);
+          load_matrices<true>(
+              v + (wanted[i] ? staged_row(first + i, tile, position) : zeros * stride), a[i]);
         }
-      }
-      const bool last = first + kValues == kChunkTiles;
-      load_values(last ? dim_tile + kAttentionWarps : dim_tile, last ? 0 : first + kValues);
-    }
-    for (int tile = whole; tile < tiles; ++tile) {
-      const int from = begin + tile * kKvTile, end = from + kKvTile;
-      if (tile < shared) {
-        uint32_t a[4];
-        load_tile(v_cache, from / kKvTile, dim_tile, a);
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-          if (j < query_tiles)
-            add(tile, j, a, [&](int /*row*/, int direct) { return end <= direct; });
-      }
-      if (staged) {
-        // A row's products go into its own columns alone, so rows need not wait for each other:
-        // each begins with the sums as they were.
-        constexpr int kTogether = 4;
-        const int position = lane_index() % 8 + lane_index() / 16 * 8;
-        const uint16_t* v = s.v + dim_tile * kKvTile + lane_index() / 8 % 2 * 8;
-        UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j) {
-          if (j >= query_tiles) break;
-          uint32_t b[2];
-          e_fragment(tile, j, b);
-          const float before[4] = {o[j][0], o[j][1], o[j][2], o[j][3]};
-          const int end_row = s.row[least(j * 8 + 7, queries.count - 1)] + 1;
-          UNROLL_BY(1)
-          for (int first = s.row[j * 8]; first < end_row; first += kTogether) {
-            uint32_t a[kTogether][4];
-            bool wanted[kTogether];
-            UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
-              wanted[i] = first + i < end_row && is_staged(tile, first + i);
-              load_matrices<true>(
-                  v + (wanted[i] ? staged_row(first + i, tile, position) : zeros * stride), a[i]);
-            }
-            UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
-              if (!wanted[i]) continue;
-              float c[4] = {before[0], before[1], before[2], before[3]};
-              mma_f16(c, a[i], b);
-              UNROLLED_FOR (int k = 0; k < 4; ++k)
-                if (row_of[j][k % 2] == first + i) o[j][k] = c[k];
-            }
-          }
-        }
-      } else {
-        for (int row = 0; row < n_rows; ++row) {
-          if (!is_gathered(tile, row)) continue;
-          uint32_t a[4];
-          const int n = s.length[row];
-          // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
-          UNROLLED_FOR (int r = 0; r < 4; ++r) {
-            const int position = from + 2 * t + 8 * (r / 2),
-                      d = dim_tile * kKvTile + g + 8 * (r % 2);
-            const auto value = [&](int at) {
-              return at < n ? v_cache[p.kv.v_index(slot_of(row, at), d)] : uint16_t{0};
-            };
-            a[r] = pack(value(position), value(position + 1));
-          }
-          UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-            if (has(j, row)) add(tile, j, a, [&](int r, int /*direct*/) { return r == row; });
+        UNROLLED_FOR (int i = 0; i < kTogether; ++i) {
+          if (!wanted[i]) continue;
+          float c[4] = {before[0], before[1], before[2], before[3]};
+          mma_f16(c, a[i], b);
+          UNROLLED_FOR (int k = 0; k < 4; ++k)
+            if (row_of[j][k % 2] == first + i) o[j][k] = c[k];
         }
       }
     }
-    UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
-      UNROLLED_FOR (int i = 0; i < 2; ++i) {
-        const int row = row_of[j][i];
-        if (row < 0 || s.length[row] <= begin) continue;
-        float* to = p.partial(first_row + row, s.head[j * 8 + 2 * t + i], chunk) + 2 +
-                    dim_tile * kKvTile + g;
-        to[0] = o[j][i];
-        to[8] = o[j][i + 2];
-      }
   }
+  DEVICE void add_from_cache(Sums& o, int tile, int dim_tile) const {
+    for (int row = 0; row < n_rows; ++row) {
+      if (!is_gathered(tile, row)) continue;
+      uint32_t a[4];
+      const int n = s.length[row];
+      // Rows: coordinates g, g + 8; k: positions 2 t, 2 t + 1, + 8.
+      UNROLLED_FOR (int r = 0; r < 4; ++r) {
+        const int position = begin + tile * kKvTile + 2 * t + 8 * (r / 2),
+                  d = dim_tile * kKvTile + g + 8 * (r % 2);
+        const auto value = [&](int at) {
+          return at < n ? v_cache[p.kv.v_index(slot_of(row, at), d)] : uint16_t{0};
+        };
+        a[r] = pack(value(position), value(position + 1));
+      }
+      UNROLLED_FOR (int j = 0; j < kQueryTiles; ++j)
+        if (has(j, row)) add(o, tile, j, a, [&](int r, int /*direct*/) { return r == row; });
+    }
+  }
+
+  const AttentionParams& p;
+  const Step* step;
+  int begin;  // first position of the chunk
+  int kv_head, group, dim_tiles;
+  AttentionShared s;
+  QueryTile queries{};
+  int committed = 0;
+  int first_row = 0, n_rows = 0;  // that ask
+  int skipped = 0;                // new rows of the sequence before those
+  int query_tiles = 0;
+  int tiles = 0;   // of the chunk, that anyone sees
+  int shared = 0;  // tiles below are direct for some row
+  int whole = 0;   // those below for all: none is gathered
+  const uint16_t *k_cache = nullptr, *v_cache = nullptr;
+  // What is gathered: n_tail slots from tail_from on, which is a position as well. Staged: they
+  // stand in shared memory, `stride` elements each, and behind them, at `zeros`, a row of zeros.
+  int tail_from = 0, n_tail = 0, zeros = 0, stride = 0;
+  bool staged = false;
+  // A lane's own: its place in a fragment, and of the two queries of each of its C fragments the
+  // row (-1: no query) and how far that is direct.
+  int g, t;
+  int row_of[kQueryTiles][2] = {}, direct_of[kQueryTiles][2] = {};
+};
+
+// Blocks that a multiprocessor's shared memory has room for, and so registers must have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kAttentionBlocks = 1;
+#else
+inline constexpr int kAttentionBlocks = 2;
+#endif
+KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParams p) {
+  AttentionBlock block(p);
+  // Until its turn, only the Step is read, and what rope_append, just before, does not write. A
+  // block without work waits as well: when a kernel is done, so must be all before it.
+  if (!block.find_queries() || !block.find_tiles()) return wait_for_previous();
+  block.make_tables();
+  uint32_t keys[AttentionBlock::kEarlyDims][4];
+  block.ask_ahead(keys);
+  wait_for_previous();
+
+  block.place_queries();
+  block.stage_keys();
+  sync_threads();
+  block.score_shared(keys);
+  block.score_gathered();
+  uint32_t values[AttentionBlock::kValues][4];  // on their way meanwhile
+  block.load_values(warp_index(), 0, values);
+  sync_threads();
+  block.softmax();
+  sync_threads();
+  block.stage_values();
+  block.add_values(values);
 }
 
 // ---- Chunks together ---------------------------------------------------------------------------
