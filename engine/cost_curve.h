@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 namespace chimera {
 
@@ -40,6 +41,9 @@ class CostCurve {
     const double step = (rows == 1 ? 0.25 : 0.0625) * error * expected / at(rows) / (x * x + y * y);
     first_ = std::clamp(first_ + step * x, 0.1, 10.0);
     further_ = std::clamp(further_ + step * y, 0.1, 10.0);
+    // Where no tree pays, none is timed: a price that rose for a while falls back to what was
+    // measured, until one is tried again.
+    if (rows == 1) further_ += (1 - further_) / 64;
   }
 
   // Of a pass over `rows` rows, 1 or more.
@@ -57,18 +61,20 @@ class CostCurve {
       double& l = least[static_cast<size_t>(m)];
       if (l > 0) lowest = l = lowest > 0 ? std::min(l, lowest) : l;
     }
-    int last = 0;
+    int last = 0, previous = 0;  // points; seconds_[0] is 0
     for (int m = 1; m <= kMaxRows; ++m) {
       const double to = least[static_cast<size_t>(m)];
       if (to <= 0) continue;
       const double from = last > 0 ? seconds_[static_cast<size_t>(last)] : to;
       for (int i = last + 1; i <= m; ++i)
         seconds_[static_cast<size_t>(i)] = from + (to - from) * (i - last) / (m - last);
-      last = m;
+      previous = std::exchange(last, m);
     }
-    for (int i = last + 1; i <= kMaxRows; ++i)  // beyond the last: in proportion
-      seconds_[static_cast<size_t>(i)] =
-          seconds_[static_cast<size_t>(last)] * i / std::max(1, last);
+    // Beyond the last: as from the one before it; in proportion, if there is none.
+    const auto l = static_cast<size_t>(last), before = static_cast<size_t>(previous);
+    const double slope = (seconds_[l] - seconds_[before]) / std::max(1, last - previous);
+    for (int i = last + 1; i <= kMaxRows; ++i)
+      seconds_[static_cast<size_t>(i)] = seconds_[l] + slope * (i - last);
   }
 
   bool known_ = false;

@@ -11,6 +11,12 @@
 namespace chimera {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 // Offsets of a session's buffers.
 struct Layout {
   MemoryPlan plan;
@@ -193,12 +199,10 @@ bool Session::step(Drafter* drafter) {
   const bool plain = drafter != nullptr && cost_.known() && until_plain_ <= 0;
   fill_step(plain ? nullptr : drafter, max_rows_);
   if (step_->n_rows == 0) return false;
-  const auto start = std::chrono::steady_clock::now();
+  const Clock::time_point start = Clock::now();
   pass();
   if (step_->n_logits == step_->n_rows) {  // no prompt among them
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    cost_.learn(step_->n_rows, seconds);
+    cost_.learn(step_->n_rows, seconds_since(start));
     --until_plain_;
     if (plain || step_->n_rows == 1) until_plain_ = kPlainEvery;  // 1: nothing was proposed
   }
@@ -244,24 +248,31 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   return true;
 }
 
-void Session::time_passes(Step* step, uint64_t key, int rows, std::span<double> seconds) {
+std::vector<double> Session::time_passes(Step* step, uint64_t key, int rows, int most) {
+  constexpr double kEnough = 0.1;  // seconds
   Backend& backend = model_.backend();
-  for (double& s : seconds) {
+  std::vector<double> seconds;
+  for (double spent = 0; static_cast<int>(seconds.size()) < most;) {
+    if (seconds.size() >= 2 && spent > kEnough) break;
     step_->clear();
     step_->begin_sequence(0);
     for (int i = 0, row = -1; i < rows; ++i) row = step_->add_row(0, row, true);
     if (step != step_) backend.upload(step, step_, sizeof(Step));
-    const auto start = std::chrono::steady_clock::now();
+    const Clock::time_point start = Clock::now();
     backend.submit(key, [this, step] { model_.forward(step, kv_, activations_); });
-    s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    seconds.push_back(seconds_since(start));
+    spent += seconds.back();
   }
   step_->clear();
+  seconds.erase(seconds.begin(), seconds.begin() + (seconds.size() > 3 ? 2 : 1));
+  return seconds;
 }
 
 double Session::time_pass(int rows) {
   int32_t& committed = step_->sequences[0].committed;
   const int32_t before = std::exchange(committed, 0);
-  double seconds[5];
+  Step* step = step_;
+  uint64_t key = reinterpret_cast<uintptr_t>(step_) + 1;
   // A list over a Step of the device is launched alike for every tree, for the largest: so each
   // tree is timed in it.
   Backend& backend = model_.backend();
@@ -270,28 +281,27 @@ double Session::time_pass(int rows) {
       timed_step_ = backend.make_device_step(1, options_.max_nodes + 1);
       timed_key_ = backend.new_key();
     }
-    time_passes(timed_step_.get(), timed_key_, rows, seconds);
-  } else {
-    time_passes(step_, reinterpret_cast<uintptr_t>(step_) + 1, rows, seconds);
+    step = timed_step_.get();
+    key = timed_key_;
   }
+  const std::vector<double> seconds = time_passes(step, key, rows, 5);
   committed = before;
-  return *std::min_element(seconds + 2, std::end(seconds));
+  return *std::min_element(seconds.begin(), seconds.end());
 }
 
 double Session::plain_seconds() {
-  double seconds[9];
-  time_passes(step_, reinterpret_cast<uintptr_t>(step_) + 1, 1, seconds);
-  std::sort(seconds + 2, std::end(seconds));
-  return seconds[5];
+  std::vector<double> seconds = time_passes(step_, reinterpret_cast<uintptr_t>(step_) + 1, 1, 9);
+  std::sort(seconds.begin(), seconds.end());
+  return seconds[seconds.size() / 2];
 }
 
 void Session::measure_cost() {
-  double spent = 0;
-  for (const int rows : {1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64}) {
-    if (rows > std::min(options_.max_nodes + 1, options_.context) || 5 * spent > 0.4) break;
-    const double seconds = time_pass(rows);  // of five
-    spent += seconds;
-    cost_.set(rows, seconds);
+  const Clock::time_point start = Clock::now();
+  // All of the range first, then what lies between: a slow model's passes are too long for more.
+  for (const int rows : {1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 9, 12, 24, 48}) {
+    if (rows > std::min(options_.max_nodes + 1, options_.context)) continue;
+    if (cost_.known() && seconds_since(start) > std::max(0.4, 10 * cost_.measured(1))) break;
+    cost_.set(rows, time_pass(rows));
   }
 }
 

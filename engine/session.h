@@ -83,8 +83,8 @@ class Session {
     return static_cast<int>(tokens(sequence).size()) >= options_.context;
   }
 
-  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer if that would take
-  // longer than some 0.4 s; drafters then choose the size of their trees by it. (Where trees are
+  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer of them if that
+  // would take longer than some 0.4 s, or than ten plain passes; drafters then choose the size of their trees by it. (Where trees are
   // drafted on the device: what passes over its own Step cost.) To be called before
   // the first start(). set_cost(): the same from a curve that was measured before. From then on the
   // curve learns from every step. Without one trees have max_nodes nodes if there are as many
@@ -131,9 +131,10 @@ class Session {
   void read_back(int sequence);
   bool step_resident(ResidentDrafter& drafter);
   // Runs passes over `rows` rows behind the committed ones, accepts nothing, and says how long each
-  // took; the first ones warm up caches, or make a graph. step: the Session's own, or one of the
-  // device that the rows are sent to. key: as submit() has it.
-  void time_passes(Step* step, uint64_t key, int rows, std::span<double> seconds);
+  // took, without the first one or two, which warm up caches or make a graph. `most` passes, fewer
+  // where they are long, two at least. step: the Session's own, or one of the device that the rows
+  // are sent to. key: as submit() has it.
+  std::vector<double> time_passes(Step* step, uint64_t key, int rows, int most);
 
   const Llama& model_;
   SessionOptions options_;

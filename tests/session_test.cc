@@ -181,6 +181,17 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
   EXPECT_LT(curve.seconds(8), 2.4);
 }
 
+// A while in which trees were dear must not end drafting: plain passes alone bring their price back.
+TEST(CostCurve, ForgetsADearWhile) {
+  CostCurve curve;
+  curve.set(1, 1.0);
+  curve.set(8, 3.0);
+  for (int i = 0; i < 400; ++i) curve.learn(i % 48 == 0 ? 1 : 8, i % 48 == 0 ? 1.0 : 9.0);
+  EXPECT_GT(curve.seconds(8) / curve.seconds(1), 5);
+  for (int i = 0; i < 400; ++i) curve.learn(1, 1.0);
+  EXPECT_NEAR(curve.seconds(8), 3.0, 0.05);
+}
+
 // A measurement that was disturbed must not make the next larger tree look as cheap.
 TEST(CostCurve, FewerRowsNeverCostMore) {
   CostCurve curve;
@@ -190,7 +201,10 @@ TEST(CostCurve, FewerRowsNeverCostMore) {
   for (const int rows : {1, 2, 3}) EXPECT_DOUBLE_EQ(curve.seconds(rows), 1.8);
   EXPECT_DOUBLE_EQ(curve.seconds(4), 2.0);
   EXPECT_DOUBLE_EQ(curve.seconds(6), 2.8);
-  EXPECT_DOUBLE_EQ(curve.seconds(16), 7.2) << "beyond the last: in proportion";
+  EXPECT_DOUBLE_EQ(curve.seconds(16), 6.8) << "beyond the last: as from the one before it";
+  CostCurve single;
+  single.set(2, 3.0);
+  EXPECT_DOUBLE_EQ(single.seconds(8), 12.0) << "in proportion";
 }
 
 // Always has something to propose.

@@ -30,19 +30,23 @@ int rows_of(const Session& session) {
 }  // namespace
 
 CostCache::CostCache(const Model& model, const Llama& llama)
-    : key_(cpu_model() + ", " + llama.backend().description() + ", contract " +
+    : key_(cpu_model() + cpu_generation() + ", " + llama.backend().description() + ", contract " +
            std::to_string(llama.backend().contract_version()) + ", model " + model.fingerprint +
-           ", " + std::to_string(llama.weight_bytes()) + " bytes a pass") {
+           ", " + std::to_string(llama.weight_bytes()) + " bytes a pass" +
+           (model.mapped ? ", mapped" : "")) {
   const fs::path folder = cache_folder();
   if (!folder.empty()) path_ = (folder / ("cost-" + hash_text(key_) + ".json")).string();
 }
 
 // Whether the kept curve is still that of this machine: what it says of a small tree's price is
-// compared with a few passes. (It may have been measured while something else was running.)
+// compared with a few passes. (It may have been measured while something else was running.) Where
+// passes are long, that of a single row has to do: each of the text's own will tell more.
 bool CostCache::holds(Session* session) const {
-  constexpr double kTolerance = 0.15;
+  constexpr double kTolerance = 0.15, kLong = 0.05, kLongTolerance = 0.5;
+  const double plain = session->time_pass(1);
+  if (plain > kLong) return std::abs(plain / session->cost().seconds(1) - 1) < kLongTolerance;
   const int rows = std::min(6, rows_of(*session));
-  const double ratio = session->time_pass(rows) / session->time_pass(1);
+  const double ratio = session->time_pass(rows) / plain;
   const double kept = session->cost().seconds(rows) / session->cost().seconds(1);
   return std::abs(ratio / kept - 1) < kTolerance;
 }

@@ -55,6 +55,11 @@ std::string cpu_model() {
   return field_of("/proc/cpuinfo", "model name");
 }
 
+std::string cpu_generation() {
+  const auto of = [](const char* key) { return field_of("/proc/cpuinfo", key); };
+  return " " + of("cpu family") + "/" + of("model\t");
+}
+
 ReadBandwidth::ReadBandwidth(size_t bytes, int threads)
     : share_((bytes / static_cast<size_t>(threads) + kBlock) / kBlock * kBlock), pool_(threads) {
   const size_t size = share_ * static_cast<size_t>(threads);

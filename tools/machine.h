@@ -11,8 +11,9 @@
 
 namespace chimera {
 
-size_t peak_memory_bytes();  // of this process, so far
-std::string cpu_model();     // "AMD EPYC"; empty if the system does not say
+size_t peak_memory_bytes();    // of this process, so far
+std::string cpu_model();       // "AMD EPYC"; empty if the system does not say
+std::string cpu_generation();  // " 25/17": family and model, since names can be alike
 
 // How fast this machine can read memory: what bounds plain decoding, which reads every weight once
 // for every token.

@@ -73,6 +73,7 @@ Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
 #if defined(__GLIBC__)
   malloc_trim(0);  // what reading the file has needed and freed
 #endif
+  model->mapped = mapped;
   LlamaTensors& tensors = model->file.tensors;
   tensors.embedding.lasting = tensors.head.lasting = mapped;
   for (LlamaLayerTensors& l : tensors.layers)

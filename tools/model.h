@@ -22,6 +22,7 @@ struct Model {
   ChatFormat chat_format;
   std::string fingerprint;  // draft_file.h: what a draft model is made for
   Tokenizer tokenizer;
+  bool mapped = false;  // prepare_weights(): the weights are read where the file has them
 
   std::string name() const;  // printable, whatever the file says
 };

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "engine/candidate_tree.h"
 #include "engine/ngram_index.h"
@@ -25,6 +26,32 @@ constexpr int kTargetsBest =
 struct Yield {
   double expanded = 5, chosen = 2.5;  // sums of path probabilities
   double share() const { return chosen / expanded; }
+};
+
+// Whether drafting is worth its time in the text at hand, which it takes even where no tree is
+// worth a pass. An account in plain steps: tokens accepted come in, the time that they took goes
+// out. It holds little, so that drafting which pays no more is soon found out, and rests; then it
+// is tried again, after longer and longer rests as long as it does not pay.
+class Worth {
+ public:
+  bool rests() const { return resting_ > 0; }
+  void observe(double gained, double spent) {
+    if (resting_ > 0) {
+      if (--resting_ == 0) balance_ = kAgain;
+      return;
+    }
+    balance_ = std::min(kMost, balance_ + gained - spent);
+    if (balance_ == kMost) next_rest_ = kShortest;
+    if (balance_ >= 0) return;
+    resting_ = next_rest_;
+    next_rest_ = std::min(2 * next_rest_, kLongest);
+  }
+
+ private:
+  static constexpr double kStart = 1, kAgain = 0.5, kMost = 2;
+  static constexpr int kShortest = 8, kLongest = 64;  // steps
+  double balance_ = kStart;
+  int resting_ = 0, next_rest_ = kShortest;
 };
 
 class GrowingDrafter final : public ChimeraDrafter {
@@ -56,42 +83,23 @@ class GrowingDrafter final : public ChimeraDrafter {
     const Clock::time_point start = Clock::now();
     Sequence& seq = sequences_[static_cast<size_t>(k.sequence)];
     const int first = k.committed - k.n_kept;  // position of the first kept row
-    if (k.text != seq.text || first < model_.committed(k.sequence)) {
-      if (k.text != seq.text) start_text(seq, k.text);
-      model_.set_committed(k.sequence, first);
+    if (k.text != seq.text) start_text(seq, k.text);
+    seq.cut(first);
+    if (first < model_.committed(k.sequence)) model_.set_committed(k.sequence, first);
+    const bool rests = seq.worth.rests();
+    if (rests && seq.n_waiting + k.n_kept < DraftModel::kMaxRows) {
+      seq.wait(k, first, hidden_);
+    } else {
+      catch_up(k.sequence, k.tokens);
+      absorb(k.sequence, k.tokens, k.states, first, k.n_kept);
     }
-    // Kept rows bring a slot each; the last one also belongs to the next root, whose f is what the
-    // first depth is drafted from. Rows go through in the order of the text.
-    for (int done = 0; done < k.n_kept;) {
-      const int n = std::min(k.n_kept - done, DraftModel::kMaxRows - 1);
-      const int p = first + done;  // position of the state of the first row of this pass
-      int32_t trigrams[3 * DraftModel::kMaxRows];
-      for (int i = 0; i <= n; ++i) trigram(k.tokens, p + i, trigrams + 3 * i);
-      // Features of positions p .. p + n; row i stands for the token at p + i, i > 0.
-      model_.fill_features(0, n + 1, trigrams);
-      Step& step = model_.step();
-      step.clear();
-      step.n_rows = step.first_new = 1;
-      step.begin_sequence(k.sequence);
-      for (int i = 1; i <= n; ++i) {
-        step.add_row(k.tokens[static_cast<size_t>(p + i)], i == 1 ? -1 : i - 1, false);
-        model_.link(i, i - 1, i - 1);
-      }
-      model_.forward(model_.pass(), k.states + int64_t{done} * hidden_);
-      model_.set_committed(k.sequence, p + n);
-      done += n;
-      if (done == k.n_kept) {
-        std::memcpy(seq.root.h, k.states + int64_t{done - 1} * hidden_, row_bytes());
-        std::memcpy(seq.root.f, model_.f(n), row_bytes());
-        std::memcpy(seq.root.feature, model_.feature(n), feature_bytes());
-        seq.expanded = k.committed;
-      }
-    }
-    learn_vocabulary(k, first);
+    learn_vocabulary(k, first, !rests);
     const Step::Sequence& rows = k.step->sequences[k.sequence];
     if (rows.root != rows.first_row) return;  // a prompt
     seq.trust.observe(k.n_kept - 1);
-    average(seconds_since(start), &observe_seconds_);
+    seq.worth.observe(k.n_kept - 1, seq.price);
+    seq.price = 0;
+    if (!rests) average(seconds_since(start), &observe_seconds_);
   }
 
   CandidateTree& candidates(const DraftContext& c) override {
@@ -104,10 +112,12 @@ class GrowingDrafter final : public ChimeraDrafter {
       tree_.choose(budget, c.max_depth, nullptr, 0, 1);  // all of it: its shape was the choice
       return tree_;
     }
+    const bool rests = seq.worth.rests();
+    if (!rests && seq.text == c.text) catch_up(c.sequence, c.tokens);
     // As if observe() had been part of it: the step pays for both.
     const Clock::time_point start =
         Clock::now() - std::chrono::duration_cast<Clock::duration>(
-                           std::chrono::duration<double>(observe_seconds_));
+                           std::chrono::duration<double>(rests ? 0 : observe_seconds_));
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
                      kHybridMaxMatch, c.sampling.temperature, &tree_);
@@ -115,6 +125,11 @@ class GrowingDrafter final : public ChimeraDrafter {
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), seq.trust.share());
     seq.trust.promised += tree_.promised();
     learn_yields();
+    if (c.cost != nullptr && !rests) {
+      const double plain = c.cost->seconds(1),
+                   pass = c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
+      seq.price = (seconds_since(start) + pass - plain) / plain;
+    }
     return tree_;
   }
 
@@ -143,16 +158,72 @@ class GrowingDrafter final : public ChimeraDrafter {
   struct Sequence {
     int64_t text = -1;
     DraftModel::Root root{};
-    int expanded = 0;  // committed length that observe() saw; 0: nothing to draft from
+    int expanded = 0;  // committed length that the model has seen; 0: nothing to draft from
     Trust trust{};
+    Worth worth{};
+    double price = 0;  // of the last tree, in plain steps; 0 without costs, which nothing rests for
+    // While drafting rests the target's states wait for it, n_waiting rows from first_waiting on.
+    std::vector<float> waiting{};
+    int first_waiting = 0, n_waiting = 0;
+
+    void wait(const KeptRows& k, int first, int64_t width) {
+      if (n_waiting == 0) first_waiting = first;
+      waiting.resize(static_cast<size_t>(DraftModel::kMaxRows * width));
+      std::copy_n(k.states, k.n_kept * width, waiting.data() + n_waiting * width);
+      n_waiting += k.n_kept;
+    }
+    // The text goes on from position `first`, behind all that waits if it was not cut.
+    void cut(int first) { n_waiting = std::clamp(first - first_waiting, 0, n_waiting); }
   };
+
+  // What the target has computed while drafting rested.
+  void catch_up(int sequence, std::span<const int32_t> tokens) {
+    Sequence& seq = sequences_[static_cast<size_t>(sequence)];
+    absorb(sequence, tokens, seq.waiting.data(), seq.first_waiting,
+           std::exchange(seq.n_waiting, 0));
+  }
+
+  // Kept rows, n from position `first` on, bring a slot each; the last one also belongs to the next
+  // root, whose f is what the first depth is drafted from. Rows go through in the order of the
+  // text.
+  void absorb(int sequence, std::span<const int32_t> tokens, const float* states, int first,
+              int n_kept) {
+    Sequence& seq = sequences_[static_cast<size_t>(sequence)];
+    for (int done = 0; done < n_kept;) {
+      const int n = std::min(n_kept - done, DraftModel::kMaxRows - 1);
+      const int p = first + done;  // position of the state of the first row of this pass
+      int32_t trigrams[3 * DraftModel::kMaxRows];
+      for (int i = 0; i <= n; ++i) trigram(tokens, p + i, trigrams + 3 * i);
+      // Features of positions p .. p + n; row i stands for the token at p + i, i > 0.
+      model_.fill_features(0, n + 1, trigrams);
+      Step& step = model_.step();
+      step.clear();
+      step.n_rows = step.first_new = 1;
+      step.begin_sequence(sequence);
+      for (int i = 1; i <= n; ++i) {
+        step.add_row(tokens[static_cast<size_t>(p + i)], i == 1 ? -1 : i - 1, false);
+        model_.link(i, i - 1, i - 1);
+      }
+      model_.forward(model_.pass(), states + int64_t{done} * hidden_);
+      model_.set_committed(sequence, p + n);
+      done += n;
+      if (done == n_kept) {
+        std::memcpy(seq.root.h, states + int64_t{done - 1} * hidden_, row_bytes());
+        std::memcpy(seq.root.f, model_.f(n), row_bytes());
+        std::memcpy(seq.root.feature, model_.feature(n), feature_bytes());
+        seq.expanded = first + n_kept;
+      }
+    }
+  }
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
   // step.
   void start_text(Sequence& seq, int64_t text) {
     seq.text = text;
-    seq.expanded = 0;
+    seq.expanded = seq.n_waiting = 0;
     seq.trust = {};
+    seq.worth = {};
+    seq.price = 0;
     if (sequences_.size() > 1) return;  // the vocabulary is everybody's
     for (size_t i = n_static_; i < vocabulary_.size(); ++i)
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
@@ -169,13 +240,13 @@ class GrowingDrafter final : public ChimeraDrafter {
 
   // Tokens of the text, and those that the target found likely, can be proposed from now on. In the
   // order of the text, however many rows a step kept: so the oldest are the same.
-  void learn_vocabulary(const KeptRows& k, int first) {
+  void learn_vocabulary(const KeptRows& k, int first, bool likely) {
     if (first == 0) learn(k.tokens[0]);
     const Step::Sequence& seq = k.step->sequences[k.sequence];
     for (int r = seq.first_row; r < seq.first_row + seq.n_rows; ++r) {
       if (k.step->kept_at[r] < 0) continue;
       learn(k.tokens[static_cast<size_t>(k.step->kept_at[r] + 1)]);
-      if (k.step->logits_index[r] < 0) continue;
+      if (!likely || k.step->logits_index[r] < 0) continue;
       const float* logits = k.logits + int64_t{k.step->logits_index[r]} * k.vocab;
       int32_t best[kTargetsBest] = {};
       const int n = ops_.top_k(logits, k.vocab, kTargetsBest, best);
@@ -238,7 +309,8 @@ class GrowingDrafter final : public ChimeraDrafter {
     const auto width = static_cast<int64_t>(vocabulary_.size());
     int32_t best[StaticTree::kMostRanks] = {};
     n = ops_.top_k(logits, width, n, best);
-    const DraftCalibration::Reading read = model_.config().calibration(depth, c.sampling.temperature);
+    const DraftCalibration::Reading read =
+        model_.config().calibration(depth, c.sampling.temperature);
     const float scale = 1 / read.temperature;
     const float largest = logits[best[0]];
     const float sum = ops_.sum_of_exp(logits, width, largest, scale);
