@@ -1,5 +1,6 @@
 #include "tools/machine.h"
 
+#include <malloc.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -49,6 +50,12 @@ uint64_t sum_of(const std::byte* data, size_t bytes) {
 size_t peak_memory_bytes() {
   const std::string kilobytes = field_of("/proc/self/status", "VmHWM");
   return kilobytes.empty() ? 0 : std::stoull(kilobytes) * 1024;
+}
+
+void return_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 std::string cpu_model() {

@@ -12,6 +12,7 @@
 namespace chimera {
 
 size_t peak_memory_bytes();    // of this process, so far
+void return_freed_memory();     // to the system, which malloc() does not do by itself
 std::string cpu_model();       // "AMD EPYC"; empty if the system does not say
 std::string cpu_generation();  // " 25/17": family and model, since names can be alike
 

@@ -1,13 +1,13 @@
 #include "tools/model.h"
 
 #if defined(__GLIBC__)
-#include <malloc.h>
 #endif
 
 #include <algorithm>
 
 #include "engine/error.h"
 #include "loader/draft_file.h"
+#include "tools/machine.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
 
@@ -70,9 +70,7 @@ int choose_context(const LlamaConfig& config, std::optional<int> ctx, const Long
 
 Llama prepare_weights(Backend& backend, Model* model, bool mapped) {
   const MappedFile& file = model->file.file;
-#if defined(__GLIBC__)
-  malloc_trim(0);  // what reading the file has needed and freed
-#endif
+  return_freed_memory();  // what reading the file has needed
   model->mapped = mapped;
   LlamaTensors& tensors = model->file.tensors;
   tensors.embedding.lasting = tensors.head.lasting = mapped;

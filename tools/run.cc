@@ -192,6 +192,7 @@ int run(const std::vector<std::string>& args) {
                           .kv_type = o.kv == "f32" ? DType::kF32 : DType::kF16});
   const auto drafter = make_drafter(o.drafter, o.drafting, draft, llama, context);
   draft.reset();  // its weights are packed by now
+  return_freed_memory();
   const CostCache costs(model, llama);
   if (!plain && o.drafter != "static" && !o.drafting.nodes) costs.tune(&session, o.drafting.tune);
   load_seconds += seconds_since(start);
