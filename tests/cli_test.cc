@@ -628,6 +628,26 @@ TEST_F(CliTest, CostsAreKept) {
 }
 
 // Memory: what `info` says a run will need, and a tenth for the rest.
+TEST_F(CliTest, MemoryIsAsPlanned) {
+  SKIP_IF_ABSENT(kSmolLm2);
+  const std::string draft = "models/smollm2-135m-instruct.chimera.safetensors";
+  std::string words;
+  for (int i = 0; i < 800; ++i) words += "and ";
+  const std::string prompt = write("prompt", words);  // a token each: most of the context
+  for (const Args& extra : {Args{}, Args{"--draft", draft}, Args{"--kv", "f32", "--nodes", "60"}}) {
+    Args plan_args = {"info", kSmolLm2, "--ctx", "1024", "--json"},
+         run_args = {"run", "-m", kSmolLm2, "-f", prompt, "--ctx", "1024", "-n", "32", "--json"};
+    plan_args.insert(plan_args.end(), extra.begin(), extra.end());
+    run_args.insert(run_args.end(), extra.begin(), extra.end());
+    const json plan = object(plan_args), o = object(run_args);
+    EXPECT_GT(o["prompt_ids"].size(), 800u);
+#if !defined(__SANITIZE_ADDRESS__)  // whose own books are counted as well
+    EXPECT_LE(o["peak_memory_bytes"].get<double>(), 1.1 * plan["total_bytes"].get<double>())
+        << (extra.empty() ? "plain" : extra[0]);
+#endif
+  }
+}
+
 TEST_F(CliTest, PackedAndMappedWeights) {
   SKIP_IF_ABSENT(kSmolLm2);
   const Args args = {"run", "-m", kSmolLm2, "-p",  "Name three colours.",

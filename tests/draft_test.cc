@@ -14,6 +14,18 @@ namespace {
 
 const std::string kPrototype = shared("draft_prototype/");
 
+TEST(Draft, TakesTheMemoryThatWasPlanned) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  const DraftTensors draft = load_draft("models/smollm2-135m-instruct.chimera.safetensors");
+  for (const int context : {64, 4000}) {
+    const DraftModel model(*target.model, draft, 2, context);
+    const auto planned =
+        static_cast<double>(DraftModel::plan(draft, target.model->backend(), 2, context));
+    EXPECT_NEAR(planned / static_cast<double>(model.allocated_bytes()), 1, 0.005) << context;
+  }
+}
+
 TEST(Draft, ReproducesThePrototypesGoldenValues) {
   SKIP_WITHOUT(kPrototype + "prototype.safetensors");
   SKIP_WITHOUT(kSmolLm2);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "engine/chimera/draft_model.h"
 #include "engine/session.h"
 #include "tools/commands.h"
 #include "tools/drafters.h"
@@ -48,8 +49,9 @@ std::string parameters_text(int64_t n) {
 }  // namespace
 
 int info(const std::vector<std::string>& args) {
-  std::optional<std::string> path, model_path;
-  std::optional<int> ctx;
+  std::optional<std::string> path, model_path, draft_path;
+  std::optional<int> ctx, nodes;
+  std::string kv = "f16";
   bool json = false;
   const Command command{"info",
                         "MODEL | -m MODEL [FLAGS]",
@@ -59,6 +61,13 @@ int info(const std::vector<std::string>& args) {
                           "plan the memory for N tokens of prompt and text\n(default: 2048, and no "
                           "more than the model was trained for)",
                           integer(&ctx, 1, kMaxContext)},
+                         {0, "kv", "TYPE", "... for keys and values of this type (default: f16)",
+                          choice(&kv, {"f16", "f32"})},
+                         {0, "nodes", "N",
+                          "... for passes that check N guesses (default: " +
+                              std::to_string(DrafterFlags::kMostNodes) + ")",
+                          integer(&nodes, 1, 255)},
+                         {0, "draft", "FILE", "... and for a draft model", file(&draft_path)},
                          {0, "json", "", "print one JSON object instead", on(&json)}},
                         &path};
   if (!parse(command, args)) return 0;
@@ -70,9 +79,16 @@ int info(const std::vector<std::string>& args) {
   const Model model(path ? *path : *model_path);
   const LlamaConfig& c = model.file.tensors.config;
   const SessionOptions options{.context = ctx.value_or(std::min(c.max_context, 2048)),
-                               .max_nodes = DrafterFlags::kMostNodes};
-  const MemoryPlan plan = Session::plan(c, *backend, options);
+                               .max_nodes = nodes.value_or(DrafterFlags::kMostNodes),
+                               .kv_type = kv == "f32" ? DType::kF32 : DType::kF16};
+  MemoryPlan plan = Session::plan(c, *backend, options);
   Session::reserve(c, *backend, options);
+  if (draft_path) {
+    const DraftTensors draft = *load_draft_for(model, {.draft = draft_path});
+    check(draft, c);
+    plan.add("draft model", "", DraftModel::plan(draft, *backend, 1, options.context));
+    DraftModel::reserve(draft.config, *backend, options.context);
+  }
   const size_t scratch = backend->reserved_bytes();
 
   const auto types = count_weights(model.file.tensors);

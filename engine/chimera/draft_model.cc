@@ -41,6 +41,33 @@ DraftModel::DraftModel(const Llama& target, const DraftTensors& t, int n_sequenc
   make_cache(n_sequences, context);
 }
 
+size_t DraftModel::plan(const DraftTensors& t, const Backend& backend, int n_sequences,
+                        int context) {
+  const DraftConfig& c = t.config;
+  const int64_t d = c.hidden_size, q = c.q_size(), kv = c.kv_size(), ffn = c.ffn_size,
+                rank = c.head_rank, feature = d + qkv_size(c),
+                head = static_cast<int64_t>(t.vocabulary.size()) + kMaxDynamic;
+  const int64_t weights = 3 * d * d + d * d + (c.skip ? d * d : 0) + (q + 2 * kv) * d + 2 * kv * d +
+                          d * q + 3 * ffn * d +
+                          static_cast<int64_t>(t.head_down.size()) * 3 * rank * d;
+  // make_buffers(), make_cache()
+  const int64_t row = 2 * feature + 10 * d + qkv_size(c) + q + 2 * ffn + rank + head;
+  const KvShape shape = kv_shape(c, DType::kF16, n_sequences, context);
+  const int64_t floats = kMaxRows * row + n_sequences * (2 * d + feature) +
+                         static_cast<int64_t>(kKeptFeatures) * feature +
+                         (shape.capacity + 1) * c.head_dim;
+  return row_bytes(DType::kQ4_1, weights) +
+         2 * static_cast<size_t>(head) * row_bytes(DType::kQ8_0, d) +
+         static_cast<size_t>(floats) * 4 + 3 * sizeof(Step) + backend.kv_bytes(shape);
+}
+
+void DraftModel::reserve(const DraftConfig& c, Backend& backend, int context) {
+  backend.reserve(
+      3 * kMaxRows, context + kMaxRows,
+      std::max<int64_t>({3 * int64_t{c.hidden_size}, c.ffn_size, c.q_size(), c.head_rank}),
+      {c.n_heads, c.n_kv_heads, c.head_dim, c.rope_kv_heads}, 0);
+}
+
 // One pass and its buffers, shared by all sequences: they draft one after the other.
 void DraftModel::make_buffers(int n_sequences) {
   const int64_t d = config_.hidden_size, rows = kMaxRows;
@@ -54,6 +81,7 @@ void DraftModel::make_buffers(int n_sequences) {
     new_features_ = floats(rows * feature_size());
     kept_trigrams_.assign(kKeptFeatures, {{-1, -1, -1}});
     kept_features_.resize(kKeptFeatures * static_cast<size_t>(feature_size()));
+    allocated_bytes_ += kept_features_.size() * 4;
   }
   roots_ = floats(n_sequences * root_size());
   features_ = floats(rows * feature_size());
@@ -121,12 +149,8 @@ void DraftModel::prepare_head(const DraftTensors& t) {
 
 // Slots for every sequence, and the scratch that ops over them need.
 void DraftModel::make_cache(int n_sequences, int context) {
-  const KvShape shape{weight_type_ == DType::kF32 ? DType::kF32 : DType::kF16,
-                      1,
-                      config_.n_kv_heads,
-                      config_.head_dim,
-                      n_sequences,
-                      context + kMaxRows};
+  const KvShape shape = kv_shape(config_, weight_type_ == DType::kF32 ? DType::kF32 : DType::kF16,
+                                 n_sequences, context);
   kv_ = backend_.bind_kv(shape, allocate<std::byte>(backend_.kv_bytes(shape)));
 
   LlamaConfig rope_config;
@@ -136,11 +160,7 @@ void DraftModel::make_cache(int n_sequences, int context) {
   std::vector<float> cos(static_cast<size_t>(positions * config_.head_dim / 2)), sin(cos.size());
   fill_rope_table(rope_config, positions, cos.data(), sin.data());
   rope_ = {place(cos), place(sin), /*query_shift=*/1};
-  backend_.reserve(3 * kMaxRows, shape.capacity,
-                   std::max<int64_t>({3 * int64_t{config_.hidden_size}, config_.ffn_size,
-                                      config_.q_size(), config_.head_rank}),
-                   {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads},
-                   0);
+  reserve(config_, backend_, context);
 }
 
 std::unique_ptr<Matrix> DraftModel::prepare(const std::vector<float>& w, int64_t rows, int64_t cols,
@@ -166,6 +186,7 @@ const float* DraftModel::place(const std::vector<float>& vector) {
 
 template <typename T>
 T* DraftModel::allocate(size_t n) {
+  allocated_bytes_ += n * sizeof(T);
   memory_.push_back(backend_.allocate(n * sizeof(T), memory_kind_));
   return static_cast<T*>(memory_.back().get());
 }

@@ -39,6 +39,14 @@ class DraftModel {
   std::span<const int32_t> vocabulary() const { return vocabulary_; }
   size_t weight_bytes() const { return weight_bytes_; }  // read by one pass
 
+  // What a DraftModel that the host drafts with will take of the host's memory, to be known before
+  // there is one; and what this one has taken. (The backend's scratch apart, which reserve() is
+  // about.)
+  static size_t plan(const DraftTensors& tensors, const Backend& backend, int n_sequences,
+                     int context);
+  size_t allocated_bytes() const { return allocated_bytes_ + weight_bytes_ + head_rows_.size(); }
+  static void reserve(const DraftConfig& config, Backend& backend, int context);
+
   // ---- Ops, whoever wrote the rows ----
 
   // Feature rows, in `out` (rows, feature_size), for those of pass.features, from the three tokens
@@ -113,7 +121,11 @@ class DraftModel {
   void round_head_rows(int first, std::span<const int32_t> tokens, Step* step, float* rows);
   template <typename T>
   T* allocate(size_t n);
-  int64_t qkv_size() const { return config_.q_size() + 2 * config_.kv_size(); }
+  int64_t qkv_size() const { return qkv_size(config_); }
+  static int64_t qkv_size(const DraftConfig& c) { return c.q_size() + 2 * c.kv_size(); }
+  static KvShape kv_shape(const DraftConfig& c, DType type, int n_sequences, int context) {
+    return {type, 1, c.n_kv_heads, c.head_dim, n_sequences, context + kMaxRows};
+  }
   int64_t root_size() const { return 2 * int64_t{config_.hidden_size} + feature_size(); }
 
   Backend& backend_;
@@ -122,7 +134,7 @@ class DraftModel {
   DType weight_type_, head_type_;
   Memory memory_kind_;
   std::vector<int32_t> vocabulary_;
-  size_t weight_bytes_ = 0;
+  size_t weight_bytes_ = 0, allocated_bytes_ = 0;
 
   std::unique_ptr<Matrix> w1_, w2_, w3_;
   // The block's products, taken apart by what they read; the norms' weights are multiplied in.
