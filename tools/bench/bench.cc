@@ -339,6 +339,7 @@ struct Report {
   const Backend& backend;
   int threads = 0;
   size_t weight_bytes = 0, n_prompts = 0;
+  int context = 0, rounds = 0;  // rounds that were finished
   std::vector<PromptSet> sets;
   std::vector<Result> results;  // of all sets together
   Series bandwidth, share, arithmetic;
@@ -357,7 +358,10 @@ Json json_of(const Report& r) {
           {"threads", r.threads},
           {"prompts", r.n_prompts},
           {"tokens", r.o.n},
-          {"rounds", r.o.rounds},
+          {"rounds", r.rounds},
+          {"weights", r.o.weights},
+          {"draft", r.o.drafting.draft ? Json(*r.o.drafting.draft) : Json()},
+          {"context", r.context},
           {"nodes", r.o.drafting.most_nodes()},
           {"temperature", r.o.sampling.temperature},
           {"weight_bytes", r.weight_bytes},
@@ -386,7 +390,7 @@ std::string table_of(const Report& r) {
   return r.model + " on " + r.device + "\n" +
          count_text(static_cast<int64_t>(r.n_prompts), "prompt") + ", up to " +
          std::to_string(r.o.n) + " tokens each; median (lowest..highest) of " +
-         count_text(r.o.rounds, "round") + "\n\n" + by_set + table_of(r.results) +
+         count_text(r.rounds, "round") + "\n\n" + by_set + table_of(r.results) +
          table_of("rows of a pass", r.costs.by_rows()) +
          table_of("tokens of context", r.costs.by_context()) + table_of(r.costs.by_op()) +
          "\nprefill of " + std::to_string(r.costs.prefill_tokens()) +
@@ -439,6 +443,8 @@ int bench(const std::vector<std::string>& args) {
                 threads,
                 llama.weight_bytes(),
                 0,
+                context,
+                0,
                 std::move(sets),
                 {},
                 {},
@@ -465,26 +471,33 @@ int bench(const std::vector<std::string>& args) {
     generate(session, c.drafter.get(), report.sets.front().prompts.front(), options);
   interrupt.check();
 
-  for (int round = 0; round < o.rounds; ++round) {
+  const auto measure_round = [&] {
     const auto tell = [&](const std::string& what) {
-      progress.show("round " + std::to_string(round + 1) + " of " + std::to_string(o.rounds) +
-                    ", " + what);
+      progress.show("round " + std::to_string(report.rounds + 1) + " of " +
+                    std::to_string(o.rounds) + ", " + what);
     };
     const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), threads);
     std::vector<Total> all(drafters.size());
-    for (PromptSet& set : report.sets) {
-      const auto totals = decode(set, drafters, &session, options, interrupt, tell);
-      add_round(totals, &set.results);
-      for (size_t d = 0; d < all.size(); ++d) all[d].add(totals[d]);
+    std::vector<std::vector<Total>> by_set;
+    for (const PromptSet& set : report.sets) {
+      by_set.push_back(decode(set, drafters, &session, options, interrupt, tell));
+      for (size_t d = 0; d < all.size(); ++d) all[d].add(by_set.back()[d]);
     }
-    add_round(all, &report.results);
     tell("costs of a step");
     costs.measure_round();
+    const double arithmetic = arithmetic_limit.measure();
     interrupt.check();
-    report.arithmetic.add(arithmetic_limit.measure());
+    for (size_t i = 0; i < by_set.size(); ++i) add_round(by_set[i], &report.sets[i].results);
+    add_round(all, &report.results);
+    report.arithmetic.add(arithmetic);
     report.bandwidth.add(gb_per_second);
     report.share.add(static_cast<double>(llama.weight_bytes()) * static_cast<double>(all[0].steps) /
                      all[0].seconds / 1e9 / gb_per_second);
+  };
+  try {
+    for (; report.rounds < o.rounds; ++report.rounds) measure_round();
+  } catch (const Interrupted&) {
+    if (report.rounds == 0) throw;  // else what was measured so far is shown
   }
   progress.show("");
 
@@ -493,7 +506,7 @@ int bench(const std::vector<std::string>& args) {
   else
     print(table_of(report));
   if (o.svg) draw(report, multiply_adds(config), *o.svg);
-  return 0;
+  return interrupt.exit_code();
 }
 
 }  // namespace chimera
