@@ -33,6 +33,12 @@ const char* kind_of(mode_t mode) {
 
 }  // namespace
 
+std::string special_file(const std::string& path) {
+  struct stat status;
+  if (stat(path.c_str(), &status) != 0 || S_ISREG(status.st_mode)) return "";
+  return kind_of(status.st_mode);
+}
+
 MappedFile::MappedFile(const std::string& path) : name_(printable(path, kLongestPath)) {
   // Without O_NONBLOCK, opening a FIFO would wait for a writer.
   const Descriptor file{open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)};

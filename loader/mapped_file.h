@@ -7,6 +7,10 @@
 
 namespace chimera {
 
+// What is at the path: "a directory", "a FIFO", "a socket" or "a device". Empty for a regular file,
+// and where nothing is.
+std::string special_file(const std::string& path);
+
 // Owns one mapping. Moving it moves the ownership; the bytes stay where they are, so pointers into
 // them remain valid until the last owner goes.
 //

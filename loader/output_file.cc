@@ -4,14 +4,28 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 
 #include "engine/error.h"
+#include "loader/mapped_file.h"
 
 namespace chimera {
+namespace {
+
+// The file to replace: for /dev/stdout, where that goes into a file, not the link in /dev.
+std::string regular_file(const std::string& path) {
+  const std::string special = special_file(path);
+  if (!special.empty()) throw Error(printable(path, 4096), "a file that can be written", special);
+  std::error_code error;
+  const std::filesystem::path real = std::filesystem::canonical(path, error);
+  return error ? path : real.string();
+}
+
+}  // namespace
 
 OutputFile::OutputFile(const std::string& path)
-    : path_(path),
-      temporary_(path + "." + std::to_string(getpid()) + ".part"),
+    : path_(regular_file(path)),
+      temporary_(path_ + "." + std::to_string(getpid()) + ".part"),
       file_(std::fopen(temporary_.c_str(), "wb"), std::fclose) {
   if (!file_)
     throw Error(printable(path_, 4096), "a file that can be written", std::strerror(errno));

@@ -1,5 +1,6 @@
 // A file that is there whole or not at all: written beside its place under another name, then
-// renamed. What was there before is untouched until then.
+// renamed. What was there before is untouched until then. Only a regular file is ever replaced: no
+// device, no FIFO, and of a link what it points to.
 #pragma once
 
 #include <cstdio>

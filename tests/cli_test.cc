@@ -1,6 +1,7 @@
 // The program as people run it: $CHIMERA_BINARY, else $CHIMERA_BUILD/chimera, else build/chimera.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -701,6 +702,52 @@ TEST_F(CliTest, WithoutAGpu) {
 
 // What a draft learns from: answers that depend on the prompt alone, not on who else is in the
 // batch.
+// An output never replaces what is no regular file, nor a file that the command reads.
+TEST_F(CliTest, OutputsThatWouldDestroySomething) {
+  const std::string fifo = folder_ / "fifo", a = write("a", "text a"), b = write("b", "text b"),
+                    x = folder_ / "x";
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  const auto refused = [&](const std::string& command, const Args& more, const std::string& found) {
+    Args args = {"train"};
+    if (command == "tune-tree") args.clear();
+    args.push_back(command);
+    args.insert(args.end(), more.begin(), more.end());
+    expect_error(args, 1, found);
+    EXPECT_EQ(read("a"), "text a");
+    EXPECT_EQ(read("b"), "text b");
+    EXPECT_TRUE(std::filesystem::is_fifo(fifo));
+    EXPECT_FALSE(std::filesystem::exists(x));
+  };
+  for (const std::string& special : {fifo, folder_.string()}) {
+    const std::string found = ": expected a file that can be written, found a ";
+    refused("merge", {"--data", a, "-o", special}, found);
+    refused("average", {"--drafts", a + "," + b, "-o", special}, found);
+    refused("fit", {"-m", a, "--data", b, "-o", special}, found);
+    refused("fit", {"-m", a, "--data", b, "-o", x, "--checkpoint", special}, found);
+    refused("eval", {"-m", a, "--draft", b, "--prompts", b, "--svg", special}, found);
+    refused("tune-tree", {"-m", a, "--draft", b, "--prompts", b, "-o", special}, found);
+  }
+  // By another name too.
+  const std::string link = folder_ / "link", hard = folder_ / "hard";
+  std::filesystem::create_symlink("a", link);
+  std::filesystem::create_hard_link(a, hard);
+  for (const std::string& same : {a, (folder_ / "." / "a").string(), link, hard}) {
+    const std::string found = ": expected an output with a file of its own, found the same file as";
+    refused("data", {"-m", b, "--prompts", a, "-o", same}, found);
+    refused("data", {"-m", a, "--prompts", b, "-o", same}, found);
+    refused("merge", {"--data", b + "," + a, "-o", same}, found);
+    refused("average", {"--drafts", b + "," + a, "-o", same}, found);
+    refused("fit", {"-m", a, "--data", b, "-o", same}, found);
+    refused("fit", {"-m", b, "--data", b + "," + a, "-o", same}, found);
+    refused("fit", {"-m", b, "--data", b, "-o", x, "--init", a, "--checkpoint", same}, found);
+    refused("eval", {"-m", a, "--draft", b, "--prompts", b, "--calibrate", same}, found);
+    refused("eval", {"-m", b, "--draft", a, "--prompts", b, "--svg", same}, found);
+    refused("tune-tree", {"-m", b, "--draft", b, "--prompts", a, "-o", same}, found);
+    expect_error({"train", "-m", a, "--prompts", write("p", "one\ntwo\n"), "-o", same}, 1, found);
+  }
+  refused("fit", {"-m", a, "--data", b, "-o", x, "--checkpoint", x}, "the same file as");
+}
+
 TEST_F(CliTest, TrainData) {
   SKIP_IF_ABSENT(kStories);
   const std::string prompts =

@@ -11,6 +11,18 @@
 #include "loader/output_file.h"
 
 namespace chimera {
+namespace {
+
+void expect_another(const std::string& output, const std::string& other) {
+  std::error_code error;  // files that are not there can have the same name all the same
+  const auto a = std::filesystem::weakly_canonical(output, error),
+             b = std::filesystem::weakly_canonical(other, error);
+  if ((!a.empty() && a == b) || std::filesystem::equivalent(output, other, error))
+    throw Error(printable(output, 4096), "an output with a file of its own",
+                "the same file as " + printable(other, 4096), "name another");
+}
+
+}  // namespace
 
 void print(std::string_view text) {
   const bool written = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
@@ -51,10 +63,17 @@ void Progress::log(const std::string& line) {
 }
 
 void expect_writable(const std::string& path) {
-  std::error_code error;
-  if (std::filesystem::is_directory(path, error))
-    throw Error(printable(path, 4096), "a file that can be written", "a directory");
   const OutputFile there(path);
+}
+
+void expect_other_file(const std::string& output, const std::vector<std::string>& others) {
+  for (const std::string& other : others) expect_another(output, other);
+}
+
+void expect_other_file(const std::string& output,
+                       std::initializer_list<std::optional<std::string>> others) {
+  for (const auto& other : others)
+    if (other) expect_another(output, *other);
 }
 
 std::string xml_text(const std::string& text) {

@@ -3,9 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "tools/clock.h"
 
@@ -40,6 +43,11 @@ class Progress {
 
 // Throws Error, before hours of work, where a file could not be written after them.
 void expect_writable(const std::string& path);
+
+// Throws Error where an output is the same file as an input or another output, by whatever name.
+void expect_other_file(const std::string& output, const std::vector<std::string>& others);
+void expect_other_file(const std::string& output,
+                       std::initializer_list<std::optional<std::string>> others);
 
 std::string fixed_text(double value, int decimals);           // "3.14"
 std::string number_text(float value);                         // "3.14", "1e-06": as short as can be

@@ -54,6 +54,7 @@ int train_average(const std::vector<std::string>& args) {
     throw UsageError("train average", "--drafts DRAFT,DRAFT... and -o DRAFT",
                      output ? "fewer than two drafts" : "no -o",
                      "see chimera train average --help");
+  expect_other_file(*output, paths);
   expect_writable(*output);
 
   DraftTensors mean = load_draft(paths[0]);

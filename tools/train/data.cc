@@ -383,6 +383,7 @@ int train_data(const std::vector<std::string>& args) {
                      o.prompts && o.own_prompts ? "both of them" : "one missing",
                      "see chimera train data --help");
   const auto which = parse_shard(o.shard.value_or("0/1"));
+  expect_other_file(*o.output, {o.model, o.prompts, o.draft});
 
   Model model(*o.model);
   if (o.own_prompts && model.chat_format == ChatFormat::kNone)

@@ -235,8 +235,13 @@ int train_eval(const std::vector<std::string>& args) {
     throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),
                      std::to_string(o.drafting.tree.depth()) + " deep", "raise --depth");
 
-  for (const auto& path : {o.svg, o.calibrated})
-    if (path) expect_writable(*path);
+  for (const auto& path : {o.svg, o.calibrated}) {
+    if (!path) continue;
+    expect_other_file(*path, o.prompts);
+    expect_other_file(*path, {o.model});
+    expect_writable(*path);
+  }
+  if (o.svg) expect_other_file(*o.svg, {o.drafting.draft, o.calibrated});
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
   Model model(*o.model);

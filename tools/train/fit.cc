@@ -431,7 +431,12 @@ int train_fit(const std::vector<std::string>& args) {
   check_given(o);
   const Compute compute = choose_compute(o);
   const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
-  for (const std::string& path : {*o.output, checkpoint}) expect_writable(path);
+  for (const std::string& path : {*o.output, checkpoint}) {
+    expect_other_file(path, o.data);
+    expect_other_file(path, {o.model});
+    expect_writable(path);
+  }
+  expect_other_file(checkpoint, {o.output, o.init});
 
   // The target, and what the draft reads of it.
   const auto backend = make_backend(compute.on_gpu ? "cuda" : "cpu", {.threads = compute.threads});

@@ -83,6 +83,8 @@ int train_merge(const std::vector<std::string>& args) {
   if (paths.empty() || !output)
     throw UsageError("train merge", "--data SHARD,SHARD... and -o SHARD", "one missing",
                      "see chimera train merge --help");
+  expect_other_file(*output, paths);
+  expect_writable(*output);
   Shards shards;
   for (const std::string& path : paths) read(path, &shards);
 

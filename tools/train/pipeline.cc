@@ -88,7 +88,10 @@ int train_all(const std::vector<std::string>& args) {
                 std::to_string(prompts.size()));
   const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
                     answers = draft + ".answers.jsonl", turns = draft + ".on-policy.jsonl";
-  expect_writable(draft);
+  for (const std::string& path : {draft, held_out, answers, turns}) {
+    expect_other_file(path, {o.model, o.prompts});
+    expect_writable(path);
+  }
   const size_t learnt = prompts.size() - hold_out(prompts, o, held_out);
 
   const auto stage = [&](int (*run)(const std::vector<std::string>&), const std::string& title,

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "engine/error.h"
+#include "loader/mapped_file.h"
 
 namespace chimera {
 
@@ -23,8 +24,10 @@ void expect_same_settings(const std::string& where, const ordered_json& expected
     }
 }
 
-ShardReader::ShardReader(const std::string& path)
-    : name_(printable(path, 4096)), file_(path, std::ios::binary) {
+ShardReader::ShardReader(const std::string& path) : name_(printable(path, 4096)) {
+  const std::string special = special_file(path);
+  if (!special.empty()) throw Error(name_, "a regular file", special);
+  file_.open(path, std::ios::binary);
   if (!file_) throw Error(name_, "a readable file", std::strerror(errno));
   std::getline(file_, line_);
   bytes_ = line_.size() + 1;
@@ -51,8 +54,10 @@ bool ShardReader::next() {
 }
 
 ShardFile::ShardFile(const std::string& path, const ordered_json& header)
-    : name_(printable(path, 4096)),
-      file_(path, std::ios::in | std::ios::out | std::ios::app | std::ios::binary) {
+    : name_(printable(path, 4096)) {
+  const std::string special = special_file(path);  // a FIFO would wait for a writer, and forever
+  if (!special.empty()) throw Error(name_, "a file that can be read and written", special);
+  file_.open(path, std::ios::in | std::ios::out | std::ios::app | std::ios::binary);
   if (!file_) throw Error(name_, "a file that can be read and written", std::strerror(errno));
   const std::string first = header.dump();
   std::string found;
@@ -72,8 +77,7 @@ ShardFile::ShardFile(const std::string& path, const ordered_json& header)
     good = reader.bytes();
   }
   std::error_code error;
-  if (std::filesystem::is_regular_file(path, error))
-    std::filesystem::resize_file(path, good, error);
+  std::filesystem::resize_file(path, good, error);
   if (error) throw Error(name_, "a file that can be cut to its last line", error.message());
   if (!begun) write(first);
 }

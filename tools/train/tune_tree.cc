@@ -82,6 +82,7 @@ int tune_tree(const std::vector<std::string>& args) {
   if (!o.model || !o.draft || !o.prompts || !o.output)
     throw UsageError("tune-tree", "-m MODEL, --draft DRAFT, --prompts FILE and -o TREE",
                      "one missing", "see chimera tune-tree --help");
+  expect_other_file(*o.output, {o.model, o.draft, o.prompts});
   expect_writable(*o.output);
 
   const auto backend = make_backend("cpu", {.threads = o.threads.value_or(0)});
