@@ -1,10 +1,12 @@
 #include "tools/prompts.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "engine/error.h"
 
@@ -129,6 +131,51 @@ TEST_F(PromptsTest, BadFiles) {
             "d.jsonl: line 1: expected UTF-8, found other bytes at byte 13; convert it to UTF-8");
   EXPECT_THROW(load_prompts("/"), Error);
   EXPECT_THROW(load_prompts("/no/such/file"), Error);
+}
+
+// Lines of an archive are broken, but for those that happen to be text.
+TEST_F(PromptsTest, FilesThatAreNoText) {
+  using namespace std::literals;
+  const auto of = [&](const std::string& start) {
+    const std::string path = write("a.jsonl.x", start + "\nscraps\nof text\n");
+    try {
+      load_prompts(path, BrokenLines::kLeaveOut);
+    } catch (const Error& e) {
+      return std::string(e.what()).substr(path.size());
+    }
+    return "no error"s;
+  };
+  const std::string expected = ": expected JSONL or plain text, found ";
+  EXPECT_EQ(of("\xFD\x37zXZ\0"s), expected + "an xz file; unpack it first: xz -dk FILE");
+  EXPECT_EQ(of("\x1F\x8B\x08"), expected + "a gzip file; unpack it first: gunzip -k FILE");
+  EXPECT_EQ(of("\x28\xB5\x2F\xFD"), expected + "a zstd file; unpack it first: zstd -d FILE");
+  EXPECT_EQ(of("BZh91AY&SY"), expected + "a bzip2 file; unpack it first: bunzip2 -k FILE");
+  EXPECT_EQ(of("PK\x03\x04"), expected + "a zip archive; unpack it first: unzip FILE");
+  EXPECT_EQ(of("BZh is no word"), "no error");
+  EXPECT_EQ(of("\x7F"
+               "ELF\0"s),
+            ": expected text, found a NUL byte at byte 5; give plain text in UTF-8, or JSONL");
+}
+
+TEST_F(PromptsTest, ThroughAPipe) {
+  const std::string fifo = write("x", "") + ".fifo";
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  try {
+    load_prompts(fifo);
+    ADD_FAILURE() << "nobody writes to it";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.what(),
+              fifo + ": expected a file with prompts, found a FIFO that nobody writes to");
+  }
+  int ends[2];  // as of <(...)
+  ASSERT_EQ(pipe(ends), 0);
+  std::thread writer([&] {  // more than a pipe holds at once
+    for (int i = 0; i < 30000; ++i) EXPECT_EQ(::write(ends[1], "{\"text\": \"x\"}\n", 14), 14);
+    close(ends[1]);
+  });
+  EXPECT_EQ(load_prompts("/dev/fd/" + std::to_string(ends[0])).size(), 30000u);
+  writer.join();
+  close(ends[0]);
 }
 
 TEST_F(PromptsTest, LimitsOnSizeAndDepth) {

@@ -1,5 +1,11 @@
 #include "tools/prompts.h"
 
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
@@ -110,6 +116,47 @@ void note_broken(const std::string& file, const std::vector<int>& lines, const s
        " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what);
 }
 
+// What somebody writes into a pipe, as in --prompts <(...). Nothing where nobody does: opened and
+// read without O_NONBLOCK it would wait for ever.
+std::string read_pipe(const std::string& path, const std::string& name) {
+  const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  std::string text;
+  char buffer[1 << 16];
+  ssize_t n = -1;
+  while (fd >= 0) {
+    n = read(fd, buffer, sizeof buffer);
+    if (n > 0)
+      text.append(buffer, static_cast<size_t>(n));
+    else if (n == 0 || (errno != EAGAIN && errno != EINTR))
+      break;
+    else {
+      pollfd ready{fd, POLLIN, 0};
+      poll(&ready, 1, -1);
+    }
+  }
+  const int error = errno;
+  if (fd >= 0) close(fd);
+  if (n < 0) throw Error(name, "a readable file", std::strerror(error));
+  if (text.empty()) throw Error(name, "a file with prompts", "a FIFO that nobody writes to");
+  return text;
+}
+
+void expect_uncompressed(const std::string& name, std::string_view text) {
+  using namespace std::literals;
+  constexpr std::string_view kArchives[][3] = {{"\xFD\x37zXZ\0"sv, "an xz file", "xz -dk"},
+                                               {"\x1F\x8B", "a gzip file", "gunzip -k"},
+                                               {"\x28\xB5\x2F\xFD", "a zstd file", "zstd -d"},
+                                               {"BZh", "a bzip2 file", "bunzip2 -k"},
+                                               {"PK\x03\x04", "a zip archive", "unzip"}};
+  for (const auto& [magic, what, tool] : kArchives) {
+    // What begins with the letters alone may be text.
+    if (!text.starts_with(magic) || (magic == "BZh" && !text.substr(4).starts_with("1AY&SY")))
+      continue;
+    throw Error(name, "JSONL or plain text", std::string(what),
+                "unpack it first: " + std::string(tool) + " FILE");
+  }
+}
+
 }  // namespace
 
 void check_utf8(const std::string& where, std::string_view text) {
@@ -124,12 +171,25 @@ void check_utf8(const std::string& where, std::string_view text) {
 }
 
 std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lines) {
-  const MappedFile file(path);
-  std::string_view rest(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  const std::string name = printable(path, 4096);
+  MappedFile file;
+  std::string piped;
+  std::string_view rest;
+  if (special_file(path) == "a FIFO") {
+    rest = piped = read_pipe(path, name);
+  } else {
+    file = MappedFile(path);
+    rest = {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+  }
+  expect_uncompressed(name, rest);
   if (rest.starts_with("\xEF\xBB\xBF")) rest.remove_prefix(3);  // byte order mark
   const size_t first = rest.find_first_not_of(" \t\r\n");
   const bool jsonl =
       path.ends_with(".jsonl") || (first != std::string_view::npos && rest[first] == '{');
+  // Scraps of it could pass for prompts.
+  if (const size_t at = jsonl ? rest.npos : rest.find('\0'); at != rest.npos)
+    throw Error(name, "text", "a NUL byte at byte " + std::to_string(at + 1),
+                "give plain text in UTF-8, or JSONL");
 
   std::vector<Prompt> prompts;
   std::vector<int> broken;  // numbers of lines
@@ -141,16 +201,16 @@ std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lin
     if (is_blank(line)) continue;
     try {
       prompts.push_back(
-          {read_line(file.name() + ": line " + std::to_string(number), line, jsonl), number});
+          {read_line(name + ": line " + std::to_string(number), line, jsonl), number});
     } catch (const Error& e) {
       if (broken_lines == BrokenLines::kStop) throw;
       if (broken.empty()) what = e.what();
       broken.push_back(number);
     }
   }
-  if (!broken.empty()) note_broken(file.name(), broken, what);
+  if (!broken.empty()) note_broken(name, broken, what);
   if (prompts.empty())
-    throw Error(file.name(), "at least one prompt",
+    throw Error(name, "at least one prompt",
                 broken.empty() ? "only blank lines" : "only broken lines");
   return prompts;
 }

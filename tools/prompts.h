@@ -7,6 +7,8 @@
 //   "messages": [{"role": "user", "content": "Compose ..."}]     without a last answer
 // Plain text, one prompt a line.
 //
+// Either may come through a pipe, as in --prompts <(...). What is compressed is refused.
+//
 // It is JSONL if its name ends in .jsonl or its first character, white space apart, is '{'.
 #pragma once
 
