@@ -779,6 +779,50 @@ TEST_F(CliTest, TrainingMakesABetterDraft) {
   EXPECT_GT(trained, 1.5 * untrained);
 }
 
+TEST_F(CliTest, TrainDataRefuses) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts = write("p", "Once upon a time\nLily saw a big dog\n"),
+                    x = folder_ / "x", fifo = folder_ / "fifo";
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  const Args data = {"train", "data", "-m", kStories, "--prompts", prompts, "-o", x, "-n", "3"};
+  const auto with = [&](const Args& more) {
+    Args args = data;
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  };
+  for (const std::string shard :
+       {"0/-1", " 0/2", "+0/2", " +0/2", "0/ 2", "0/2 ", "0/0", "0", "/2", "0/", "-0/2", "0x0/2"})
+    expect_error(with({"--shard=" + shard}), 2, "--shard: expected i/n with 0 <= i < n");
+  expect_error(with({"--on-policy", "0.5"}), 2, "--on-policy: expected a draft");
+  expect_error(with({"-o", fifo}), 1,
+               "fifo: expected a file that can be read and written, found a ");
+  expect_error({"train", "merge", "--data", fifo, "-o", x}, 1,
+               "fifo: expected a regular file, found a FIFO");
+  expect_error({"train", "merge", "--data", folder_, "-o", x}, 1,
+               ": expected a regular file, found a directory");
+  EXPECT_FALSE(std::filesystem::exists(x));
+
+  const Output none = chimera(with({"--max-prompt", "2"}));
+  EXPECT_EQ(none.code, 1);
+  EXPECT_EQ(none.err,
+            "0 answers, 2 prompts too long\nchimera: train data: expected an answer, found none; "
+            "give shorter prompts, or raise --max-prompt of train data\n");
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which reserve terabytes
+  const std::string command = "ulimit -v 400000; '" + binary() + "' train data -m " + kStories +
+                              " --prompts '" + prompts + "' -o '" + (folder_ / "z").string() +
+                              "' -n 4096 --sequences 128 --threads 1 2>'" +
+                              (folder_ / "err").string() + "'";
+  EXPECT_EQ(WEXITSTATUS(std::system(command.c_str())), 1);
+  EXPECT_TRUE(read("err").ends_with("none left; try fewer of them, or shorter ones (-n)\n"))
+      << read("err");
+#endif
+  // Ctrl-C, at the warning that the context is longer than what the model was trained for.
+  const auto [code, err] =
+      interrupted(2, with({"-o", folder_ / "y", "-n", "4000"}), "", "warning: the model was");
+  EXPECT_EQ(code, 130);
+  EXPECT_TRUE(err.ends_with("too long\nStopped; the same command goes on.\n")) << err;
+}
+
 TEST_F(CliTest, TrainData) {
   SKIP_IF_ABSENT(kStories);
   const std::string prompts =

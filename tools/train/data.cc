@@ -12,6 +12,8 @@
 // of their own: their shards say "device":"cuda". And a draft that takes part, see
 // --on-policy, chooses from a vocabulary that all answers of a batch share.)
 #include <algorithm>
+#include <charconv>
+#include <new>
 
 #include "engine/candidate_tree.h"
 #include "engine/chimera/chimera_drafter.h"
@@ -130,19 +132,13 @@ struct Job {
 
 std::pair<size_t, size_t> parse_shard(const std::string& text) {
   size_t i = 0, n = 0;
-  char rest = 0;
-  if (std::sscanf(text.c_str(), "%zu/%zu%c", &i, &n, &rest) != 2 || n == 0 || i >= n)
+  const char* const end = text.data() + text.size();
+  const auto first = std::from_chars(text.data(), end, i);  // takes no sign and no white space
+  const bool slash = first.ec == std::errc() && first.ptr != end && *first.ptr == '/';
+  const auto second = std::from_chars(slash ? first.ptr + 1 : end, end, n);
+  if (second.ec != std::errc() || second.ptr != end || i >= n)
     throw UsageError("--shard", "i/n with 0 <= i < n, such as 0/4", "'" + text + "'");
   return {i, n};
-}
-
-std::string hash_of(std::span<const Prompt> prompts) {
-  std::string all;
-  for (const Prompt& prompt : prompts) {
-    for (const Message& m : prompt.messages) all += m.role + '\0' + m.content + '\0';
-    all += '\n';
-  }
-  return hash_text(all);
 }
 
 std::string hash_of_file(const std::string& path) {
@@ -251,6 +247,7 @@ class Answerer {
            " prompts, " + std::to_string(tokens_) + " tokens, " +
            fixed_text(static_cast<double>(tokens_) / seconds_since(start_), 0) + " tokens/s";
   }
+  bool any() const { return output_.shard.answers() > 0 || left_out_ == 0; }
   std::string summary() const {
     return count_text(static_cast<int64_t>(output_.shard.answers()), "answer") + ", " +
            count_text(static_cast<int64_t>(left_out_), "prompt") +
@@ -339,6 +336,38 @@ class Answerer {
   const Clock::time_point start_ = Clock::now();
 };
 
+int answer_all(const Options& o, std::pair<size_t, size_t> shard) {
+  Model model(*o.model);
+  if (o.own_prompts && model.chat_format == ChatFormat::kNone)
+    throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
+                "give --prompts FILE");
+  std::vector<Prompt> prompts;
+  if (o.prompts)
+    prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
+  const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
+  const auto draft = load_draft_for(model, {.draft = o.draft});
+  Output output(o, model, prompts);
+  const Interrupt interrupt;
+  const int context = choose_context(model.file.tensors.config, o.max_prompt + o.n,
+                                     {.tokens = static_cast<size_t>(o.max_prompt)}, o.n);
+  const Llama llama = prepare_weights(*backend, &model);
+  Answerer answerer(o, shard, model, llama, context, draft ? &*draft : nullptr, std::move(prompts),
+                    &output);
+
+  {
+    Progress progress;
+    while (!interrupt.asked() && answerer.step()) progress.log(answerer.progress());
+  }
+  note(answerer.summary());
+  if (interrupt.asked())
+    note("Stopped; the same command goes on.");
+  else if (!answerer.any())
+    throw Error("train data", "an answer", "none",
+                o.own_prompts ? "ask for more prompts"
+                              : "give shorter prompts, or raise --max-prompt of train data");
+  return interrupt.exit_code();
+}
+
 }  // namespace
 
 int train_data(const std::vector<std::string>& args) {
@@ -377,37 +406,29 @@ int train_data(const std::vector<std::string>& args) {
           {0, "device", "NAME", "cpu or cuda, whose answers differ a little",
            choice(&o.device, {"cpu", "cuda"})},
       }};
-  if (!parse(command, args)) return 0;
+  std::set<std::string> given;
+  if (!parse(command, args, &given)) return 0;
   if (!o.model || !o.output || o.prompts.has_value() == o.own_prompts.has_value())
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
                      o.prompts && o.own_prompts ? "both of them" : "one missing",
                      "see chimera train data --help");
+  if (given.contains("on-policy") && !o.draft)
+    throw UsageError("--on-policy", "a draft, which takes turns", "none",
+                     "give one with --draft DRAFT");
   const auto which = parse_shard(o.shard.value_or("0/1"));
   expect_other_file(*o.output, {o.model, o.prompts, o.draft});
 
-  Model model(*o.model);
-  if (o.own_prompts && model.chat_format == ChatFormat::kNone)
-    throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
-                "give --prompts FILE");
-  std::vector<Prompt> prompts;
-  if (o.prompts)
-    prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
-  const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
-  const auto draft = load_draft_for(model, {.draft = o.draft});
-  Output output(o, model, prompts);
-  const int context = choose_context(model.file.tensors.config, o.max_prompt + o.n,
-                                     {.tokens = static_cast<size_t>(o.max_prompt)}, o.n);
-  const Llama llama = prepare_weights(*backend, &model);
-  Answerer answerer(o, which, model, llama, context, draft ? &*draft : nullptr, std::move(prompts),
-                    &output);
-
-  const Interrupt interrupt;
-  {
-    Progress progress;
-    while (!interrupt.asked() && answerer.step()) progress.log(answerer.progress());
+  try {
+    return answer_all(o, which);
+  } catch (const std::exception& e) {
+    // The backend and main.cc advise a smaller --ctx, which there is none of here.
+    if (!dynamic_cast<const std::bad_alloc*>(&e) &&
+        !std::string_view(e.what()).starts_with("memory: "))
+      throw;
+    throw Error("memory",
+                "enough of it for " + count_text(o.sequences, "answer") + " at once (--sequences)",
+                "none left", "try fewer of them, or shorter ones (-n)");
   }
-  note(answerer.summary());
-  return interrupt.exit_code();
 }
 
 }  // namespace chimera

@@ -6,10 +6,20 @@
 
 #include "engine/error.h"
 #include "loader/mapped_file.h"
+#include "tools/output.h"
 
 namespace chimera {
 
 using nlohmann::ordered_json;
+
+std::string hash_of(std::span<const Prompt> prompts) {
+  std::string all;
+  for (const Prompt& prompt : prompts) {
+    for (const Message& m : prompt.messages) all += m.role + '\0' + m.content + '\0';
+    all += '\n';
+  }
+  return hash_text(all);
+}
 
 void expect_same_settings(const std::string& where, const ordered_json& expected,
                           const ordered_json& found, const std::string& hint) {

@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <unordered_set>
+
+#include "tools/prompts.h"
 
 namespace chimera {
 
@@ -14,6 +17,9 @@ namespace chimera {
 inline std::string features_path(const std::string& shard) {
   return shard + ".features";
 }
+
+// What tells one file of prompts from another, in a shard's header.
+std::string hash_of(std::span<const Prompt> prompts);
 
 // Settings that have to agree for a run to go on, or for the parts of one to be joined. Throws
 // Error, which names the first that does not.
