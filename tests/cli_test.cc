@@ -823,6 +823,43 @@ TEST_F(CliTest, TrainDataRefuses) {
   EXPECT_TRUE(err.ends_with("too long\nStopped; the same command goes on.\n")) << err;
 }
 
+// What every stage in turn checks before the first begins.
+TEST_F(CliTest, TrainChecksFirst) {
+  SKIP_IF_ABSENT(kStories);
+  const std::string prompts =
+                        write("p.jsonl", "{\"text\": \"Once\"}\n{\"text\"\n{\"text\": \"Tim\"}\n"),
+                    draft = folder_ / "d", fifo = folder_ / "fifo";
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  const Args train = {"train", "-m", kStories,      "--prompts", prompts,     "-o", draft,
+                      "-n",    "24", "--positions", "1",         "--threads", "1"};
+  const auto with = [&](const Args& more) {
+    Args args = train;
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  };
+  expect_error(with({"--strict"}), 1, "p.jsonl: line 2: expected a JSON object");
+  expect_error(with({"-o", folder_ / "a,b"}), 2, "--output: expected a name without a comma");
+  expect_error(with({"--prompts", fifo}), 1, "fifo: expected a regular file");
+  expect_error(with({"--jump"}), 2, "found '--jump'; see chimera train -m MODEL --help");
+  const std::string help = chimera({"train", "-m", "MODEL", "--help"}).out;
+  EXPECT_TRUE(help.starts_with("usage: chimera train -m MODEL --prompts FILE -o DRAFT")) << help;
+  EXPECT_NE(help.find("--strict"), std::string::npos) << help;
+
+  const Output made = chimera(train);
+  EXPECT_EQ(made.code, 0) << made.err;
+  const size_t said = made.err.find("1 broken line left out: 2;");
+  EXPECT_NE(said, std::string::npos) << made.err;
+  EXPECT_EQ(made.err.find("1 broken line", said + 1), std::string::npos) << "twice: " << made.err;
+
+  const std::string held_out = read("d.held-out.jsonl");
+  expect_error(with({"--prompts", write("others", "one\ntwo\nthree\n")}), 1,
+               "d.answers.jsonl: expected answers to the prompts of ");
+  EXPECT_EQ(read("d.held-out.jsonl"), held_out);
+  // The names of targets may be the same.
+  expect_error({"run", "-m", chimera::test::tiny("q4_1"), "-p", "x", "--draft", draft}, 1,
+               "(fingerprint ");
+}
+
 TEST_F(CliTest, TrainData) {
   SKIP_IF_ABSENT(kStories);
   const std::string prompts =

@@ -60,8 +60,14 @@ std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFla
   if (!flags.draft) return std::nullopt;
   DraftTensors draft = load_draft(*flags.draft);
   if (draft.target_fingerprint != target.fingerprint) {
-    throw Error(printable(*flags.draft, 4096), "a draft for " + target.name(),
-                "one for " + printable(draft.target_name), "train one with chimera train");
+    // The name may be the same: the file is another quantisation, or other weights.
+    const auto named = [](const std::string& name, const std::string& fingerprint) {
+      return name + " (fingerprint " + fingerprint + ")";
+    };
+    throw Error(
+        printable(*flags.draft, 4096), "a draft for " + named(target.name(), target.fingerprint),
+        "one for " + named(printable(draft.target_name), printable(draft.target_fingerprint)),
+        "a draft is for one file of weights: train one with chimera train");
   }
   return draft;
 }

@@ -106,14 +106,17 @@ Messages read_line(const std::string& where, std::string_view line, bool jsonl) 
   return jsonl ? read_json_line(where, line) : user(std::string(line));
 }
 
-// One line, however many are broken.
+// One line, however many are broken, and once: the stages of chimera train all read the file.
 void note_broken(const std::string& file, const std::vector<int>& lines, const std::string& what) {
   constexpr size_t kNamed = 20;
   std::string numbers;
   for (size_t i = 0; i < std::min(kNamed, lines.size()); ++i)
     numbers += (i > 0 ? ", " : "") + std::to_string(lines[i]);
-  note("warning: " + file + ": " + count_text(static_cast<int64_t>(lines.size()), "broken line") +
-       " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what);
+  static std::set<std::string> said;
+  const std::string line =
+      "warning: " + file + ": " + count_text(static_cast<int64_t>(lines.size()), "broken line") +
+      " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what;
+  if (said.insert(line).second) note(line);
 }
 
 // What somebody writes into a pipe, as in --prompts <(...). Nothing where nobody does: opened and

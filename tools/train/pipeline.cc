@@ -6,15 +6,18 @@
 //   *.checkpoint            of the two fits
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 
 #include "engine/error.h"
 #include "engine/step.h"
+#include "loader/mapped_file.h"
 #include "loader/output_file.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/model.h"
 #include "tools/output.h"
 #include "tools/prompts.h"
+#include "tools/train/shard.h"
 #include "tools/train/train.h"
 
 namespace chimera {
@@ -25,8 +28,21 @@ struct Options {
   std::optional<int> threads;
   int positions = 0, n = 256, sequences = 96;
   float minutes = 0;
-  bool on_policy = false;
+  bool on_policy = false, strict = false;
 };
+
+// Answers that an earlier run left are to the same prompts: others would be measured on what the
+// draft has learnt from.
+void expect_same_prompts(const std::string& answers, std::span<const Prompt> prompts,
+                         const std::string& name) {
+  std::ifstream file(answers, std::ios::binary);
+  std::string line;
+  std::getline(file, line);
+  const auto header = nlohmann::ordered_json::parse(line, nullptr, false);
+  if (header.is_object() && header.contains("prompts") && header["prompts"] != hash_of(prompts))
+    throw Error(printable(answers, 4096), "answers to the prompts of " + printable(name, 4096),
+                "answers to others", "name another --output, or remove what lies beside this one");
+}
 
 // The last tenth of the prompts, 40 at most: to measure the draft with. Those that the model's
 // context cannot hold are of no use there.
@@ -60,8 +76,8 @@ size_t hold_out(const std::vector<Prompt>& prompts, const Options& o, const std:
 int train_all(const std::vector<std::string>& args) {
   Options o;
   const Command command{
-      "train",
-      "-m MODEL --prompts FILE -o DRAFT [FLAGS]",
+      "train -m MODEL",  // with --help it lists these flags, and without -m the stages
+      "--prompts FILE -o DRAFT [FLAGS]",
       "Makes a draft model for a target, from nothing but the target and a file of prompts: data,\n"
       "fit, eval. Stopped with Ctrl-C, the same command goes on where it was.\n",
       {
@@ -74,6 +90,8 @@ int train_all(const std::vector<std::string>& args) {
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
           {0, "on-policy", "", "then a third as long on answers in which the draft took turns",
            on(&o.on_policy)},
+          {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
+           on(&o.strict)},
           {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 2, 4096)},
           {0, "sequences", "N", "answers at once", integer(&o.sequences, 1, Step::kMaxSequences)},
           threads_flag(&o.threads),
@@ -81,8 +99,14 @@ int train_all(const std::vector<std::string>& args) {
   if (!parse(command, args)) return 0;
   if (!o.model || !o.prompts || !o.output)
     throw UsageError("train", "-m MODEL, --prompts FILE and -o DRAFT", "one missing",
-                     "see chimera train --help");
-  const std::vector<Prompt> prompts = load_prompts(*o.prompts, BrokenLines::kLeaveOut);
+                     "see chimera train -m MODEL --help");
+  if (o.output->find(',') != std::string::npos)
+    throw UsageError("--output", "a name without a comma", in_quotes(*o.output));
+  if (const std::string special = special_file(*o.prompts); !special.empty())
+    throw Error(printable(*o.prompts, 4096), "a regular file, which is read more than once",
+                special);
+  const std::vector<Prompt> prompts =
+      load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
   if (prompts.size() < 2)
     throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
                 std::to_string(prompts.size()));
@@ -92,6 +116,7 @@ int train_all(const std::vector<std::string>& args) {
     expect_other_file(path, {o.model, o.prompts});
     expect_writable(path);
   }
+  expect_same_prompts(answers, prompts, *o.prompts);
   const size_t learnt = prompts.size() - hold_out(prompts, o, held_out);
 
   const auto stage = [&](int (*run)(const std::vector<std::string>&), const std::string& title,
@@ -106,6 +131,7 @@ int train_all(const std::vector<std::string>& args) {
     more.insert(more.end(),
                 {"--prompts", *o.prompts, "--limit", std::to_string(limit), "--features", "-n",
                  std::to_string(o.n), "--sequences", std::to_string(o.sequences), "-o", shard});
+    if (o.strict) more.push_back("--strict");
     return stage(train_data, title, more);
   };
   // share: of the length that was asked for.
@@ -117,7 +143,9 @@ int train_all(const std::vector<std::string>& args) {
     else if (o.positions > 0)
       more.insert(more.end(), {"--positions", std::to_string(std::max(1, o.positions / share))});
     if (std::filesystem::exists(checkpoint)) more.insert(more.end(), {"--resume", checkpoint});
-    return stage(train_fit, title, more);
+    const int code = stage(train_fit, title, more);
+    if (code != 0) note("The same command, chimera train, does that.");
+    return code;
   };
 
   const std::string first = draft + ".checkpoint", second = draft + ".on-policy.checkpoint";
