@@ -702,6 +702,60 @@ TEST_F(CliTest, WithoutAGpu) {
 
 // What a draft learns from: answers that depend on the prompt alone, not on who else is in the
 // batch.
+// tools/peer_llamacpp.sh with stand-ins for both programs: where one of them fails, or says no
+// figure, there is nothing to compare.
+TEST_F(CliTest, ComparisonWithoutAFigure) {
+  std::ostringstream script;
+  script << std::ifstream("tools/peer_llamacpp.sh").rdbuf();
+  const std::string text = script.str(), key = "\nversion=";
+  const size_t at = text.find(key) + key.size();
+  const std::string version = text.substr(at, text.find('\n', at) - at),
+                    peer = "cache/chimera/llama.cpp-" + version;
+  std::filesystem::create_directories(folder_ / peer);
+  const auto stand_in = [&](const std::string& name, const std::string& commands) {
+    const std::string path = write(name, "#!/bin/sh\n" + commands + "\n");
+    std::filesystem::permissions(path, std::filesystem::perms::owner_all);
+  };
+  const auto compare = [&] {
+    const std::string command = "CHIMERA_BINARY='" + (folder_ / "ours").string() +
+                                "' XDG_CACHE_HOME='" + (folder_ / "cache").string() +
+                                "' sh tools/peer_llamacpp.sh '" + (folder_ / "ours").string() +
+                                "' 1 1 >'" + (folder_ / "out").string() + "' 2>'" +
+                                (folder_ / "err").string() + "'";
+    const int status = std::system(command.c_str());
+    return Output{WEXITSTATUS(status), read("out"), read("err")};
+  };
+  const std::string ours =
+                        "echo '{\"tokens_per_second\":50.0,\"prefill_tokens_per_second\":300.0}'",
+                    theirs = "echo 'x:  eval time = 1 ms / 2 runs ( 3 ms, 25.0 tokens per second)'",
+                    bench =
+                        "echo '{\"n_prompt\": 512, \"avg_ts\": 100.0}'\n"
+                        "echo '{\"n_gen\": 128, \"avg_ts\": 20.0}'";
+  const auto good = [&] {
+    stand_in("ours", ours);
+    stand_in(peer + "/llama-completion", theirs);
+    stand_in(peer + "/llama-bench", bench);
+  };
+  good();
+  const Output all = compare();
+  EXPECT_EQ(all.code, 0) << all.err;
+  EXPECT_NE(all.out.find("decoding: 2.00 times llama.cpp\nprefill:  3.00 times"), std::string::npos)
+      << all.out;
+  for (const std::string& name :
+       {std::string("ours"), peer + "/llama-completion", peer + "/llama-bench"})
+    for (const std::string commands : {"echo broken; exit 3", "echo no figure"}) {
+      good();
+      stand_in(name, commands);
+      const Output o = compare();
+      EXPECT_EQ(o.code, 1) << name << ": " << commands << "\n" << o.out;
+      EXPECT_EQ(o.out, "") << name;
+      EXPECT_NE(o.err.find(commands[5] == 'b' ? " failed: broken\n" : "found none in: no figure\n"),
+                std::string::npos)
+          << o.err;
+      EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << o.err;
+    }
+}
+
 // An output never replaces what is no regular file, nor a file that the command reads.
 TEST_F(CliTest, OutputsThatWouldDestroySomething) {
   const std::string fifo = folder_ / "fifo", a = write("a", "text a"), b = write("b", "text b"),

@@ -15,6 +15,7 @@ rounds=${2:-5}
 threads=${3:-$(lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)}
 chimera=${CHIMERA_BINARY:-build/chimera}
 [ -f "$model" ] || fail "expected a GGUF file, found no $model"
+[ "$rounds" -ge 1 ] 2>/dev/null || fail "expected a number of rounds, found $rounds"
 [ -x "$chimera" ] || fail "expected $chimera, found none; run make first"
 
 peer=${XDG_CACHE_HOME:-$HOME/.cache}/chimera/llama.cpp-$version
@@ -40,7 +41,8 @@ fi
 
 prompts=$(mktemp)
 results=$(mktemp)
-trap 'rm -rf "$prompts" "$results" "${tmp:-}"' EXIT
+output=$(mktemp)
+trap 'rm -rf "$prompts" "$results" "$output" "${tmp:-}"' EXIT
 trap 'exit 130' INT TERM
 # Openings, since both go on with raw text here; llama.cpp is told to ignore an end.
 cat >"$prompts" <<'END'
@@ -49,18 +51,27 @@ The following text explains, step by step, how bread is made at home. First,
 The history of the bicycle, from the first wooden machines to the present day, begins
 END
 
-# One line "NAME VALUE" for each figure of a round.
+# What a program says, for figure() to read.
+try() { "$@" >"$output" 2>&1 </dev/null || fail "$1 failed: $(tail -n 1 "$output")"; }
+# A line "NAME VALUE"; the value is what the sed expression prints.
+figure() {
+  value=$(sed -n "$2" "$output")
+  [ -n "$value" ] || fail "expected a figure for $1, found none in: $(tail -n 1 "$output" | cut -c 1-200)"
+  echo "$1 $value"
+}
 round() {
   while read -r prompt; do
-    "$chimera" run -m "$model" --raw --threads "$threads" -n 128 -p "$prompt" --drafter none --json |
-      sed -n 's/.*"tokens_per_second":\([0-9.e+-]*\).*/decode_chimera \1/p'
-    "$peer/llama-completion" -m "$model" -t "$threads" -n 128 -p "$prompt" --temp 0 -no-cnv \
-      --ignore-eos --perf </dev/null 2>&1 | sed -n 's/.*  eval time.*, *\([0-9.]*\) tokens per second.*/decode_llama.cpp \1/p'
+    try "$chimera" run -m "$model" --raw --threads "$threads" -n 128 -p "$prompt" --drafter none --json
+    figure decode_chimera 's/.*"tokens_per_second":\([0-9.e+-]*\).*/\1/p'
+    try "$peer/llama-completion" -m "$model" -t "$threads" -n 128 -p "$prompt" --temp 0 -no-cnv \
+      --ignore-eos --perf
+    figure decode_llama.cpp 's/.*  eval time.*, *\([0-9.]*\) tokens per second.*/\1/p'
   done <"$prompts"
-  "$chimera" bench -m "$model" --threads "$threads" -n 2 --rounds 1 --json |
-    sed -n 's/.*"prefill_tokens_per_second":\([0-9.e+-]*\).*/prefill512_chimera \1/p'
-  "$peer/llama-bench" -m "$model" -t "$threads" -p 512 -n 128 -r 1 -o jsonl 2>/dev/null |
-    sed -n 's/.*"n_prompt": 512,.*"avg_ts": \([0-9.]*\).*/prefill512_llama.cpp \1/p; s/.*"n_gen": 128,.*"avg_ts": \([0-9.]*\).*/tg128_llama.cpp \1/p'
+  try "$chimera" bench -m "$model" --threads "$threads" -n 2 --rounds 1 --json
+  figure prefill512_chimera 's/.*"prefill_tokens_per_second":\([0-9.e+-]*\).*/\1/p'
+  try "$peer/llama-bench" -m "$model" -t "$threads" -p 512 -n 128 -r 1 -o jsonl
+  figure prefill512_llama.cpp 's/.*"n_prompt": 512,.*"avg_ts": \([0-9.]*\).*/\1/p'
+  figure tg128_llama.cpp 's/.*"n_gen": 128,.*"avg_ts": \([0-9.]*\).*/\1/p'
 }
 i=0
 while [ "$i" -lt "$rounds" ]; do
@@ -77,5 +88,5 @@ sort -k1,1 -k2,2g "$results" | awk '
   $1 != name { row(); name = $1; n = 0 }
   { v[++n] = $2 }
   END { row()
-    if (median["decode_llama.cpp"]) printf "decoding: %.2f times llama.cpp\n", median["decode_chimera"] / median["decode_llama.cpp"]
-    if (median["prefill512_llama.cpp"]) printf "prefill:  %.2f times llama.cpp\n", median["prefill512_chimera"] / median["prefill512_llama.cpp"] }'
+    printf "decoding: %.2f times llama.cpp\n", median["decode_chimera"] / median["decode_llama.cpp"]
+    printf "prefill:  %.2f times llama.cpp\n", median["prefill512_chimera"] / median["prefill512_llama.cpp"] }'
