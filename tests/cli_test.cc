@@ -692,7 +692,7 @@ TEST_F(CliTest, WithoutAGpu) {
   if (cuda_available()) GTEST_SKIP() << "skipped: there is a GPU";
   expect_error({"run", "--device", "cuda", "-m", "x", "-p", "y"}, 1, "device cuda: expected ");
   expect_error({"bench", "--device", "cuda", "--shape", "tiny"}, 1, "device cuda: expected ");
-  expect_error({"train", "fit", "--device", "cuda", "-m", "x", "--data", "x", "-o", "x"}, 1,
+  expect_error({"train", "fit", "--device", "cuda", "-m", "x", "--data", "x", "-o", "y"}, 1,
                "device cuda: expected ");
   EXPECT_EQ(object({"bench", "--shape", "tiny", "--rounds", "1", "--json"})["device"]
                 .get<std::string>()
@@ -700,8 +700,6 @@ TEST_F(CliTest, WithoutAGpu) {
             0u);
 }
 
-// What a draft learns from: answers that depend on the prompt alone, not on who else is in the
-// batch.
 // tools/peer_llamacpp.sh with stand-ins for both programs: where one of them fails, or says no
 // figure, there is nothing to compare.
 TEST_F(CliTest, ComparisonWithoutAFigure) {
@@ -800,6 +798,17 @@ TEST_F(CliTest, OutputsThatWouldDestroySomething) {
     expect_error({"train", "-m", a, "--prompts", write("p", "one\ntwo\n"), "-o", same}, 1, found);
   }
   refused("fit", {"-m", a, "--data", b, "-o", x, "--checkpoint", x}, "the same file as");
+}
+
+// What a link points to is written, and the link stays: /dev/stdout is one.
+TEST_F(CliTest, AnOutputThatIsALink) {
+  const std::string text = "{\"chimera_data\":1,\"shard\":\"0/1\"}\n{\"prompt\":0,\"ids\":[1]}\n",
+                    link = folder_ / "link";
+  write("x", "old");
+  std::filesystem::create_symlink("x", link);
+  EXPECT_EQ(chimera({"train", "merge", "--data", write("shard", text), "-o", link}).code, 0);
+  EXPECT_TRUE(std::filesystem::is_symlink(link));
+  EXPECT_EQ(read("x"), text);
 }
 
 // That training trains: in seconds a draft learns enough of a small target for a tree to bring
@@ -914,6 +923,8 @@ TEST_F(CliTest, TrainChecksFirst) {
                "(fingerprint ");
 }
 
+// What a draft learns from: answers that depend on the prompt alone, not on who else is in the
+// batch.
 TEST_F(CliTest, TrainData) {
   SKIP_IF_ABSENT(kStories);
   const std::string prompts =
