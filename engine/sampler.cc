@@ -69,13 +69,15 @@ void cut(const SamplingOps& ops, const float* logits, int32_t vocab, float large
 
 }  // namespace
 
-int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
-               int64_t position, const SamplerScratch& scratch) {
-  if (s.temperature < kLeastTemperature) return ops.argmax(logits, vocab);
+void add_noise(const SamplingOps& ops, const float* logits, int64_t begin, int64_t end,
+               const Sampling& s, int64_t position, float* noisy) {
+  ops.gumbel(nullptr, begin, end - begin, s.seed, position, noisy + begin);
+  for (int64_t i = begin; i < end; ++i) noisy[i] = logits[i] / s.temperature + noisy[i];
+}
 
+int32_t choose(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
+               const SamplerScratch& scratch) {
   float* noisy = scratch.noise;
-  ops.gumbel(nullptr, vocab, s.seed, position, noisy);
-  for (int32_t i = 0; i < vocab; ++i) noisy[i] = logits[i] / s.temperature + noisy[i];
   if ((s.top_k > 0 && s.top_k < vocab) || s.top_p < 1.0f || s.min_p > 0) {
     const float largest = logits[ops.argmax(logits, vocab)];
     cut(ops, logits, vocab, largest, s, scratch.e, scratch.order);
@@ -83,6 +85,13 @@ int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const
       if (!(scratch.e[i] > 0)) noisy[i] = -std::numeric_limits<float>::infinity();
   }
   return ops.argmax(noisy, vocab);
+}
+
+int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& s,
+               int64_t position, const SamplerScratch& scratch) {
+  if (s.temperature < kLeastTemperature) return ops.argmax(logits, vocab);
+  add_noise(ops, logits, 0, vocab, s, position, scratch.noise);
+  return choose(ops, logits, vocab, s, scratch);
 }
 
 LikelyTokens likely_tokens(const float* logits, int64_t vocab) {

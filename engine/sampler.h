@@ -51,8 +51,10 @@ struct SamplingOps {
   int32_t (*argmax)(const float* x, int64_t n);
   // out[i] = exp(x[i] / divisor - max / divisor), rounded down to a multiple of 2^-34; NaN -> 0.
   void (*exp_scaled)(const float* x, int64_t n, float max, float divisor, float* out);
-  // out[i] = Gumbel noise of token ids[i] (ids null: token i) at a position; -2.9 to 21.5.
-  void (*gumbel)(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out);
+  // out[i] = Gumbel noise of token ids[i] (ids null: token first + i, first a multiple of 64) at a
+  // position; -2.9 to 21.5.
+  void (*gumbel)(const int32_t* ids, int64_t first, int64_t n, uint64_t seed, int64_t position,
+                 float* out);
   // Indices of the k largest of x, largest first, of equal ones the lower index first. Returns how
   // many there are: k, or n if that is less. Where x holds NaN, some of them.
   int (*top_k)(const float* x, int64_t n, int k, int32_t* index);
@@ -79,5 +81,14 @@ struct SamplerScratch {
 };
 int32_t sample(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& sampling,
                int64_t position, const SamplerScratch& scratch);
+
+// The same in two parts, of which the first, nearly all of the work, can be divided: noise is added
+// to the logits of tokens [begin, end), begin a multiple of 64, and then one of all is chosen.
+// Temperature: kLeastTemperature or more.
+void add_noise(const SamplingOps& ops, const float* logits, int64_t begin, int64_t end,
+               const Sampling& sampling, int64_t position, float* noisy);
+// scratch.noise: (vocab) what add_noise() has written.
+int32_t choose(const SamplingOps& ops, const float* logits, int32_t vocab, const Sampling& sampling,
+               const SamplerScratch& scratch);
 
 }  // namespace chimera

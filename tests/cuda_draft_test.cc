@@ -191,7 +191,7 @@ TEST(CudaDraft, TopKOfARow) {
         b.draft.rows->first_new = 1;
         b.ops.top_k(b.draft, logits, stride, kDepth, b.state);
         std::vector<float> noise(static_cast<size_t>(n)), noisy(noise);
-        sampling_ops().gumbel(b.state->vocabulary, n, 9, 11 + kDepth, noise.data());
+        sampling_ops().gumbel(b.state->vocabulary, 0, n, 9, 11 + kDepth, noise.data());
         for (int row = 1; row < kRows; ++row) {
           for (int i = 0; i < n; ++i)
             noisy[static_cast<size_t>(i)] =

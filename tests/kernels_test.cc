@@ -241,13 +241,13 @@ TEST(RowKernels, Gumbel) {
   const uint64_t seed = 0x123456789abcdef0u;
   const int64_t position = int64_t{5} << 32 | 77;
   for (const int64_t n : {int64_t{1}, int64_t{15}, int64_t{16}, int64_t{63}, int64_t{3000}})
-    for (const bool listed : {false, true}) {
-      const int32_t* tokens = listed ? ids.data() : nullptr;
+    for (const int64_t first : {int64_t{0}, int64_t{128}, int64_t{-1}}) {  // -1: listed
+      const int32_t* tokens = first < 0 ? ids.data() : nullptr;
       std::vector<float> expected(static_cast<size_t>(n) + 1, -7.0f), y = expected;
-      kScalarKernels.sampling.gumbel(tokens, n, seed, position, expected.data());
+      kScalarKernels.sampling.gumbel(tokens, first, n, seed, position, expected.data());
       EXPECT_EQ(expected.back(), -7.0f);
       for (int64_t i = 0; i < n; ++i) {
-        const auto id = static_cast<uint32_t>(tokens != nullptr ? tokens[i] : i);
+        const auto id = static_cast<uint32_t>(tokens != nullptr ? tokens[i] : first + i);
         const uint32_t bits = token_bits(seed, static_cast<uint64_t>(position), id) >> 1 | 1;
         // Of the uniform number as f32 has it: what it loses near 1 is the contract's.
         const double w =
@@ -257,7 +257,7 @@ TEST(RowKernels, Gumbel) {
                     2e-6 * std::max(1.0, std::abs(exact)));
       }
       for (const Kernels* k : fast_kernels()) {
-        k->sampling.gumbel(tokens, n, seed, position, y.data());
+        k->sampling.gumbel(tokens, first, n, seed, position, y.data());
         EXPECT_TRUE(same_bits(y, expected)) << k->name << " " << n;
       }
     }

@@ -278,7 +278,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // The noise that the target will add where it chooses the tokens `depth` + 1 below the root.
   void draw_noise(const DraftContext& c, int depth) {
     if (c.sampling.temperature >= kLeastTemperature)
-      ops_.gumbel(vocabulary_.data(), static_cast<int64_t>(vocabulary_.size()), c.sampling.seed,
+      ops_.gumbel(vocabulary_.data(), 0, static_cast<int64_t>(vocabulary_.size()), c.sampling.seed,
                   static_cast<int64_t>(c.tokens.size()) + depth, noise_.data());
   }
   // A row of logits with that noise. Cuts of the distribution are the target's business: a token

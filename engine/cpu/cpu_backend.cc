@@ -129,8 +129,9 @@ class AttentionTiles {
     const int* after = std::upper_bound(first_tile_, first_tile_ + step_->n_sequences, index);
     const int s = static_cast<int>(after - first_tile_) - 1;
     index -= first_tile_[s];
-    const int pairs = n_rows(s) * group_, first = index / n_kv_heads_ * kMaxQueries;
-    return {s, index % n_kv_heads_, first, std::min(kMaxQueries, pairs - first)};
+    const int pairs = n_rows(s) * group_, tiles = (pairs + kMaxQueries - 1) / kMaxQueries,
+              first = index % tiles * kMaxQueries;
+    return {s, index / tiles, first, std::min(kMaxQueries, pairs - first)};
   }
   // The row and the query head of a tile's pair.
   int row(const Tile& t, int i) const { return first_row(t.sequence) + (t.first + i) / group_; }
@@ -416,21 +417,21 @@ class CpuBackend final : public Backend {
     const AttentionTiles tiles(step, h);
     const AttentionOp op{step, qkv, h, kv, layer, out, tiles};
     const int chunks = tiles.chunks(), total = tiles.count();
-    // A tile's work comes in chunks; tiles go through in waves, so that the partial results of a
-    // wave fit the scratch.
+    // A tile's work comes in chunks: all tiles of a KV head over a chunk of it, which is read once
+    // and in the cache after that, then the next head, then the next chunk. Tiles go through in
+    // waves, so that the partial results of a wave fit the scratch.
     const auto tiles_in = [&](int wave) { return std::min(wave_tiles_, total - wave); };
     WorkShares::Deal deal = work_.deal(int64_t{tiles_in(0)} * chunks);
     pool_.run([&](int thread) {
       for (int wave = 0; wave < total; wave += wave_tiles_) {
-        const int units = tiles_in(wave) * chunks;
-        const auto tile_of = [&](int unit) { return tiles.at(wave + unit / chunks); };
+        const int n = tiles_in(wave), units = n * chunks;
         for (auto [begin, end] = work_.take(deal, thread); begin < end;
              std::tie(begin, end) = work_.take(deal, thread))
           for (int unit = static_cast<int>(begin); unit < end; ++unit) {
             const int next = std::min(unit + 1, units - 1);  // the thread's own, nearly always
-            attend(op, tile_of(unit), unit / chunks, unit % chunks,
-                   keys_of(op, tile_of(next), next % chunks));
-            if (chunks == 1) finish(op, tile_of(unit), unit);
+            const AttentionTiles::Tile tile = tiles.at(wave + unit % n);
+            attend(op, tile, unit % n, unit / n, keys_of(op, tiles.at(wave + next % n), next / n));
+            if (chunks == 1) finish(op, tile, unit);
           }
         const bool last = wave + wave_tiles_ >= total;
         if (chunks == 1 && last) break;  // nobody waits for another's chunks
@@ -463,9 +464,8 @@ class CpuBackend final : public Backend {
         int node = seq.root;
         for (int r = node; r >= 0; r = step->parent[r]) step->kept_at[r] = step->position[r];
         for (;;) {
-          seq.next = sample(kernels_.sampling,
-                            logits + static_cast<int64_t>(step->logits_index[node]) * vocab, vocab,
-                            seq.sampling, step->position[node] + 1, sampler_);
+          seq.next = sample(logits + static_cast<int64_t>(step->logits_index[node]) * vocab, vocab,
+                            seq.sampling, step->position[node] + 1);
           int child = node + 1;
           while (child < end && !(step->parent[child] == node && step->token[child] == seq.next))
             ++child;
@@ -585,6 +585,17 @@ class CpuBackend final : public Backend {
       kernels_.combine(partial(op, tile_in_wave, i, 0), chunks, partial_size(padded), head_dim,
                        padded, op.out + at * head_dim);
     }
+  }
+
+  // As chimera::sample(), with its noise made by all threads.
+  int32_t sample(const float* logits, int32_t vocab, const Sampling& sampling, int64_t position) {
+    if (sampling.temperature < kLeastTemperature) return kernels_.sampling.argmax(logits, vocab);
+    pool_.run([&](int thread) {
+      const auto [begin, end] = share(round_up(vocab, 64) / 64, thread);
+      add_noise(kernels_.sampling, logits, 64 * begin, std::min<int64_t>(64 * end, vocab), sampling,
+                position, sampler_.noise);
+    });
+    return choose(kernels_.sampling, logits, vocab, sampling, sampler_);
   }
 
   // The contiguous part of n that belongs to a thread.

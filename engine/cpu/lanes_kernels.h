@@ -510,7 +510,8 @@ void philox(uint64_t seed, uint64_t position, IntLanes block, IntLanes* word) {
   word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
-void gumbel(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out) {
+void gumbel(const int32_t* ids, int64_t first, int64_t n, uint64_t seed, int64_t position,
+            float* out) {
   const auto at = static_cast<uint64_t>(position);
   constexpr int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const auto put = [&](int64_t i, IntLanes word) {
@@ -522,7 +523,7 @@ void gumbel(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, floa
   IntLanes word[4];
   if (ids == nullptr) {  // a block of random numbers serves four runs of 16 ids
     for (int64_t i = 0; i < n; i += 64) {
-      philox(seed, at, load(kCount) + broadcast(static_cast<int32_t>(i / 4)), word);
+      philox(seed, at, load(kCount) + broadcast(static_cast<int32_t>((first + i) / 4)), word);
       for (int w = 0; w < 4; ++w) put(i + 16 * w, word[w]);
     }
     return;

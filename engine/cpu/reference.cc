@@ -200,9 +200,11 @@ float log(float x) {
   return std::fma(n, kLogLn2, s * p);
 }
 
-void gumbel(const int32_t* ids, int64_t n, uint64_t seed, int64_t position, float* out) {
+void gumbel(const int32_t* ids, int64_t first, int64_t n, uint64_t seed, int64_t position,
+            float* out) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto id = static_cast<uint32_t>(ids != nullptr ? ids[i] : static_cast<int32_t>(i));
+    const auto id =
+        static_cast<uint32_t>(ids != nullptr ? ids[i] : static_cast<int32_t>(first + i));
     const uint32_t word = token_bits(seed, static_cast<uint64_t>(position), id);
     const float w = static_cast<float>(word >> 1 | 1) * kGumbelUnit;
     const float t = std::max(1.0f - w, kGumbelLeast);
