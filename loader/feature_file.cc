@@ -1,8 +1,11 @@
 #include "loader/feature_file.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 
 #include "engine/dtype.h"
 #include "engine/error.h"
@@ -31,29 +34,38 @@ struct Record {
 
 }  // namespace
 
+FeatureFile::Descriptor::Descriptor(const std::string& path)
+    : number(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+  if (number < 0)
+    throw Error(printable(path, 4096), "a file that can be written", std::strerror(errno));
+}
+
+FeatureFile::Descriptor::~Descriptor() {
+  close(number);
+}
+
 FeatureFile::FeatureFile(const std::string& path, const std::string& fingerprint, int hidden_size)
-    : name_(printable(path, 4096)), hidden_(hidden_size) {
-  Header expected;
+    : name_(printable(path, 4096)), hidden_(hidden_size), descriptor_(path) {
+  file_.open(path, std::ios::in | std::ios::out | std::ios::binary);
+  if (!file_) throw Error(name_, "a file that can be written", std::strerror(errno));
+  Header expected, found{};
   expected.hidden_size = hidden_size;
   std::memcpy(expected.fingerprint, fingerprint.data(),
               std::min(fingerprint.size(), sizeof expected.fingerprint));
-  constexpr auto kMode = std::ios::in | std::ios::out | std::ios::binary;
-  file_.open(path, kMode);
-  if (!file_) {
-    file_.open(path, kMode | std::ios::trunc);
-    if (!file_) throw Error(name_, "a file that can be written", std::strerror(errno));
-    file_.write(reinterpret_cast<const char*>(&expected), sizeof expected);
-    end_ = sizeof expected;
-    return;
-  }
-  Header found{};
   file_.read(reinterpret_cast<char*>(&found), sizeof found);
-  if (!file_ || std::memcmp(&found, &expected, sizeof found) != 0) {
+  if (std::memcmp(&found, &expected, static_cast<size_t>(file_.gcount())) != 0) {
     throw Error(name_, "features of this target", "another file",
                 "remove it; the features are computed again");
   }
-  const auto size = static_cast<int64_t>(std::filesystem::file_size(path));
-  for (end_ = sizeof found;;) {
+  // A new one, or one of a run that ended before its header was whole.
+  if (!file_) write(&expected, sizeof expected);
+  end_ = sizeof expected;
+  scan();
+}
+
+void FeatureFile::scan() {
+  const int64_t size = lseek(descriptor_.number, 0, SEEK_END);
+  for (;;) {
     Record record{};
     file_.seekg(end_);
     file_.read(reinterpret_cast<char*>(&record), sizeof record);
@@ -64,6 +76,26 @@ FeatureFile::FeatureFile(const std::string& path, const std::string& fingerprint
     end_ += record.bytes(hidden_);
   }
   file_.clear();
+}
+
+void FeatureFile::lock() {
+  // Some file systems have no locks: there it is up to the user.
+  if (flock(descriptor_.number, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+    throw Error(name_, "no other run that adds to it", "one", "wait until that has ended");
+  locked_ = true;
+  scan();  // another may have added in the meantime
+  // What is behind the last whole record must not be taken for one once there is less of it.
+  if (ftruncate(descriptor_.number, end_) != 0)
+    throw Error(name_, "a file that can be cut to its last record", std::strerror(errno));
+}
+
+void FeatureFile::write(const void* data, size_t bytes) {
+  file_.clear();
+  file_.seekp(end_);
+  file_.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+  file_.flush();
+  if (!file_)
+    throw Error(name_, "room to write", "none", "free some and run the same command again");
 }
 
 bool FeatureFile::read(int64_t text, std::span<const int32_t> tokens, int64_t first_start,
@@ -98,6 +130,7 @@ bool FeatureFile::read(int64_t text, std::span<const int32_t> tokens, int64_t fi
 }
 
 void FeatureFile::append(int64_t text, const training::TrainingText& features) {
+  if (!locked_) lock();
   const Record record{text, static_cast<int32_t>(features.tokens.size()),
                       static_cast<int32_t>(features.first_start)};
   buffer_.resize(static_cast<size_t>(record.bytes(hidden_)));
@@ -113,11 +146,7 @@ void FeatureFile::append(int64_t text, const training::TrainingText& features) {
     put(&half, 2);
   }
   put(features.targets.data(), features.targets.size() * sizeof(training::SoftTarget));
-  file_.seekp(end_);
-  file_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size()));
-  file_.flush();
-  if (!file_)
-    throw Error(name_, "room to write", "none", "free some and run the same command again");
+  write(buffer_.data(), buffer_.size());
   at_[text] = end_;
   end_ += record.bytes(hidden_);
 }

@@ -7,7 +7,8 @@
 //             | { i32 token[32], f32 probability[32] } [L - 2 - first_start]
 //
 // All little-endian, one record after the other; a last one that was cut short is dropped. Of two
-// records for the same text the later one counts.
+// records for the same text the later one counts. Any number of runs may read a file; one at a time
+// adds to it.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +30,24 @@ class FeatureFile {
   // The features of text number `text` of the shard, if they are there and for these tokens.
   bool read(int64_t text, std::span<const int32_t> tokens, int64_t first_start,
             training::TrainingText* features);
-  // Throws Error if there is no room.
+  // Throws Error if there is no room, or if another run adds to the file.
   void append(int64_t text, const training::TrainingText& features);
 
  private:
+  // Of the same file as the stream, which can be neither locked nor cut.
+  struct Descriptor {
+    explicit Descriptor(const std::string& path);
+    ~Descriptor();
+    int number;
+  };
+  void scan();                                 // finds the records from end_ on
+  void lock();                                 // for adding, until the file is closed
+  void write(const void* data, size_t bytes);  // at end_, on the disk at once
+
   std::string name_;
   int64_t hidden_;
+  Descriptor descriptor_;
+  bool locked_ = false;
   std::fstream file_;
   int64_t end_ = 0;
   std::unordered_map<int64_t, int64_t> at_;  // text -> offset of its record
