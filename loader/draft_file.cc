@@ -180,6 +180,15 @@ class Hash {
 
 }  // namespace
 
+void check_vocabulary(std::span<const int32_t> ids, const std::string& where,
+                      const std::string& hint) {
+  std::set<int32_t> seen;
+  for (const int32_t id : ids)
+    if (id < 0 || !seen.insert(id).second)
+      throw Error(where, "different token ids", std::to_string(id) + (id < 0 ? "" : " twice"),
+                  hint);
+}
+
 DraftTensors load_draft(const std::string& path) {
   const MappedFile mapped(path);
   const std::string& file = mapped.name();
@@ -236,13 +245,7 @@ DraftTensors load_draft(const std::string& path) {
   }
   t.vocabulary.resize(static_cast<size_t>(ids.count()));
   std::memcpy(t.vocabulary.data(), ids.data, ids.bytes);
-  std::set<int32_t> seen;
-  for (const int32_t id : t.vocabulary) {
-    if (id < 0 || !seen.insert(id).second) {
-      throw Error(where, "different token ids", std::to_string(id) + (id < 0 ? "" : " twice"),
-                  kTrainAgain);
-    }
-  }
+  check_vocabulary(t.vocabulary, where, kTrainAgain);
   if (!st.tensors.empty()) {
     throw Error(file, "the tensors of a draft", in_quotes(st.tensors.begin()->first) + " besides",
                 "use a newer version of chimera");

@@ -9,6 +9,7 @@
 //   licence
 #pragma once
 
+#include <span>
 #include <string>
 
 #include "engine/chimera/draft_tensors.h"
@@ -19,6 +20,9 @@ namespace chimera {
 
 // Throws Error for a file that is not exactly such a draft. Pickles are never opened.
 DraftTensors load_draft(const std::string& path);
+// Throws Error, which begins and ends so, where an id is negative or there twice.
+void check_vocabulary(std::span<const int32_t> ids, const std::string& where,
+                      const std::string& hint);
 
 // There is never half a file of that name.
 void save_draft(const DraftTensors& draft, const std::string& path);

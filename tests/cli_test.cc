@@ -1,27 +1,34 @@
 // The program as people run it: $CHIMERA_BINARY, else $CHIMERA_BUILD/chimera, else build/chimera.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <set>
 #include <sstream>
 
 #include "engine/backend.h"
 #include "engine/generate.h"
+#include "loader/feature_file.h"
 #include "loader/gguf.h"
 #include "loader/load.h"
+#include "loader/safetensors.h"
 #include "tests/tiny_model.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
+#include "tools/train/training_texts.h"
 
 using chimera::cuda_available;
 
@@ -1256,6 +1263,197 @@ TEST_F(CliTest, TrainEval) {
   Args unwritable = args;
   unwritable.insert(unwritable.end(), {"--svg", folder_ / "no" / "x.svg"});
   expect_error(unwritable, 1, "a file that can be written");
+}
+
+// ---- chimera train fit --------------------------------------------------------------------------
+
+class FitTest : public CliTest {
+ protected:
+  // Twelve texts, of lengths that do not depend on the seed.
+  void write_shard(unsigned seed, const json& header = {{"chimera_data", 1}}) {
+    std::mt19937 random(seed);
+    std::string lines = header.dump() + "\n";
+    for (int i = 0; i < 12; ++i) {
+      json ids = json::array();
+      for (int j = 0; j < 20 + i; ++j) ids.push_back(1 + static_cast<int>(random() % 20));
+      lines += json{{"prompt_len", 5}, {"ids", ids}}.dump() + "\n";
+    }
+    write("shard", lines);
+  }
+  Args fit(const Args& more = {}, const std::string& draft = "d") {
+    Args args = {"train",        "fit",
+                 "-m",           model_,
+                 "--data",       folder_ / "shard",
+                 "-o",           folder_ / draft,
+                 "--positions",  "100",
+                 "--batch",      "20",
+                 "--threads",    "1",
+                 "--vocabulary", "30",
+                 "--ffn",        "32",
+                 "--rank",       "32"};
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  }
+  // What is said, the notes before it included, where the run fails.
+  std::string failure(const Args& args) {
+    const Output o = chimera(args);
+    EXPECT_EQ(o.code, 1) << o.err;
+    return o.err;
+  }
+  std::string weights(const std::string& draft) {  // without what the file says of the run
+    const std::string file = read(draft);
+    uint64_t header = 0;
+    EXPECT_GT(file.size(), sizeof header) << draft;
+    file.copy(reinterpret_cast<char*>(&header), sizeof header);
+    return file.substr(std::min<size_t>(file.size(), sizeof header + header));
+  }
+  template <typename T>
+  static T* values(chimera::SafeTensors* st, const std::string& name) {
+    return reinterpret_cast<T*>(const_cast<std::byte*>(st->tensors.at(name).data));
+  }
+  // The checkpoint of d, with something changed.
+  std::string changed(const std::function<void(chimera::SafeTensors*)>& change) {
+    std::string bytes = read("d.checkpoint");
+    chimera::SafeTensors st = chimera::parse_safetensors(std::as_bytes(std::span(bytes)), "d");
+    change(&st);
+    std::vector<chimera::SafeOutput> tensors;
+    for (const auto& [name, tensor] : st.tensors)
+      tensors.push_back({name, tensor.shape, tensor.type, tensor.data});
+    chimera::write_safetensors(folder_ / "changed", tensors, st.metadata);
+    return folder_ / "changed";
+  }
+
+  const std::string model_ = chimera::test::tiny("f32");
+};
+
+TEST_F(FitTest, GoesOnFromItsCheckpoint) {
+  write_shard(1);
+  ASSERT_EQ(chimera(fit({}, "whole")).code, 0) << read("err");
+  Output o = chimera(fit({"--stop-after", "30"}));
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_NE(o.err.find("the same command goes on"), std::string::npos) << o.err;
+  EXPECT_TRUE(weights("d") != weights("whole"));
+  o = chimera(fit());
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_NE(o.err.find("Going on from " + (folder_ / "d.checkpoint").string()), std::string::npos)
+      << o.err;
+  EXPECT_TRUE(weights("d") == weights("whole"));
+  o = chimera(fit());  // nothing is left to do
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_TRUE(weights("d") == weights("whole"));
+
+  // Of other settings: refused, and left as it is.
+  const std::string before = read("d.checkpoint");
+  expect_error(fit({"--lr", "0.001"}), 1, "or remove the checkpoint to begin anew");
+  expect_error(fit({"--init", folder_ / "whole"}), 1,
+               "settings: init: expected \"whole\", found \"\"");
+  write_shard(2);
+  expect_error(fit(), 1, "d.checkpoint: settings: texts_hash: expected \"");
+  EXPECT_TRUE(read("d.checkpoint") == before);
+  std::filesystem::remove(folder_ / "d.checkpoint");
+  EXPECT_EQ(chimera(fit()).code, 0) << read("err");
+  EXPECT_TRUE(weights("d") != weights("whole"));
+}
+
+TEST_F(FitTest, DamagedCheckpoints) {
+  write_shard(1);
+  ASSERT_EQ(chimera(fit({"--stop-after", "30"})).code, 0) << read("err");
+  const auto refused = [&](const std::string& checkpoint, const std::string& message) {
+    expect_error(fit({"--resume", checkpoint}, "other"), 1, message);
+    EXPECT_FALSE(std::filesystem::exists(folder_ / "other"));
+  };
+  for (const std::string start : {"PK\x03\x04zip", "\x80\x02}q"})
+    refused(write("x.pt", start + std::string(100, 'x')),
+            "loading pickles runs the code in them: use the safetensors file");
+  refused(changed([](auto* st) { st->metadata["texts"] = "999999999999999"; }),
+          "changed: texts: expected at most ");
+  refused(changed([](auto* st) {
+            auto* ids = values<int32_t>(st, "vocabulary");
+            ids[1] = ids[0];
+          }),
+          "changed: vocabulary: expected different token ids");
+  refused(changed([](auto* st) { values<float>(st, "averaged")[3] = NAN; }),
+          "changed: averaged: expected finite numbers");
+}
+
+TEST_F(FitTest, AnswersOfAnotherModel) {
+  write_shard(1, {{"chimera_data", 1}, {"model", "a stranger"}, {"fingerprint", "0123"}});
+  expect_error(fit(), 1, "shard: expected answers of ");
+  EXPECT_NE(read("err").find("found answers of a stranger (0123)"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "shard.features"));
+}
+
+// A run may have ended, or met a full disk, before the features' header was whole.
+TEST_F(FitTest, FeaturesThatWereHardlyBegun) {
+  write_shard(1);
+  ASSERT_EQ(chimera(fit({}, "whole")).code, 0) << read("err");
+  const std::string features = read("shard.features");
+  for (const size_t size : {size_t{0}, size_t{7}, size_t{31}, size_t{32}, features.size() - 1}) {
+    write("shard.features", features.substr(0, size));
+    EXPECT_EQ(chimera(fit({}, std::to_string(size))).code, 0) << read("err");
+    EXPECT_TRUE(weights(std::to_string(size)) == weights("whole"));
+    EXPECT_TRUE(read("shard.features") == features);
+  }
+  write("shard.features", "other");
+  EXPECT_NE(failure(fit()).find("expected features of this target, found another file"),
+            std::string::npos)
+      << read("err");
+  EXPECT_EQ(read("shard.features"), "other");
+}
+
+TEST_F(FitTest, OneRunAddsFeatures) {
+  write_shard(1);
+  const int other = open((folder_ / "shard.features").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  ASSERT_EQ(flock(other, LOCK_EX), 0);
+  EXPECT_NE(failure(fit()).find("shard.features: expected no other run that adds to it"),
+            std::string::npos)
+      << read("err");
+  flock(other, LOCK_UN);
+  EXPECT_EQ(chimera(fit()).code, 0) << read("err");
+  ASSERT_EQ(flock(other, LOCK_EX), 0);
+  EXPECT_EQ(chimera(fit({}, "reads")).code, 0) << "all is there: " << read("err");
+  close(other);
+}
+
+// What a line says to do must be possible, and help.
+TEST_F(FitTest, ALossThatIsNotFinite) {
+  write_shard(1);
+  ASSERT_EQ(chimera(fit({"--stop-after", "30"}, "good")).code, 0) << read("err");
+  const std::string header = read("shard.features").substr(0, 32);
+  const chimera::TrainingTexts texts({folder_ / "shard"}, {"", "", 512}, 1024, 1);
+  const std::string whole = read("shard.features");
+  const auto break_features = [&](const chimera::Text& text) {
+    chimera::FeatureFile file(folder_ / "shard.features", header.substr(16), 256);
+    chimera::training::TrainingText features;
+    EXPECT_TRUE(file.read(text.number, text.ids, text.prompt_len - 1, &features));
+    features.states.assign(features.states.size(), NAN);
+    file.append(text.number, features);
+  };
+  ASSERT_EQ(chimera(fit({"--positions", "400"}, "all")).code, 0) << read("err");
+  break_features(texts.held_out()[0]);
+  const std::string saving = failure(fit({}, "new"));
+  EXPECT_NE(
+      saving.find("expected finite weights and a finite loss of the held out texts, found NaN "
+                  "or infinity; begin again with a smaller --lr\n"),
+      std::string::npos)
+      << saving;
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "new"));
+
+  for (const chimera::Text& text : texts.texts()) break_features(text);
+  const std::string first = failure(fit({}, "new"));
+  EXPECT_NE(first.find("training step 1: expected a finite loss and gradient, found NaN or "
+                       "infinity; begin again with a smaller --lr\n"),
+            std::string::npos)
+      << first;
+  const std::string later = failure(fit({}, "good"));
+  const std::string good = folder_ / "good";
+  EXPECT_NE(later.find("; begin again with a smaller --lr and --init " + good +
+                       ", the draft saved last; remove " + good + ".checkpoint\n"),
+            std::string::npos)
+      << later;
+  write("shard.features", whole);
+  std::filesystem::remove(good + ".checkpoint");
+  EXPECT_EQ(chimera(fit({"--lr", "0.0001", "--init", good}, "good")).code, 0) << read("err");
 }
 
 TEST_F(CliTest, TuneTree) {

@@ -25,6 +25,7 @@
 #include "loader/safetensors.h"
 #include "tests/prototype.h"
 #include "tests/support.h"
+#include "tools/train/training_texts.h"
 
 namespace chimera::training {
 namespace {
@@ -476,10 +477,52 @@ TEST(Train, ResumedRunGivesTheSameBits) {
     EXPECT_EQ(refused("f32", checkpoint),
               checkpoint +
                   ": settings: precision: expected \"f32\", found \"auto\"; give the flags and "
-                  "data that the run was started with");
+                  "data that the run was started with, or remove the checkpoint to begin anew");
     EXPECT_EQ(refused("auto", checkpoint), "");
     EXPECT_EQ(pack_parameters(load_draft(folder("other.safetensors"))), pack_parameters(a));
   }
+}
+
+TEST(Train, HeldOutTextsDependOnTheirTokens) {
+  const Folder folder;
+  std::vector<std::string> lines;
+  for (int i = 0; i < 300; ++i)  // in order of length, as answers are
+    lines.push_back(nlohmann::json{{"prompt_len", 2}, {"ids", std::vector<int>(4 + i, i)}}.dump());
+  const auto read = [&](const std::string& name) {
+    std::ofstream file(folder(name));
+    for (const std::string& line : lines) file << line << "\n";
+    file.close();
+    return TrainingTexts({folder(name)}, {"", "", 512}, 1024, 1);
+  };
+  const TrainingTexts sorted = read("sorted");
+  ASSERT_EQ(sorted.held_out().size(), 3u);
+  EXPECT_EQ(sorted.texts().size(), 297u);
+  EXPECT_GT(sorted.held_out()[0].ids.size() + sorted.held_out()[1].ids.size() +
+                sorted.held_out()[2].ids.size(),
+            5u + 6u + 7u);
+  std::reverse(lines.begin(), lines.end());
+  const TrainingTexts reversed = read("reversed");
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(reversed.held_out()[i].ids, sorted.held_out()[i].ids);
+    EXPECT_EQ(reversed.held_out()[i].number, 299 - sorted.held_out()[i].number);
+  }
+  EXPECT_NE(reversed.hash(), sorted.hash()) << "they are learnt from in another order";
+}
+
+TEST(Train, SkippedTextsAreThoseThatCame) {
+  const Folder folder;
+  std::ofstream file(folder("shard"));
+  for (int i = 0; i < 8; ++i)
+    file << nlohmann::json{{"prompt_len", 1}, {"ids", {1, 2, 3 + i}}}.dump() << "\n";
+  file.close();
+  for (const int64_t n : {0, 1, 6, 7, 8, 14, 40}) {
+    TrainingTexts read({folder("shard")}, {"", "", 512}, 64, 5), skipped = read;
+    for (int64_t i = 0; i < n; ++i) read.next();
+    skipped.skip(n);
+    for (int i = 0; i < 20; ++i) EXPECT_EQ(skipped.next().ids, read.next().ids) << n << ", " << i;
+  }
+  TrainingTexts texts({folder("shard")}, {"", "", 512}, 64, 5);
+  texts.skip(999'999'999'999'999);  // at once
 }
 
 // ---- The mean of drafts -------------------------------------------------------------------------

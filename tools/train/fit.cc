@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <future>
 
 #include "engine/error.h"
@@ -45,7 +46,8 @@ Command command(Options* o) {
       "-m MODEL --data SHARD[,SHARD...] -o DRAFT [FLAGS]",
       "Trains a draft model on texts that the target wrote (chimera train data). What the target\n"
       "says of each token is read from SHARD.features; what is not there is computed, and added.\n"
-      "Ctrl-C saves and stops; --resume goes on.\n",
+      "Ctrl-C saves and stops; the same command goes on: the same bits as without a break (not\n"
+      "with --minutes, or on another device). To begin anew, remove the checkpoint.\n",
       {{'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o->model)},
        {0, "data", "FILES", "shards of texts, separated by commas", files(&o->data)},
        {'o', "output", "DRAFT", "the draft: a safetensors file", file(&o->output)},
@@ -77,16 +79,13 @@ Command command(Options* o) {
        {0, "init", "DRAFT", "start from this draft; it says the configuration", file(&o->init)},
        {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
        heading("Stopping and going on"),
-       {0, "checkpoint", "FILE", "where to save (default: DRAFT.checkpoint)", file(&o->checkpoint)},
+       {0, "checkpoint", "FILE", "where to save and to go on from (default: DRAFT.checkpoint)",
+        file(&o->checkpoint)},
        {0, "save-every", "S", "seconds between two of them",
         integer(&o->save_seconds, 1, 1'000'000)},
        {0, "stop-after", "N", "save and stop at this position; 0: at the end",
         integer(&o->stop_after, 0, 2'000'000'000)},
-       {0, "resume", "FILE",
-        "go on from a checkpoint: the same bits as without a break\n(but for --minutes, or on "
-        "another "
-        "device)",
-        file(&o->resume)},
+       {0, "resume", "FILE", "go on from this checkpoint instead", file(&o->resume)},
        {0, "ctx", "N", "longest text; the rest is cut off", integer(&o->context, 8, 1 << 20)}}};
 }
 
@@ -108,6 +107,10 @@ std::vector<int32_t> frequent_tokens(std::span<const Text> texts, int vocab, int
 
 // ---- Checkpoints -------------------------------------------------------------------------------
 
+bool all_finite(std::span<const float> values) {
+  return std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); });
+}
+
 // Where a run stands, besides its weights.
 struct Position {
   int64_t texts = 0, starts = 0, seconds = 0;
@@ -116,13 +119,15 @@ struct Position {
 // What has to be the same for a resumed run to give the same bits. A run that ends by the clock
 // cannot promise that, and may be given more time and texts. "auto" stays "auto" on a device where
 // it means something else: a run may go on there, though not with the same bits.
-ordered_json run_settings(const Options& o, const DraftConfig& c, size_t n_texts, int64_t total,
-                          const std::string& target) {
-  if (o.minutes > 0) n_texts = 0, total = 0;
+ordered_json run_settings(const Options& o, const DraftConfig& c, const TrainingTexts& texts,
+                          int64_t total, const std::string& target) {
+  const bool by_clock = o.minutes > 0;
   return {{"optimizer", "muon"},
           {"target", target},
-          {"texts", n_texts},
-          {"positions", total},
+          {"texts", by_clock ? 0 : texts.texts().size()},
+          {"texts_hash", by_clock ? "" : texts.hash()},
+          {"positions", by_clock ? 0 : total},
+          {"init", o.init ? printable(std::filesystem::path(*o.init).filename().string()) : ""},
           {"rate", o.rate},
           {"batch", o.batch},
           {"micro_batches", o.micro_batches},
@@ -162,6 +167,8 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
                      training::Ops<float>* ops, training::OptimizerState* s, Position* at,
                      std::vector<int32_t>* vocabulary) {
   const MappedFile file(path);
+  refuse_pickle(file.bytes(), file.name(), "a checkpoint of chimera train fit",
+                "the safetensors file that it saved");
   SafeTensors st = parse_safetensors(file.bytes(), file.name());
   const auto meta = [&](const char* key) {
     const auto it = st.metadata.find(key);
@@ -173,10 +180,14 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
   if (meta("chimera_checkpoint") != "1")
     throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
   ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
-  // Older ones do not say: it was auto, unless somebody had asked for something else.
+  // Older ones do not say: it was auto, unless somebody had asked for something else; any draft;
+  // and texts only by their number.
   if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
+  if (found.is_object() && !found.contains("init")) found["init"] = settings["init"];
+  if (found.is_object() && !found.contains("texts_hash")) found["texts_hash"] = "";
   expect_same_settings(file.name() + ": settings", settings, found,
-                       "give the flags and data that the run was started with");
+                       "give the flags and data that the run was started with, or remove the "
+                       "checkpoint to begin anew");
   const auto number = [&](const char* key) {
     const std::string t = meta(key);
     if (t.empty() || t.size() > 15 || t.find_first_not_of("0123456789") != std::string::npos)
@@ -192,16 +203,26 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
     }
     return it->second;
   };
-  const int64_t n = s->values.size();
-  ops->put(take("values", SafeType::kF32, n).floats(), &s->values);
-  ops->put(take("first", SafeType::kF32, n).floats(), &s->first);
-  ops->put(take("second", SafeType::kF32, n).floats(), &s->second);
-  ops->put(take("averaged", SafeType::kF32, n).floats(), &s->averaged);
+  for (const auto& [name, buffer] : {std::pair{"values", &s->values},
+                                     {"first", &s->first},
+                                     {"second", &s->second},
+                                     {"averaged", &s->averaged}}) {
+    const std::vector<float> values = take(name, SafeType::kF32, s->values.size()).floats();
+    if (!all_finite(values))
+      throw Error(file.name() + ": " + name, "finite numbers", "an infinity or NaN",
+                  "the checkpoint is damaged");
+    ops->put(values, buffer);
+  }
   const SafeTensor& ids =
       take("vocabulary", SafeType::kI32, static_cast<int64_t>(vocabulary->size()));
   std::memcpy(vocabulary->data(), ids.data, ids.bytes);
+  check_vocabulary(*vocabulary, file.name() + ": vocabulary", "the checkpoint is damaged");
   s->step = number("step");
   *at = {number("texts"), number("starts"), number("seconds")};
+  if (at->texts > at->starts)
+    throw Error(file.name() + ": texts",
+                "at most " + std::to_string(at->starts) + ", one for each start",
+                std::to_string(at->texts), "the checkpoint is damaged");
 }
 
 // ---- The run -----------------------------------------------------------------------------------
@@ -337,16 +358,32 @@ struct Run {
   }
 };
 
+// The same bits would come again from a checkpoint: only another rate helps.
+[[noreturn]] void refuse_not_finite(const Run& run, const std::string& where,
+                                    const std::string& expected) {
+  const bool saved =
+      std::filesystem::exists(run.checkpoint) && std::filesystem::exists(*run.o.output);
+  throw Error(where, expected, "NaN or infinity",
+              "begin again with a smaller --lr" +
+                  (saved ? " and --init " + printable(*run.o.output, 4096) +
+                               ", the draft saved last; remove " + printable(run.checkpoint, 4096)
+                         : ""));
+}
+
 void save(Run* run) {
   std::vector<training::MicroBatch> each;
   for (const training::TrainingText& text : run->validation) each.push_back({&text});
-  const std::string validated = score_text(
-      run->gradient_of->run(run->state.averaged.data(), each, run->o.steps, kStepWeight, nullptr),
-      run->o.steps);
+  const training::Score score =
+      run->gradient_of->run(run->state.averaged.data(), each, run->o.steps, kStepWeight, nullptr);
+  const std::vector<float> averaged = run->ops->get(run->state.averaged);
+  if (!all_finite(averaged) || !std::isfinite(score.weighted_loss(kStepWeight)))
+    refuse_not_finite(*run, "saving after step " + std::to_string(run->state.step),
+                      "finite weights and a finite loss of the held out texts");
+  const std::string validated = score_text(score, run->o.steps);
   run->at.seconds = run->seconds_before + static_cast<int64_t>(seconds_since(run->begin));
   save_checkpoint(run->checkpoint, run->ops, run->state, run->at, run->draft.vocabulary,
                   run->settings);
-  training::unpack_parameters(run->ops->get(run->state.averaged), &run->draft);
+  training::unpack_parameters(averaged, &run->draft);
   run->draft.training = ordered_json{{"positions", run->at.starts}, {"of", run->total},
                                      {"texts", run->at.texts},      {"steps", run->state.step},
                                      {"seconds", run->at.seconds},  {"held_out", validated},
@@ -407,10 +444,8 @@ void learn(Run* run, const std::function<Batch()>& read, bool ahead, const Inter
     const double rate = training::learning_rate(options, run->progress());
     const double norm = optimizer.step(rate, gradient.data(), &run->state);
     if (!std::isfinite(norm) || !std::isfinite(score.weighted_loss(kStepWeight))) {
-      throw Error("training step " + std::to_string(run->state.step + 1),
-                  "a finite loss and gradient", "NaN or infinity",
-                  "resume from " + printable(run->checkpoint, 4096) +
-                      " or start again with a smaller --lr");
+      refuse_not_finite(*run, "training step " + std::to_string(run->state.step + 1),
+                        "a finite loss and gradient");
     }
     run->at.texts += static_cast<int64_t>(batch.texts.size());
     run->at.starts += batch.starts;
@@ -450,24 +485,28 @@ int train_fit(const std::vector<std::string>& args) {
   const LlamaTensors& t = model.tensors;
   const std::string target = fingerprint(t, model.vocabulary);
   const int context = std::min(o.context, t.config.max_context);
-  TrainingTexts source(o.data, t.config.vocab_size, context, o.seed);
+  TrainingTexts source(o.data, {t.name, target, t.config.vocab_size}, context, o.seed);
   const auto n_texts = source.texts().size();
   int64_t available = 0;
   for (const Text& text : source.texts()) available += text.n_starts();
   const int64_t total = o.positions > 0 ? o.positions : available;
 
   DraftTensors draft = first_draft(o, t, target, source.texts());
-  const ordered_json settings = run_settings(o, draft.config, n_texts, total, target);
+  const ordered_json settings = run_settings(o, draft.config, source, total, target);
   training::OptimizerState state = training::start_optimizer(ops, training::pack_parameters(draft));
   Position at;
-  if (o.resume) {
-    load_checkpoint(*o.resume, settings, ops, &state, &at, &draft.vocabulary);
+  if (o.resume || std::filesystem::exists(checkpoint)) {
+    const std::string& from = o.resume ? *o.resume : checkpoint;
+    load_checkpoint(from, settings, ops, &state, &at, &draft.vocabulary);
     check(draft, t.config);
+    note("Going on from " + printable(from, 4096) + ", at " + std::to_string(at.starts) +
+         " positions" + (o.resume ? "" : "; remove it to begin anew"));
   }
 
   const training::Buffer<float> embedding = rows_as_f32(ops, t.embedding),
                                 head = t.head.empty() ? embedding : rows_as_f32(ops, t.head);
   const Llama llama(*backend, t, [&](std::span<const std::byte> bytes) { model.file.drop(bytes); });
+  const Interrupt interrupt;  // from here on something is written, which is to be whole
   TextFeatures features(llama, target, o.data, context);
   training::BatchGradient gradient_of(&device, draft.config, embedding.data(), head.data(),
                                       t.config.vocab_size, draft.vocabulary, kTargetsBest);
@@ -478,13 +517,12 @@ int train_fit(const std::vector<std::string>& args) {
        fixed_text(static_cast<double>(training::ParameterLayout(draft.config).total) / 1e6, 1) +
        " M parameters, " + std::to_string(draft.vocabulary.size()) + " tokens to choose from");
 
-  const Interrupt interrupt;
   std::vector<training::TrainingText> validation;
   for (const Text& text : source.held_out()) {
     validation.push_back(features.read(text));
     interrupt.check();
   }
-  for (int64_t i = 0; i < at.texts; ++i) source.next();
+  source.skip(at.texts);
   Run run{o,          checkpoint,       settings,         total, ops, &gradient_of,
           validation, std::move(draft), std::move(state), at};
   const auto read = [&] {
@@ -492,7 +530,9 @@ int train_fit(const std::vector<std::string>& args) {
   };
   learn(&run, read, /*ahead=*/compute.on_gpu, interrupt);  // a GPU leaves the CPU idle
   if (run.progress() >= 1) return 0;
-  note("Stopped; --resume " + printable(checkpoint, 4096) + " goes on.");
+  const bool elsewhere = o.resume && *o.resume != checkpoint;
+  note(std::string("Stopped; the same command ") + (elsewhere ? "without --resume " : "") +
+       "goes on from " + printable(checkpoint, 4096) + ".");
   return interrupt.exit_code();
 }
 

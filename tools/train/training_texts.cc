@@ -17,14 +17,41 @@ namespace {
 
 constexpr size_t kMostHeldOut = 48;
 
+std::string hash_of(const Text& t) {
+  return hash_text({reinterpret_cast<const char*>(t.ids.data()), t.ids.size() * sizeof t.ids[0]});
+}
+
+// A shard that was made by hand need not say whose answers it holds.
+void expect_answers_of(const TextsTarget& target, const std::string& header,
+                       const std::string& where) {
+  const nlohmann::json json = nlohmann::json::parse(header, nullptr, /*allow_exceptions=*/false);
+  const auto value = [&](const char* key) {
+    return json.is_object() && json.contains(key) && json[key].is_string()
+               ? json[key].get<std::string>()
+               : "";
+  };
+  const std::string found = value("fingerprint");
+  if (found.empty() || found == target.fingerprint) return;
+  const auto text = [](const std::string& name, const std::string& fingerprint) {
+    return printable(name) + " (" + printable(fingerprint) + ")";
+  };
+  throw Error(where, "answers of " + text(target.name, target.fingerprint),
+              "answers of " + text(value("model"), found),
+              "give -m the model that wrote them, or make others with chimera train data");
+}
+
 // Lines that cannot be used are counted; the last one may be half written.
-void read_shard(const std::string& path, size_t shard, int vocab, int context,
+void read_shard(const std::string& path, size_t shard, const TextsTarget& target, int context,
                 std::vector<Text>* texts) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw Error(printable(path, 4096), "a readable file", std::strerror(errno));
   int64_t line_number = 0, broken = 0, first_broken = 0, answer = 0;
   for (std::string line; std::getline(file, line); ++line_number) {
-    if (line.empty() || line.starts_with("{\"chimera_data\"")) continue;
+    if (line.empty()) continue;
+    if (line.starts_with("{\"chimera_data\"")) {
+      expect_answers_of(target, line, printable(path, 4096));
+      continue;
+    }
     Text text;
     text.shard = shard;
     text.number = answer++;
@@ -35,7 +62,7 @@ void read_shard(const std::string& path, size_t shard, int vocab, int context,
              json.contains("prompt_len") && json["prompt_len"].is_number_integer();
       if (good) {
         for (const auto& id : json["ids"]) {
-          good = good && id.is_number_integer() && id >= 0 && id < vocab;
+          good = good && id.is_number_integer() && id >= 0 && id < target.vocab;
           if (good) text.ids.push_back(id.get<int32_t>());
         }
         good = good && json["prompt_len"] >= 1 && json["prompt_len"] <= text.ids.size();
@@ -58,16 +85,28 @@ void read_shard(const std::string& path, size_t shard, int vocab, int context,
 
 }  // namespace
 
-TrainingTexts::TrainingTexts(const std::vector<std::string>& paths, int vocab, int context,
-                             uint64_t seed)
+TrainingTexts::TrainingTexts(const std::vector<std::string>& paths, const TextsTarget& target,
+                             int context, uint64_t seed)
     : seed_(seed) {
-  for (size_t i = 0; i < paths.size(); ++i) read_shard(paths[i], i, vocab, context, &texts_);
+  for (size_t i = 0; i < paths.size(); ++i) read_shard(paths[i], i, target, context, &texts_);
   if (texts_.empty())
     throw Error("--data", "texts with answers", "none", "make some with chimera train data");
   const size_t n =
       std::min(kMostHeldOut, std::max<size_t>(texts_.size() / 100, texts_.size() > 1 ? 1 : 0));
-  held_out_.assign(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
-  texts_.erase(texts_.begin(), texts_.begin() + static_cast<std::ptrdiff_t>(n));
+  std::vector<std::pair<std::string, size_t>> by_hash;
+  for (size_t i = 0; i < texts_.size(); ++i) by_hash.emplace_back(hash_of(texts_[i]), i);
+  std::sort(by_hash.begin(), by_hash.end());
+  for (size_t i = 0; i < n; ++i) {
+    held_out_.push_back(std::move(texts_[by_hash[i].second]));
+    texts_[by_hash[i].second].ids.clear();
+  }
+  std::erase_if(texts_, [](const Text& t) { return t.ids.empty(); });
+}
+
+std::string TrainingTexts::hash() const {
+  std::string all;
+  for (const Text& t : texts_) all += hash_of(t) + " " + std::to_string(t.prompt_len) + "\n";
+  return hash_text(all);
 }
 
 const Text& TrainingTexts::next() {
@@ -81,6 +120,13 @@ const Text& TrainingTexts::next() {
     }
   }
   return texts_[order_[at_++]];
+}
+
+void TrainingTexts::skip(int64_t n) {
+  // A pass draws a number for each text but one, and leaves nothing else behind.
+  const auto size = static_cast<int64_t>(texts_.size());
+  drawn_ += static_cast<uint64_t>(n / size) * static_cast<uint64_t>(size - 1);
+  for (n %= size; n > 0; --n) next();
 }
 
 TextFeatures::TextFeatures(const Llama& target, const std::string& fingerprint,

@@ -22,17 +22,30 @@ struct Text {
   int64_t n_starts() const { return static_cast<int64_t>(ids.size()) - 1 - prompt_len; }
 };
 
+// The model that answered, and will be the draft's target.
+struct TextsTarget {
+  std::string name, fingerprint;  // draft_file.h
+  int vocab = 0;
+};
+
 class TrainingTexts {
  public:
-  // Texts are cut to `context` tokens. Some are held out. Throws Error if there are none.
-  TrainingTexts(const std::vector<std::string>& paths, int vocab, int context, uint64_t seed);
+  // Texts are cut to `context` tokens. Some are held out: which ones depends on their tokens, not
+  // on their order, in which short answers come first. Throws Error if there are none, and where a
+  // shard's header says that another model answered.
+  TrainingTexts(const std::vector<std::string>& paths, const TextsTarget& target, int context,
+                uint64_t seed);
 
   const std::vector<Text>& texts() const { return texts_; }
   const std::vector<Text>& held_out() const { return held_out_; }
+  // Of all that is learnt from texts(), their order included.
+  std::string hash() const;
 
   // In the order of training: pass after pass, each in a random order of its own. The reference
   // stays valid.
   const Text& next();
+  // Before the first next(): as if that had been called n times.
+  void skip(int64_t n);
 
  private:
   uint64_t seed_, drawn_ = 0;
