@@ -1401,6 +1401,13 @@ TEST_F(FitTest, FeaturesThatWereHardlyBegun) {
   EXPECT_EQ(read("shard.features"), "other");
 }
 
+TEST_F(FitTest, CtrlCAtTheStart) {
+  write_shard(1);
+  EXPECT_EQ(interrupted(2, fit({"--positions", "2000000000"}), "", "held out").first, 130);
+  EXPECT_GE(read("shard.features").size(), 32u);
+  EXPECT_EQ(chimera(fit({}, "again")).code, 0) << read("err");
+}
+
 TEST_F(FitTest, OneRunAddsFeatures) {
   write_shard(1);
   const int other = open((folder_ / "shard.features").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
