@@ -152,6 +152,47 @@ TEST(Draft, TheOneThatShips) {
   }
 }
 
+// Beside a plain step that takes no time drafting is never worth its own, and rests but for a step
+// now and then. Beside one that takes ever so long it always is: it catches up with what was
+// written meanwhile, and guesses as well as if it had seen each step.
+TEST(Draft, RestsWhereItDoesNotPay) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  const DraftTensors tensors = load_draft(kDraft);
+  const Message message{"user", "Count from one to fifty in words, twice."};
+  const std::vector<int32_t> prompt = encode_chat(Tokenizer(target.file.vocabulary),
+                                                  ChatFormat::kChatMl, {&message, 1}, "assistant");
+  Session session(*target.model, {.context = 320, .max_nodes = 8});
+  const Generation plain = generate(session, nullptr, prompt, {240, {}, {}});
+  int last_steps[2];
+  for (const bool rests : {false, true}) {
+    const auto drafter =
+        make_chimera_drafter(*target.model, tensors, {.nodes = 8, .ngrams = false}, 1, 320);
+    session.start(0, prompt, {});
+    int steps = 0, drafted = 0;
+    const auto decode = [&](double seconds, size_t tokens) {
+      CostCurve cost;
+      for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, seconds);
+      session.set_cost(cost);
+      steps = drafted = 0;
+      for (; session.tokens(0).size() < prompt.size() + tokens; ++steps) {
+        session.step(drafter.get());
+        drafted += session.drafted(0) > 0 ? 1 : 0;
+      }
+    };
+    decode(rests ? 1e-9 : 10, 90);
+    EXPECT_GT(drafted, 0);
+    EXPECT_EQ(drafted < steps / 4, rests) << drafted << " of " << steps;
+    decode(10, 160);  // the last rest, which was a long one, ends in here
+    decode(10, 240);
+    last_steps[rests] = steps;
+    const auto text = session.tokens(0).subspan(prompt.size(), plain.ids.size());
+    EXPECT_TRUE(std::equal(text.begin(), text.end(), plain.ids.begin()));
+  }
+  EXPECT_NEAR(last_steps[true], last_steps[false], 5);
+  EXPECT_LT(last_steps[true], 60) << "for 80 tokens";
+}
+
 TEST(Draft, CalibrationByStepAndTemperature) {
   DraftConfig c;
   EXPECT_EQ(c.calibration(3, 1).temperature, 1) << "none: as it is";

@@ -22,7 +22,7 @@ struct DrafterFlags {
   int depth = 8;
   std::optional<int> width{};  // not given: a large tree is wide, too
 
-  // That they go together; that they are what `drafter` needs, and nothing is left unused. Throw
+  // That they go together; that `drafter` has what it needs, and no tree that it cannot use. Throw
   // UsageError.
   void check() const;
   void check(const std::string& drafter) const;

@@ -101,6 +101,7 @@ void check_together(Options* options) {
   if (o.drafter == "best")
     o.drafter = !o.drafting.tree.empty() ? "static" : o.drafting.draft ? "hybrid" : "ngram";
   o.drafting.check(o.drafter);
+  if (o.drafter == "none" || o.drafter == "ngram") o.drafting.draft.reset();  // which need none
 }
 
 // All of a stream, which may be a pipe. The last newline is dropped: editors and `echo` add it.

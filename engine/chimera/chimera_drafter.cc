@@ -62,7 +62,11 @@ class GrowingDrafter final : public ChimeraDrafter {
         hidden_(tensors.config.hidden_size),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    for (int s = 0; s < n_sequences; ++s) sequences_[static_cast<size_t>(s)].root = model_.root(s);
+    for (int s = 0; s < n_sequences; ++s) {
+      sequences_[static_cast<size_t>(s)].root = model_.root(s);
+      sequences_[static_cast<size_t>(s)].waiting.resize(
+          static_cast<size_t>(DraftModel::kMaxRows * hidden_));
+    }
     if (options.ngrams)
       indexes_.assign(static_cast<size_t>(n_sequences),
                       NgramIndex(kHybridMinMatch, kHybridMaxMatch, context));
@@ -168,7 +172,6 @@ class GrowingDrafter final : public ChimeraDrafter {
 
     void wait(const KeptRows& k, int first, int64_t width) {
       if (n_waiting == 0) first_waiting = first;
-      waiting.resize(static_cast<size_t>(DraftModel::kMaxRows * width));
       std::copy_n(k.states, k.n_kept * width, waiting.data() + n_waiting * width);
       n_waiting += k.n_kept;
     }
