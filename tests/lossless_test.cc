@@ -351,14 +351,19 @@ TEST(Lossless, WholeStoriesThroughAcceptedPaths) {
 void check_smollm2(const std::string& file, size_t prompts, int tokens) {
   const std::string draft_file = "models/smollm2-135m-instruct.chimera.safetensors";
   const Loaded l = load(kSmolLm2, isas().back(), 2);
-  Session session(*l.model, {.context = 1024, .max_nodes = 60});
+  // `sized` knows what passes cost and sizes its trees by that, as `chimera run` does.
+  Session session(*l.model, {.context = 1024, .max_nodes = 60}),
+      sized(*l.model, {.context = 1024, .max_nodes = 31});
+  sized.measure_cost();
   std::vector<std::unique_ptr<Drafter>> drafters;
+  std::unique_ptr<Drafter> of_sized = make_ngram_drafter({.nodes = 31}, 1, 1024);
   drafters.push_back(make_ngram_drafter({}, 1, 1024));
   if (std::filesystem::exists(draft_file)) {
     DraftTensors draft = load_draft(draft_file);
     const auto chimera = [&](const ChimeraOptions& options) {
       drafters.push_back(make_chimera_drafter(*l.model, draft, options, 1, 1024));
     };
+    of_sized = make_chimera_drafter(*l.model, draft, {.nodes = 31}, 1, 1024);
     chimera({.nodes = 8, .ngrams = false});
     chimera({.nodes = 60, .depth = 8, .width = 8});
     const StaticTree chain = read_tree("1,1,1,1"), bush = read_tree("4,2,1,1,1");
@@ -375,6 +380,8 @@ void check_smollm2(const std::string& file, size_t prompts, int tokens) {
     for (const float temperature : {0.0f, 0.7f, 1.0f}) {
       const GenerateOptions options{tokens, {2}, {.temperature = temperature, .seed = seed}};
       const Generation plain = generate(session, nullptr, prompt, options);
+      ASSERT_EQ(generate(sized, of_sized.get(), prompt, options).ids, plain.ids)
+          << "sized by cost, T " << temperature << " seed " << seed;
       for (size_t d = 0; d < drafters.size(); ++d) {
         const Generation tree = generate(session, drafters[d].get(), prompt, options);
         const std::string name = std::to_string(d) + " " + drafters[d]->name();

@@ -103,42 +103,20 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.trust.observe(k.n_kept - 1);
     seq.worth.observe(k.n_kept - 1, seq.price);
     seq.price = 0;
+    spent_.seconds += seconds_since(start);
     if (!rests) average(seconds_since(start), &observe_seconds_);
   }
 
   CandidateTree& candidates(const DraftContext& c) override {
-    Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
-    tree_.clear();
-    const int budget = std::min(c.max_nodes, options_.nodes);
-    if (budget <= 0 || c.max_depth <= 0) return tree_;
-    if (!options_.tree.empty()) {
-      if (ready(c, seq)) grow_static(c, seq);
-      tree_.choose(budget, c.max_depth, nullptr, 0, 1);  // all of it: its shape was the choice
-      return tree_;
-    }
-    const bool rests = seq.worth.rests();
-    if (!rests && seq.text == c.text) catch_up(c.sequence, c.tokens);
-    // As if observe() had been part of it: the step pays for both.
-    const Clock::time_point start =
-        Clock::now() - std::chrono::duration_cast<Clock::duration>(
-                           std::chrono::duration<double>(rests ? 0 : observe_seconds_));
-    if (options_.ngrams)
-      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
-                     kHybridMaxMatch, c.sampling.temperature, &tree_);
-    if (ready(c, seq)) grow(c, seq, budget, start);
-    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), seq.trust.share());
-    seq.trust.promised += tree_.promised();
-    learn_yields();
-    if (c.cost != nullptr && !rests) {
-      const double plain = c.cost->seconds(1),
-                   pass = c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
-      seq.price = (seconds_since(start) + pass - plain) / plain;
-    }
-    return tree_;
+    const Clock::time_point start = Clock::now();
+    CandidateTree& tree = grow_candidates(c);
+    spent_.seconds += seconds_since(start);
+    return tree;
   }
 
   double depth_seconds() const override { return depth_seconds_; }
   double observe_seconds() const override { return observe_seconds_; }
+  const Spent& spent() const override { return spent_; }
 
   void follow(const DraftContext& c, std::span<const int32_t> next,
               FunctionRef<void(int, std::span<const float>, int)> visit) override {
@@ -217,6 +195,37 @@ class GrowingDrafter final : public ChimeraDrafter {
         seq.expanded = first + n_kept;
       }
     }
+  }
+
+  CandidateTree& grow_candidates(const DraftContext& c) {
+    Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
+    tree_.clear();
+    const int budget = std::min(c.max_nodes, options_.nodes);
+    if (budget <= 0 || c.max_depth <= 0) return tree_;
+    if (!options_.tree.empty()) {
+      if (ready(c, seq)) grow_static(c, seq);
+      tree_.choose(budget, c.max_depth, nullptr, 0, 1);  // all of it: its shape was the choice
+      return tree_;
+    }
+    const bool rests = seq.worth.rests();
+    if (!rests && seq.text == c.text) catch_up(c.sequence, c.tokens);
+    // As if observe() had been part of it: the step pays for both.
+    const Clock::time_point start =
+        Clock::now() - std::chrono::duration_cast<Clock::duration>(
+                           std::chrono::duration<double>(rests ? 0 : observe_seconds_));
+    if (options_.ngrams)
+      propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
+                     kHybridMaxMatch, c.sampling.temperature, &tree_);
+    if (ready(c, seq)) grow(c, seq, budget, start);
+    tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), seq.trust.share());
+    seq.trust.promised += tree_.promised();
+    learn_yields();
+    if (c.cost != nullptr && !rests) {
+      const double plain = c.cost->seconds(1),
+                   pass = c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
+      seq.price = (seconds_since(start) + pass - plain) / plain;
+    }
+    return tree_;
   }
 
   // A new text: what an earlier one taught is forgotten, so that a run can be repeated step by
@@ -339,6 +348,8 @@ class GrowingDrafter final : public ChimeraDrafter {
   // the sequence, so that the tree's rows are contiguous, and its slot is committed. Returns its
   // logits.
   const float* expand_root(const DraftContext& c, const Sequence& seq) {
+    ++spent_.steps;
+    ++spent_.depths;
     Step& step = model_.step();
     std::memcpy(model_.f(0), seq.root.f, row_bytes());
     std::memcpy(model_.feature(0), seq.root.feature, feature_bytes());
@@ -367,6 +378,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // Runs the rows added since step.first_new, which stand `depth` below the root; their logits.
   // Draws the noise of what comes below them.
   const float* expand_rows(const DraftContext& c, int depth, const Sequence& seq) {
+    ++spent_.depths;
     const int first = model_.step().first_new;
     model_.fill_features(first, model_.step().n_rows - first, trigrams_);
     model_.forward(model_.pass(), model_.f());
@@ -487,6 +499,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<int> static_at_;                      // candidates of the given shape's nodes
   int declined_ = 0;                                // times that pays() said no
   double depth_seconds_ = 0, observe_seconds_ = 0;  // averaged over the last ones
+  Spent spent_;
 
   std::array<Yield, kMostDepths + 1> yields_;  // by the depth of what was expanded
 };

@@ -47,6 +47,13 @@ class ChimeraDrafter : public TreeDrafter {
   virtual double depth_seconds() const = 0;
   // ... and what observe() took, which every step pays whatever its tree.
   virtual double observe_seconds() const = 0;
+
+  // All that drafting has taken, from the first step on (a prompt's apart).
+  struct Spent {
+    double seconds = 0;
+    int64_t steps = 0, depths = 0;  // that drafted; depths that they drafted
+  };
+  virtual const Spent& spent() const = 0;
 };
 
 // target and tensors: the tensors are no longer needed once this returns.

@@ -343,6 +343,7 @@ struct Report {
   std::vector<PromptSet> sets;
   std::vector<Result> results;  // of all sets together
   Series bandwidth, share, arithmetic;
+  ChimeraDrafter::Spent drafting{};  // by the draft model alone, where the host runs it
   const StepCosts& costs;
 };
 
@@ -376,9 +377,25 @@ Json json_of(const Report& r) {
           {"passes", json_of("rows", r.costs.by_rows())},
           {"contexts", json_of("tokens", r.costs.by_context())},
           {"ops", json_of(r.costs.by_op())},
+          {"draft_steps", r.drafting.steps},
+          {"draft_depths", r.drafting.depths},
+          {"draft_seconds", r.drafting.seconds},
           {"prefill_tokens", r.costs.prefill_tokens()},
           {"prefill_tokens_per_second", r.costs.prefill_tokens_per_second().median()},
           {"prefill_tokens_per_second_spread", r.costs.prefill_tokens_per_second().spread()}};
+}
+
+// What the draft model took of a step.
+std::string drafting_of(const Report& r) {
+  const auto& [seconds, steps, depths] = r.drafting;
+  if (steps == 0) return "";
+  const double each = seconds / static_cast<double>(depths),
+               plain = r.costs.by_rows().front().seconds.median();
+  return line(
+      "\nthe draft model takes %.3f ms a step for %.1f depths, all that comes with it: "
+      "%.1f%% of a plain step each",
+      1e3 * seconds / static_cast<double>(steps),
+      static_cast<double>(depths) / static_cast<double>(steps), 100 * each / plain);
 }
 
 std::string table_of(const Report& r) {
@@ -393,7 +410,7 @@ std::string table_of(const Report& r) {
          count_text(r.rounds, "round") + "\n\n" + by_set + table_of(r.results) +
          table_of("rows of a pass", r.costs.by_rows()) +
          table_of("tokens of context", r.costs.by_context()) + table_of(r.costs.by_op()) +
-         "\nprefill of " + std::to_string(r.costs.prefill_tokens()) +
+         drafting_of(r) + "\nprefill of " + std::to_string(r.costs.prefill_tokens()) +
          " tokens: " + r.costs.prefill_tokens_per_second().text(0) + " tokens/s" +
          "\nreading memory at " + r.bandwidth.text(1) + " GB/s; plain decoding reads " +
          bytes_text(r.weight_bytes) + " of weights a token,\n" + r.share.text(2) +
@@ -450,6 +467,7 @@ int bench(const std::vector<std::string>& args) {
                 {},
                 {},
                 {},
+                {},
                 costs};
   for (const Contestant& c : drafters) report.results.push_back({c.name, {}, {}, {}});
   for (PromptSet& set : report.sets) {
@@ -500,6 +518,10 @@ int bench(const std::vector<std::string>& args) {
     if (report.rounds == 0) throw;  // else what was measured so far is shown
   }
   progress.show("");
+  for (const Contestant& c : drafters)
+    if (c.name == "chimera")
+      if (const auto* drafter = dynamic_cast<const ChimeraDrafter*>(c.drafter.get()))
+        report.drafting = drafter->spent();
 
   if (o.json)
     print_json(json_of(report));
