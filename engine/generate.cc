@@ -1,7 +1,8 @@
 #include "engine/generate.h"
 
 #include <algorithm>
-#include <chrono>
+
+#include "engine/clock.h"
 
 namespace chimera {
 
@@ -16,10 +17,6 @@ const char* stop_name(Stop stop) {
 
 Generation generate(Session& session, Drafter* drafter, std::span<const int32_t> prompt,
                     const GenerateOptions& options, const std::function<void(int32_t)>& token) {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point t) {
-    return std::chrono::duration<double>(Clock::now() - t).count();
-  };
   const int64_t room = session.options().context - static_cast<int64_t>(prompt.size());
   const auto limit = static_cast<size_t>(std::max<int64_t>(
       0, options.max_tokens < 0 ? room : std::min<int64_t>(room, options.max_tokens)));

@@ -1,10 +1,10 @@
 #include "engine/resident_drafter.h"
 
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "engine/chimera/draft_model.h"
+#include "engine/clock.h"
 #include "engine/error.h"
 
 namespace chimera {
@@ -155,14 +155,13 @@ class Resident final : public ResidentDrafter {
   // Of a step without the target's pass, the best of a few: drafting from nothing takes as long as
   // from anything. What follows a pass is like one depth more.
   double time_drafting() {
-    using Clock = std::chrono::steady_clock;
     const uint64_t key = backend_.new_key();
     double best = 1;
     for (int repeat = 0; repeat < 5; ++repeat) {
       upload(state_, &initial_, 1);
       const auto begin = Clock::now();
       backend_.submit(key, [&] { draft(); });
-      best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+      best = std::min(best, seconds_since(begin));
     }
     return model_ ? best * (initial_.depth + 1) / initial_.depth : best;
   }

@@ -1,21 +1,15 @@
 #include "engine/session.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
+#include "engine/clock.h"
 #include "engine/error.h"
 #include "engine/resident_drafter.h"
 #include "engine/rope.h"
 
 namespace chimera {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // Offsets of a session's buffers.
 struct Layout {

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <fstream>
 
+#include "engine/clock.h"
 #include "engine/error.h"
-#include "tools/clock.h"
 
 namespace chimera {
 namespace {

@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tools/clock.h"
+#include "engine/clock.h"
 
 namespace chimera {
 

@@ -8,14 +8,13 @@
 #include <utility>
 
 #include "engine/candidate_tree.h"
+#include "engine/clock.h"
 #include "engine/ngram_index.h"
 #include "engine/sampler.h"
 #include "engine/trust.h"
 
 namespace chimera {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr int kMostDepths = DraftState::kMostDepths;
 constexpr int kBranch = DraftState::kBranch;  // candidates taken from one expanded node
@@ -30,8 +29,9 @@ struct Yield {
 
 // Whether drafting is worth its time in the text at hand, which it takes even where no tree is
 // worth a pass. An account in plain steps: tokens accepted come in, the time that they took goes
-// out. It holds little, so that drafting which pays no more is soon found out, and rests; then it
-// is tried again, after longer and longer rests as long as it does not pay.
+// out. Luck alone must not empty it, and it holds no more than that takes, so that drafting which
+// pays no longer is found out: then it rests, and is tried again, after longer and longer rests as
+// long as it does not pay.
 class Worth {
  public:
   bool rests() const { return resting_ > 0; }
@@ -41,15 +41,15 @@ class Worth {
       return;
     }
     balance_ = std::min(kMost, balance_ + gained - spent);
-    if (balance_ == kMost) next_rest_ = kShortest;
+    if (balance_ >= kStart) next_rest_ = kShortest;
     if (balance_ >= 0) return;
     resting_ = next_rest_;
     next_rest_ = std::min(2 * next_rest_, kLongest);
   }
 
  private:
-  static constexpr double kStart = 1, kAgain = 0.5, kMost = 2;
-  static constexpr int kShortest = 8, kLongest = 64;  // steps
+  static constexpr double kStart = 4, kAgain = 1.5, kMost = 6;
+  static constexpr int kShortest = 8, kLongest = 128;  // steps
   double balance_ = kStart;
   int resting_ = 0, next_rest_ = kShortest;
 };
@@ -143,8 +143,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     int expanded = 0;  // committed length that the model has seen; 0: nothing to draft from
     Trust trust{};
     Worth worth{};
-    double price = 0;  // of the last tree, in plain steps; 0 without costs, which nothing rests for
-    // While drafting rests the target's states wait for it, n_waiting rows from first_waiting on.
+    double price = 0;  // of the last tree, in plain steps; 0 where costs are not known
     std::vector<float> waiting{};
     int first_waiting = 0, n_waiting = 0;
 
@@ -300,10 +299,6 @@ class GrowingDrafter final : public ChimeraDrafter {
     if (temperature < kLeastTemperature) return logits;
     for (size_t i = 0; i < vocabulary_.size(); ++i) noisy_[i] = logits[i] + temperature * noise_[i];
     return noisy_.data();
-  }
-
-  static double seconds_since(Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
   // Follows a duration: quickly down and slowly up, since whatever else the machine does only adds.

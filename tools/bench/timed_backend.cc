@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "tools/clock.h"
+#include "engine/clock.h"
 
 namespace chimera {
 namespace {

@@ -1,3 +1,4 @@
+// How long things take, here and in the tools.
 #pragma once
 
 #include <chrono>
