@@ -588,6 +588,7 @@ TEST_F(CliTest, Bench) {
   size_t read = 0;
   for (const json& op : o["ops"]) read += op["weight_bytes"].get<size_t>();
   EXPECT_EQ(read, o["weight_bytes"]);
+  EXPECT_GT(o["waiting_share"], 0);
   EXPECT_TRUE(this->read("roofline.svg").starts_with("<svg"));
   EXPECT_TRUE(this->read("roofline.svg").ends_with("</svg>\n"));
 

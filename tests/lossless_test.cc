@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "engine/chimera/chimera_drafter.h"
+#include "engine/cpu/thread_pool.h"
 #include "engine/train/parameters.h"
 #include "loader/draft_file.h"
 #include "tests/support.h"
@@ -350,7 +351,7 @@ TEST(Lossless, WholeStoriesThroughAcceptedPaths) {
 // prompt.
 void check_smollm2(const std::string& file, size_t prompts, int tokens) {
   const std::string draft_file = "models/smollm2-135m-instruct.chimera.safetensors";
-  const Loaded l = load(kSmolLm2, isas().back(), 2);
+  const Loaded l = load(kSmolLm2, isas().back(), cpu::physical_cores());
   // `sized` knows what passes cost and sizes its trees by that, as `chimera run` does.
   Session session(*l.model, {.context = 1024, .max_nodes = 60}),
       sized(*l.model, {.context = 1024, .max_nodes = 31});

@@ -377,12 +377,22 @@ Json json_of(const Report& r) {
           {"passes", json_of("rows", r.costs.by_rows())},
           {"contexts", json_of("tokens", r.costs.by_context())},
           {"ops", json_of(r.costs.by_op())},
+          {"waiting_share", r.costs.waiting_share().median()},
           {"draft_steps", r.drafting.steps},
           {"draft_depths", r.drafting.depths},
           {"draft_seconds", r.drafting.seconds},
           {"prefill_tokens", r.costs.prefill_tokens()},
           {"prefill_tokens_per_second", r.costs.prefill_tokens_per_second().median()},
           {"prefill_tokens_per_second_spread", r.costs.prefill_tokens_per_second().spread()}};
+}
+
+std::string waiting_of(const Report& r) {
+  const Series& share = r.costs.waiting_share();
+  if (share.empty() || r.threads == 1) return "";
+  return line(
+      "\nto start all threads for each op, and to wait for them at its end, takes %.1f%% "
+      "(%.1f..%.1f) of a plain step",
+      100 * share.median(), 100 * share.spread()[0], 100 * share.spread()[1]);
 }
 
 // What the draft model took of a step.
@@ -410,7 +420,8 @@ std::string table_of(const Report& r) {
          count_text(r.rounds, "round") + "\n\n" + by_set + table_of(r.results) +
          table_of("rows of a pass", r.costs.by_rows()) +
          table_of("tokens of context", r.costs.by_context()) + table_of(r.costs.by_op()) +
-         drafting_of(r) + "\nprefill of " + std::to_string(r.costs.prefill_tokens()) +
+         waiting_of(r) + drafting_of(r) + "\nprefill of " +
+         std::to_string(r.costs.prefill_tokens()) +
          " tokens: " + r.costs.prefill_tokens_per_second().text(0) + " tokens/s" +
          "\nreading memory at " + r.bandwidth.text(1) + " GB/s; plain decoding reads " +
          bytes_text(r.weight_bytes) + " of weights a token,\n" + r.share.text(2) +

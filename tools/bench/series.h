@@ -15,6 +15,7 @@ class Series {
     last_ = value;
     values_.insert(std::upper_bound(values_.begin(), values_.end(), value), value);
   }
+  bool empty() const { return values_.empty(); }
   double last() const { return last_; }
   double median() const {
     const size_t n = values_.size();

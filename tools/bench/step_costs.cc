@@ -71,6 +71,21 @@ void StepCosts::measure_round() {
   prefill_.add(prefill_tokens_ / seconds_since(begin));
 
   time_ops();
+
+  if (backend_->name() != "cpu") return;
+  int shared = 0;
+  for (const Op& op : by_op_)
+    if (op.part != TimedBackend::Part::kRest) shared += op.calls;
+  waiting_.add(shared * empty_op_seconds() / by_rows_.front().seconds.last());
+}
+
+double StepCosts::empty_op_seconds() {
+  constexpr int kTimes = 1000;
+  Step& step = session_.edit_step();
+  step.clear();
+  const auto begin = Clock::now();
+  for (int i = 0; i < kTimes; ++i) backend_->likely_tokens(&step, nullptr, 0, nullptr);
+  return seconds_since(begin) / kTimes;
 }
 
 std::span<const int> StepCosts::op_rows() {
@@ -87,7 +102,7 @@ void StepCosts::time_ops() {
                                 [&](const Op& o) { return o.name == op.name; });
       if (known == by_op_.end())
         known =
-            by_op_.insert(known, {op.name, static_cast<int>(op.calls / kSteps),
+            by_op_.insert(known, {op.name, op.part, static_cast<int>(op.calls / kSteps),
                                   op.weight_bytes / kSteps, std::vector<Series>(op_rows().size())});
       known->seconds[i].add(op.seconds / kSteps);
     }

@@ -21,6 +21,7 @@ class StepCosts {
   };
   struct Op {
     std::string name;
+    TimedBackend::Part part;
     int calls;                    // a step
     size_t weight_bytes;          // a step
     std::vector<Series> seconds;  // a step, for each of op_rows()
@@ -35,12 +36,17 @@ class StepCosts {
   const std::vector<Point>& by_context() const { return by_context_; }  // one row
   const std::vector<Op>& by_op() const { return by_op_; }               // after 128 tokens
   static std::span<const int> op_rows();
+  // Share of a plain step that goes into starting all threads for an op and waiting for them at its
+  // end, though they were done at the same time: an op with nothing to do, as often as a step has
+  // ops that they share. Empty on a device, whose step is one graph.
+  const Series& waiting_share() const { return waiting_; }
   int prefill_tokens() const { return prefill_tokens_; }
   const Series& prefill_tokens_per_second() const { return prefill_; }
 
  private:
   double step_seconds(int context, int rows);
   void time_ops();
+  double empty_op_seconds();
 
   TimedBackend* backend_;
   Session session_;
@@ -48,7 +54,7 @@ class StepCosts {
   std::vector<Point> by_rows_, by_context_;
   std::vector<Op> by_op_;
   int prefill_tokens_ = 0;
-  Series prefill_;
+  Series prefill_, waiting_;
 };
 
 }  // namespace chimera

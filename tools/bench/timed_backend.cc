@@ -40,7 +40,7 @@ void TimedBackend::timed(Part part, const std::string& name, size_t weight_bytes
   call();
   const double seconds = seconds_since(begin);
   auto op = std::find_if(ops_.begin(), ops_.end(), [&](const Op& o) { return o.name == name; });
-  if (op == ops_.end()) op = ops_.insert(op, Op{name});
+  if (op == ops_.end()) op = ops_.insert(op, Op{name, part});
   ++op->calls;
   op->seconds += seconds;
   op->weight_bytes += weight_bytes;

@@ -13,15 +13,16 @@ namespace chimera {
 
 class TimedBackend final : public Backend {
  public:
+  enum class Part : uint8_t { kAll, kProducts, kAttention, kRest };
+
   // All calls of one op. Products are told apart by their shape and by what is done to their input.
   struct Op {
     std::string name;  // "norm, product 960 x 576"
+    Part part = Part::kRest;
     int64_t calls = 0;
     double seconds = 0;
     size_t weight_bytes = 0;  // read by these calls
   };
-
-  enum class Part : uint8_t { kAll, kProducts, kAttention, kRest };
 
   explicit TimedBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
 
