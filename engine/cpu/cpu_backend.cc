@@ -275,7 +275,8 @@ class CpuBackend final : public Backend {
     vocab_ = std::max(vocab_, vocab);
     const auto threads = static_cast<size_t>(pool_.size());
     const size_t shared = InputScratch::bytes(scratch_rows_, scratch_cols_);
-    const size_t own = InputScratch::bytes(pool_.size(), scratch_cols_);
+    const int64_t own_cols = std::max(scratch_cols_, kOwnInput + kOwnInput / 4);
+    const size_t own = InputScratch::bytes(1, own_cols);  // one row, or several shorter ones
     const size_t tile = size_t{kMaxQueries} * static_cast<size_t>(max_chunks_) *
                         static_cast<size_t>(partial_size_) * 4;
     wave_tiles_ = static_cast<int>(std::clamp<size_t>(kWaveBytes / tile, kFewTiles, kManyTiles));
@@ -289,7 +290,7 @@ class CpuBackend final : public Backend {
     p += shared;
     own_input_.clear();
     for (size_t t = 0; t < threads; ++t, p += own)
-      own_input_.push_back(InputScratch::carve(p, pool_.size(), scratch_cols_));
+      own_input_.push_back(InputScratch::carve(p, 1, own_cols));
     partials_ = reinterpret_cast<float*>(p);
     p += partials;
     const int64_t stride = round_up(vocab_, 16);
@@ -344,8 +345,8 @@ class CpuBackend final : public Backend {
     const WorkShares::Deal panels = work_.deal(w.n_panels);
     pool_.run([&](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
-      // each other; many are divided.
-      const bool divide = m >= pool_.size();
+      // the others and to fetch from their caches what they have made; many are divided.
+      const bool divide = m > 1 && m * std::max(w.cols, kOwnInput / 16) > kOwnInput;
       const InputScratch& input = divide ? shared_input_ : own_input_[static_cast<size_t>(thread)];
       const auto [first, last] = divide ? share(m, thread) : std::pair<int64_t, int64_t>{0, m};
       read_ahead(thread, 8 << 10);  // they come while the input is transformed
@@ -513,6 +514,9 @@ class CpuBackend final : public Backend {
   static constexpr size_t kWaveBytes =
       4 << 20;  // of partial results; the threads meet after each wave
   static constexpr size_t kFewTiles = 16, kManyTiles = 128;
+  // Elements of a product's input, measured on two cores that share no cache: 2 to 4 rows of a step
+  // take 5 to 10% less time than with divided ones, and the same on two that share one.
+  static constexpr int64_t kOwnInput = 6144;
   static constexpr int kFewRows =
       4;  // row loops shorter than this are not worth waking threads for
 
