@@ -23,17 +23,17 @@ template <typename Tensors, typename F>
 void each_tensor(Tensors& t, const F& f) {
   const DraftConfig& c = t.config;
   const int64_t d = c.hidden_size, q = c.q_size(), kv = c.kv_size(), ffn = c.ffn_size,
-                rank = c.head_rank;
+                rank = c.head_rank, slot = c.slot_size();
   using Shape = std::vector<int64_t>;
-  f("w1", t.w1, Shape{d, 3 * d});
-  f("w2", t.w2, Shape{d, d});
+  if (c.trigram) f("w1", t.w1, Shape{d, 3 * d});
+  if (c.trigram) f("w2", t.w2, Shape{d, d});
   if (c.skip) f("w3", t.w3, Shape{d, d});
-  f("key_norm", t.key_norm, Shape{2 * d});
-  f("value_norm", t.value_norm, Shape{2 * d});
+  f("key_norm", t.key_norm, Shape{slot});
+  f("value_norm", t.value_norm, Shape{slot});
   f("attn_norm", t.attn_norm, Shape{d});
   f("wq", t.wq, Shape{q, d});
-  f("wk", t.wk, Shape{kv, 2 * d});
-  f("wv", t.wv, Shape{kv, 2 * d});
+  f("wk", t.wk, Shape{kv, slot});
+  f("wv", t.wv, Shape{kv, slot});
   f("wo", t.wo, Shape{d, q});
   f("ffn_norm", t.ffn_norm, Shape{d});
   f("gate_up", t.gate_up, Shape{2 * ffn, d});
@@ -53,6 +53,9 @@ std::string write_config(const DraftConfig& c) {
                               {"ffn_size", c.ffn_size},       {"n_steps", c.n_steps},
                               {"head_rank", c.head_rank},     {"rope_kv_heads", c.rope_kv_heads},
                               {"rope_base", c.rope_base},     {"skip", c.skip}};
+  // Not there in older files, and older programs take files without them.
+  if (!c.trigram) json["trigram"] = false;
+  if (!c.slot_features) json["slot_features"] = false;
   const auto short_numbers = [](const std::vector<float>& values) {
     std::vector<double> numbers;
     for (const float v : values) numbers.push_back(std::round(double{v} * 1000) / 1000);
@@ -126,18 +129,25 @@ DraftConfig read_config(const std::string& text, const std::string& where) {
                     std::to_string(c.n_kv_heads) + " for keys",
                 kTrainAgain);
   }
-  const auto base = json.find("rope_base"), skip = json.find("skip");
+  const auto base = json.find("rope_base");
   if (base == json.end() || !base->is_number() || !(base->get<double>() >= 1) ||
       !std::isfinite(base->get<double>())) {
     throw Error(where + ": rope_base", "a number of 1 or more",
                 base == json.end() ? "nothing" : printable(base->dump()), kTrainAgain);
   }
   c.rope_base = base->get<double>();
-  if (skip == json.end() || !skip->is_boolean())
-    throw Error(where + ": skip", "true or false", "neither", kTrainAgain);
-  c.skip = skip->get<bool>();
-  json.erase("rope_base");
-  json.erase("skip");
+  json.erase(base);
+  if (!json.contains("skip"))
+    throw Error(where + ": skip", "true or false", "nothing", kTrainAgain);
+  for (const auto& [key, setting] :
+       {std::pair{"skip", &c.skip}, {"trigram", &c.trigram}, {"slot_features", &c.slot_features}}) {
+    const auto it = json.find(key);
+    if (it == json.end()) continue;
+    if (!it->is_boolean())
+      throw Error(where + ": " + key, "true or false", printable(it->dump()), kTrainAgain);
+    *setting = it->get<bool>();
+    json.erase(it);
+  }
   c.greedy = take_calibration(&json, "greedy", where);
   c.sampled = take_calibration(&json, "sampled", where);
   if (!json.empty()) {

@@ -4,7 +4,8 @@
 //   chimera_draft         "1", the format version
 //   target_name           the model it was trained for
 //   target_fingerprint    fingerprint() of it
-//   config                JSON: DraftConfig's members by name
+//   config                JSON: DraftConfig's members by name; trigram, slot_features and the
+//                         calibrations only where they are not the default
 //   training              JSON: how it was made
 //   licence
 #pragma once

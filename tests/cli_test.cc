@@ -21,6 +21,7 @@
 
 #include "engine/backend.h"
 #include "engine/generate.h"
+#include "loader/draft_file.h"
 #include "loader/feature_file.h"
 #include "loader/gguf.h"
 #include "loader/load.h"
@@ -834,13 +835,12 @@ TEST_F(CliTest, TrainingMakesABetterDraft) {
                 .code,
             0)
       << read("err");
-  const auto tokens_per_pass = [&](const std::string& positions) {
-    const std::string draft = folder_ / positions;
-    EXPECT_EQ(chimera({"train", "fit", "-m", kStories, "--data", answers, "-o", draft,
-                       "--positions", positions, "--batch", "64", "--threads", "1"})
-                  .code,
-              0)
-        << read("err");
+  const auto tokens_per_pass = [&](const std::string& positions, const Args& form = {}) {
+    const std::string draft = folder_ / (positions + std::to_string(form.size()));
+    Args fit = {"train", "fit",         "-m",      kStories,  "--data", answers,     "-o",
+                draft,   "--positions", positions, "--batch", "64",     "--threads", "1"};
+    fit.insert(fit.end(), form.begin(), form.end());
+    EXPECT_EQ(chimera(fit).code, 0) << read("err");
     const json o = object({"train", "eval", "-m", kStories, "--draft", draft, "--prompts", others,
                            "-n", "64", "--temp", "0", "--json", "--threads", "1"});
     return o["rows"][0]["tokens_per_pass"]["dynamic"]["16"].get<double>();
@@ -848,6 +848,10 @@ TEST_F(CliTest, TrainingMakesABetterDraft) {
   const double untrained = tokens_per_pass("1"), trained = tokens_per_pass("20000");
   EXPECT_LT(untrained, 1.3);
   EXPECT_GT(trained, 1.5 * untrained);
+  // The paper's form, and one as far from it as can be: they learn less, and run.
+  for (const Args& form : {Args{"--encoder", "trigram", "--slots", "states", "--rank", "0"},
+                           Args{"--encoder", "token"}})
+    EXPECT_GT(tokens_per_pass("20000", form), 1.2 * untrained) << form[1];
 }
 
 TEST_F(CliTest, TrainDataRefuses) {
@@ -1354,6 +1358,35 @@ TEST_F(FitTest, GoesOnFromItsCheckpoint) {
   std::filesystem::remove(folder_ / "d.checkpoint");
   EXPECT_EQ(chimera(fit()).code, 0) << read("err");
   EXPECT_TRUE(weights("d") != weights("whole"));
+}
+
+// A draft's file says its form: what goes on from it has that form, and what runs it needs no flag.
+TEST_F(FitTest, FormsOfADraft) {
+  write_shard(1);
+  const Args paper = {"--encoder", "trigram", "--slots", "states", "--rank", "0"};
+  ASSERT_EQ(chimera(fit(paper, "paper")).code, 0) << read("err");
+  const chimera::DraftTensors draft = chimera::load_draft(folder_ / "paper");
+  EXPECT_TRUE(draft.config.trigram);
+  EXPECT_FALSE(draft.config.skip);
+  EXPECT_FALSE(draft.config.slot_features);
+  ASSERT_EQ(chimera(fit({"--encoder", "token"}, "token")).code, 0) << read("err");
+  EXPECT_FALSE(chimera::load_draft(folder_ / "token").config.trigram);
+  ASSERT_EQ(chimera(fit({"--init", folder_ / "paper"}, "second")).code, 0) << read("err");
+  EXPECT_FALSE(chimera::load_draft(folder_ / "second").config.slot_features);
+
+  const Args run = {"run", "-m", model_, "-p", "ab", "-n", "12", "--json"};
+  const json plain = object(run);
+  for (const char* name : {"paper", "token", "second"}) {
+    Args drafted = run;
+    drafted.insert(drafted.end(), {"--draft", folder_ / name});
+    EXPECT_EQ(object(drafted)["ids"], plain["ids"]) << name;
+  }
+  EXPECT_EQ(chimera(fit(paper, "paper")).code, 0) << "goes on: " << read("err");
+  expect_error(fit({"--encoder", "token", "--slots", "states", "--rank", "0"}, "paper"), 1,
+               "settings: encoder: expected \"token\", found \"trigram\"");
+  expect_error(fit({"--encoder", "trigram", "--rank", "0"}, "paper"), 1,
+               "settings: slots: expected \"features\", found \"states\"");
+  expect_error(fit({"--slots", "none"}), 2, "--slots: expected features or states");
 }
 
 TEST_F(FitTest, DamagedCheckpoints) {

@@ -465,8 +465,9 @@ TEST(CudaDraft, Vocabulary) {
 
 // ---- Whole drafters ----------------------------------------------------------------------------
 
-// A draft of random weights for stories260K. What it says is nonsense, but sharp.
-DraftTensors random_draft(unsigned seed) {
+// A draft of random weights for stories260K. What it says is nonsense, but sharp. In our form, or
+// with the last token alone and slots of states alone.
+DraftTensors random_draft(unsigned seed, bool least = false) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   DraftTensors t;
@@ -476,6 +477,7 @@ DraftTensors random_draft(unsigned seed) {
   c.ffn_size = 64;
   c.n_steps = 3;
   c.head_rank = 32;
+  c.trigram = c.slot_features = !least;
   c.greedy = {{0.9f, 1.1f, 1.2f}, {0.95f, 0.9f, 0.9f}};
   c.sampled = {{1.0f, 1.3f}, {0.8f, 0.7f}};
   const auto fill = [&](std::vector<float>* v, int rows, int cols, float size) {
@@ -483,13 +485,15 @@ DraftTensors random_draft(unsigned seed) {
       v->push_back(normal(random) * size / std::sqrt(static_cast<float>(cols)));
   };
   const int d = 64;
-  fill(&t.w1, d, 3 * d, 1), fill(&t.w2, d, d, 1), fill(&t.w3, d, d, 1);
-  fill(&t.wq, c.q_size(), d, 1), fill(&t.wk, c.kv_size(), 2 * d, 1);
-  fill(&t.wv, c.kv_size(), 2 * d, 1), fill(&t.wo, d, c.q_size(), 1);
+  if (c.trigram) fill(&t.w1, d, 3 * d, 1), fill(&t.w2, d, d, 1);
+  fill(&t.w3, d, d, 1);
+  fill(&t.wq, c.q_size(), d, 1), fill(&t.wk, c.kv_size(), c.slot_size(), 1);
+  fill(&t.wv, c.kv_size(), c.slot_size(), 1), fill(&t.wo, d, c.q_size(), 1);
   fill(&t.gate_up, 2 * c.ffn_size, d, 1), fill(&t.down, d, c.ffn_size, 1);
   for (auto* norm : {&t.attn_norm, &t.ffn_norm, &t.out_norm}) norm->assign(d, 1.0f);
   for (float& w : t.out_norm) w = 0.5f;
-  t.key_norm.assign(2 * d, 1.0f), t.value_norm.assign(2 * d, 1.0f);
+  for (auto* norm : {&t.key_norm, &t.value_norm})
+    norm->assign(static_cast<size_t>(c.slot_size()), 1.0f);
   t.head_scale = {1.0f, 0.7f, 0.5f};  // the target's own last word, mostly
   for (int k = 0; k < c.n_steps; ++k) {
     fill(&t.head_down.emplace_back(), c.head_rank, 2 * d, 1);
@@ -516,16 +520,21 @@ struct Way {
   const char* name;
   ResidentOptions options;
   bool has_draft;
+  bool least = false;  // random_draft()
 };
 const Way kWays[] = {
     {"none", {.nodes = 0}, false},
     {"ngram", {.nodes = 4, .min_match = 1, .max_match = 6}, false},
     {"chimera", {.nodes = 4, .depth = 2, .width = 2}, true},
     {"hybrid", {.nodes = 5, .depth = 3, .width = 2, .min_match = 1, .max_match = 6}, true},
-    {"static", {.tree = small_shape()}, true}};
+    {"static", {.tree = small_shape()}, true},
+    {"hybrid", {.nodes = 5, .depth = 3, .width = 2, .min_match = 1, .max_match = 6}, true, true}};
 
+DraftTensors draft_of(const Way& way) {
+  return random_draft(way.least ? 2 : 1, way.least);  // (of that form the first guesses nothing)
+}
 std::unique_ptr<ResidentDrafter> drafter_of(const Way& way, const Llama& target, int context) {
-  const DraftTensors draft = random_draft(1);
+  const DraftTensors draft = draft_of(way);
   auto drafter =
       make_resident_drafter(target, way.has_draft ? &draft : nullptr, way.options, context);
   EXPECT_EQ(drafter->name(), way.name);
@@ -583,7 +592,7 @@ TEST(CudaDraft, TreesAreTheHosts) {
         const ResidentOptions& o = way.options;
         std::unique_ptr<TreeDrafter> host;
         if (way.has_draft)
-          host = make_chimera_drafter(*l.model, random_draft(1),
+          host = make_chimera_drafter(*l.model, draft_of(way),
                                       {.nodes = o.tree.empty() ? o.nodes : o.tree.size(),
                                        .depth = o.depth,
                                        .width = o.width,

@@ -401,7 +401,7 @@ struct Tiny {
   std::vector<int32_t> vocabulary = std::vector<int32_t>(20);
   std::vector<TrainingText> texts;
   std::vector<const TrainingText*> batch;
-  Tiny() {
+  explicit Tiny(const DraftConfig& c = tiny_config()) : config(c) {
     std::mt19937 random(8);
     const auto d = static_cast<size_t>(config.hidden_size);
     embedding = random_input(random, static_cast<size_t>(vocab) * d, false);
@@ -468,8 +468,7 @@ TEST(CudaTrain, TheHostLeavesTheDevicesMemoryAlone) {
 }
 #endif
 
-TEST(CudaTrain, GradientAndStepsAreTheCpus) {
-  const Tiny tiny;
+void expect_the_cpus_steps(const Tiny& tiny) {
   CpuOps<float> cpu(1);
   const Result expected = train(&cpu, tiny);
   for (const bool cublas : product_bodies()) {
@@ -495,6 +494,20 @@ TEST(CudaTrain, GradientAndStepsAreTheCpus) {
                   1e-4 * expected.score.step[k].loss);
     }
   }
+}
+
+TEST(CudaTrain, GradientAndStepsAreTheCpus) {
+  expect_the_cpus_steps(Tiny());
+}
+TEST(CudaTrain, InThePaperFormToo) {
+  DraftConfig c = tiny_config();
+  c.skip = c.slot_features = false;
+  expect_the_cpus_steps(Tiny(c));
+}
+TEST(CudaTrain, WithTheLastTokenAloneToo) {
+  DraftConfig c = tiny_config();
+  c.trigram = false;
+  expect_the_cpus_steps(Tiny(c));
 }
 
 // In bf16, as training runs; on the emulator with threads in another order as well, which moves the

@@ -121,15 +121,50 @@ TEST_F(DraftFile, Calibration) {
 }
 
 TEST_F(DraftFile, OfThePaperForm) {
-  draft.config.skip = false, draft.config.head_rank = 0;
+  draft.config.skip = draft.config.slot_features = false, draft.config.head_rank = 0;
   draft.w3.clear();
   for (auto* heads : {&draft.head_down, &draft.head_up})
     for (auto& v : *heads) v.clear();
+  draft.key_norm.resize(4), draft.value_norm.resize(4), draft.wk.resize(8), draft.wv.resize(8);
   save_draft(draft, path);
   const DraftTensors t = load_draft(path);
+  EXPECT_TRUE(t.config.trigram);
   EXPECT_FALSE(t.config.skip);
+  EXPECT_FALSE(t.config.slot_features);
+  EXPECT_EQ(t.w1, draft.w1);
   EXPECT_TRUE(t.w3.empty());
+  EXPECT_EQ(t.key_norm, draft.key_norm);
+  EXPECT_EQ(t.wv, draft.wv);
   EXPECT_EQ(t.head_up.size(), 2u);
+  replaced("\\\"slot_features\\\":false", "\\\"slot_features\\\":12345");
+  refused("slot_features: expected true or false, found 12345");
+  replaced("\\\"slot_features\\\":false", "\\\"slot_features\\\":true ");
+  refused("key_norm");
+}
+
+TEST_F(DraftFile, OfTheLastTokenAlone) {
+  draft.config.trigram = false;
+  draft.w1.clear(), draft.w2.clear();
+  save_draft(draft, path);
+  const DraftTensors t = load_draft(path);
+  EXPECT_FALSE(t.config.trigram);
+  EXPECT_TRUE(t.config.skip);
+  EXPECT_TRUE(t.config.slot_features);
+  EXPECT_TRUE(t.w1.empty());
+  EXPECT_TRUE(t.w2.empty());
+  EXPECT_EQ(t.w3, draft.w3);
+  replaced("\\\"trigram\\\":false", "\\\"trigram\\\":true ");
+  refused("'w1'");
+}
+
+// What every file was before there were others: without a word about it.
+TEST_F(DraftFile, OfTheUsualFormSaysNothingOfIt) {
+  const std::string bytes = saved();
+  for (const char* key : {"trigram", "slot_features"})
+    EXPECT_EQ(bytes.find(key), std::string::npos) << key;
+  const DraftTensors t = load_draft(path);
+  EXPECT_TRUE(t.config.trigram);
+  EXPECT_TRUE(t.config.slot_features);
 }
 
 TEST_F(DraftFile, IsNotLeftHalfWritten) {
@@ -248,6 +283,8 @@ TEST(Draft, IsCheckedAgainstItsTarget) {
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.hidden_size = 32; }), "64 (the target's)");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.ffn_size = 48; }), "FFN size");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.head_rank = 4; }), "rank of the heads");
+  EXPECT_PRED2(says, complaint([](auto& t) { t.config.trigram = t.config.skip = false; }),
+               "or both, found neither");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.greedy = {{1, 1}, {1}}; }), "coverages");
   EXPECT_PRED2(says, complaint([](auto& t) { t.config.n_heads = 3, t.config.head_dim = 34; }),
                "query heads");

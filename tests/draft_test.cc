@@ -2,8 +2,12 @@
 // float64, and its drafter against plain decoding.
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <numeric>
 
 #include "engine/chimera/chimera_drafter.h"
+#include "engine/train/cpu_ops.h"
+#include "engine/train/draft_gradient.h"
 #include "loader/draft_file.h"
 #include "tests/allocation_counter.h"
 #include "tests/prototype.h"
@@ -14,15 +18,74 @@ namespace {
 
 const std::string kPrototype = shared("draft_prototype/");
 
+// Slots 0 .. n-1 in chains, then the root's row and n_steps - 1 more along the true tokens.
+void roll_out(DraftModel& model, std::span<const int32_t> ids, std::span<const float> states, int n,
+              int n_steps,
+              const std::function<void(int k, const float* feature, const float* f,
+                                       const float* logits)>& visit) {
+  const int64_t hidden = model.config().hidden_size;
+  model.set_committed(0, 0);
+  Step& step = model.step();
+  const auto run = [&](int first_position, int count,
+                       const float* f) {  // rows for tokens first_position ..
+    if (f == nullptr) {  // after row 0, which holds the feature of the token before
+      step.clear();
+      step.n_rows = 1;
+      step.begin_sequence(0);
+    }
+    const int first = step.n_rows, features = f != nullptr ? count : count + 1;
+    std::vector<int32_t> trigrams;
+    for (int p = first_position + count - features; p < first_position + count; ++p)
+      for (int j = p - 2; j <= p; ++j) trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
+    model.fill_features(first + count - features, features, trigrams.data());
+    for (int i = 0; i < count; ++i) {
+      const int row = step.add_row(ids[static_cast<size_t>(first_position + i)],
+                                   step.n_rows == 1 ? -1 : step.n_rows - 1, false);
+      model.link(row, row - 1, f != nullptr ? row - 1 : i);
+    }
+    step.first_new = first;
+    model.forward(model.pass(), f != nullptr ? f : states.data() + (first_position - 1) * hidden);
+  };
+  for (int p = 1; p <= n; p += 30) {  // rows for tokens 1 .. n bring the slots 0 .. n-1
+    run(p, std::min(30, n + 1 - p), nullptr);
+    model.set_committed(0, std::min(p + 29, n));
+  }
+  for (int k = 0; k < n_steps; ++k) {
+    run(n + 1 + k, 1, k == 0 ? nullptr : model.f());
+    model.run_head(model.pass(), k, states.data() + n * hidden);
+    visit(k, model.feature(k + 1), model.f(k + 1), model.logits(k + 1));
+  }
+}
+
+// The encoder without one of its parts or with both, and slots with and without features.
+std::vector<DraftConfig> forms_of(const DraftConfig& usual) {
+  std::vector<DraftConfig> forms;
+  for (const bool slot_features : {true, false})
+    for (const auto& [trigram, skip] : {std::pair{true, true}, {true, false}, {false, true}}) {
+      DraftConfig& c = forms.emplace_back(usual);
+      c.trigram = trigram, c.skip = skip, c.slot_features = slot_features;
+    }
+  return forms;
+}
+std::string name_of(const DraftConfig& c) {
+  return std::string(c.trigram ? "trigram " : "") + (c.skip ? "skip " : "") +
+         (c.slot_features ? "features" : "states");
+}
+
 TEST(Draft, TakesTheMemoryThatWasPlanned) {
   SKIP_WITHOUT(kSmolLm2);
   const Loaded target = load(kSmolLm2, isas().back(), 2);
-  const DraftTensors draft = load_draft("models/smollm2-135m-instruct.chimera.safetensors");
-  for (const int context : {64, 4000}) {
-    const DraftModel model(*target.model, draft, 2, context);
-    const auto planned =
-        static_cast<double>(DraftModel::plan(draft, target.model->backend(), 2, context));
-    EXPECT_NEAR(planned / static_cast<double>(model.allocated_bytes()), 1, 0.005) << context;
+  const DraftTensors ours = load_draft("models/smollm2-135m-instruct.chimera.safetensors");
+  for (const DraftConfig& form : forms_of(ours.config)) {
+    DraftTensors draft = training::initial_draft(form, std::vector<float>(576, 1.0f), 1);
+    draft.vocabulary = ours.vocabulary;
+    for (const int context : {64, 4000}) {
+      const DraftModel model(*target.model, draft, 2, context);
+      const auto planned =
+          static_cast<double>(DraftModel::plan(draft, target.model->backend(), 2, context));
+      EXPECT_NEAR(planned / static_cast<double>(model.allocated_bytes()), 1, 0.005)
+          << name_of(form) << ", context " << context;
+    }
   }
 }
 
@@ -32,64 +95,84 @@ TEST(Draft, ReproducesThePrototypesGoldenValues) {
   const Loaded target = load(kSmolLm2, isas().back(), 2);
   const auto golden = nlohmann::json::parse(read_text(kPrototype + "golden.json"));
   const auto ids = golden["ids"].get<std::vector<int32_t>>();
-  const std::vector<uint16_t> hidden = read_array<uint16_t>(kPrototype + "hidden.f16");
+  std::vector<float> states;
+  for (const uint16_t h : read_array<uint16_t>(kPrototype + "hidden.f16"))
+    states.push_back(f16_to_f32(h));
   DraftModel model(*target.model, load_prototype(kPrototype + "prototype.safetensors"), 1, 256,
                    DType::kF32);
-
-  // Slots 0 .. n-1 in chains, then the root's row and three more along the true tokens.
   for (const auto& [start, steps] : golden["starts"].items()) {
-    const int n = std::stoi(start);
-    model.set_committed(0, 0);
-    Step& step = model.step();
-    const auto run = [&](int first_position, int count,
-                         const float* f) {  // rows for tokens first_position ..
-      if (f == nullptr) {  // after row 0, which holds the feature of the token before
-        step.clear();
-        step.n_rows = 1;
-        step.begin_sequence(0);
-      }
-      const int first = step.n_rows, features = f != nullptr ? count : count + 1;
-      std::vector<int32_t> trigrams;
-      for (int p = first_position + count - features; p < first_position + count; ++p)
-        for (int j = p - 2; j <= p; ++j)
-          trigrams.push_back(ids[static_cast<size_t>(std::max(0, j))]);
-      model.fill_features(first + count - features, features, trigrams.data());
-      std::vector<float> states;
-      for (int i = 0; i < count; ++i) {
-        const int row = step.add_row(ids[static_cast<size_t>(first_position + i)],
-                                     step.n_rows == 1 ? -1 : step.n_rows - 1, false);
-        model.link(row, row - 1, f != nullptr ? row - 1 : i);
-        for (int d = 0; d < 576; ++d)
-          states.push_back(
-              f16_to_f32(hidden[static_cast<size_t>((first_position + i - 1) * 576 + d)]));
-      }
-      step.first_new = first;
-      model.forward(model.pass(), f != nullptr ? f : states.data());
-    };
-    for (int p = 1; p <= n; p += 30) {  // rows for tokens 1 .. n bring the slots 0 .. n-1
-      run(p, std::min(30, n + 1 - p), nullptr);
-      model.set_committed(0, std::min(p + 29, n));
-    }
-    std::vector<float> h(576);
-    for (int d = 0; d < 576; ++d)
-      h[static_cast<size_t>(d)] = f16_to_f32(hidden[static_cast<size_t>(n * 576 + d)]);
-    for (int k = 0; k < 4; ++k) {
-      run(n + 1 + k, 1, k == 0 ? nullptr : model.f());
-      const float* f = model.f(k + 1);
+    const auto check = [&](int k, const float* feature, const float* f, const float* logits) {
       const auto& g = steps[static_cast<size_t>(k)];
       for (size_t i = 0; i < 8; ++i) {
-        EXPECT_NEAR(model.feature(k + 1)[i], g["feature"][i].get<float>(), 2e-3)
-            << "start " << n << " step " << k;
-        EXPECT_NEAR(f[i], g["f"][i].get<float>(), 5e-3) << "start " << n << " step " << k;
-      }
-      model.run_head(model.pass(), k, h.data());
-      const float* logits = model.logits(k + 1);
-      for (size_t i = 0; i < 8; ++i) {
+        EXPECT_NEAR(feature[i], g["feature"][i].get<float>(), 2e-3)
+            << "start " << start << " step " << k;
+        EXPECT_NEAR(f[i], g["f"][i].get<float>(), 5e-3) << "start " << start << " step " << k;
         const auto& v = model.vocabulary();
         const auto at = std::find(v.begin(), v.end(), g["top_ids"][i].get<int32_t>()) - v.begin();
         EXPECT_NEAR(logits[at], g["top_logits"][i].get<float>(), 2e-2)
-            << "start " << n << " step " << k;
+            << "start " << start << " step " << k;
       }
+    };
+    roll_out(model, ids, states, std::stoi(start), 4, check);
+  }
+}
+
+// What runs is what was trained, in every form that a draft may have.
+TEST(Draft, IsTheTrainersInEveryForm) {
+  const Loaded target = load(tiny("f32"), isas().back(), 2);
+  const LlamaTensors& tensors = target.file.tensors;
+  const int vocab = tensors.config.vocab_size;
+  const size_t d = 256;
+  const auto floats = [](const TensorView& view) {
+    std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
+    for (int64_t r = 0; r < view.rows; ++r)
+      dequantize_row(view.type, view.row(r), view.cols, values.data() + r * view.cols);
+    return values;
+  };
+  const std::vector<float> embedding = floats(tensors.embedding), head = floats(tensors.head);
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  training::TrainingText text;
+  text.tokens = random_tokens(random, 50, vocab);
+  text.first_start = 2;
+  for (size_t i = 0; i < static_cast<size_t>(text.n_positions()) * d; ++i)
+    text.states.push_back(normal(random));
+  training::SoftTarget none;
+  std::fill_n(none.token, training::SoftTarget::kMost, -1);
+  text.targets.assign(static_cast<size_t>(text.n_starts()), none);
+
+  DraftConfig usual = training::config_for(tensors.config);
+  usual.ffn_size = 64, usual.head_rank = 32, usual.n_steps = 3;
+  for (const DraftConfig& form : forms_of(usual)) {
+    SCOPED_TRACE(name_of(form));
+    DraftTensors draft = training::initial_draft(form, std::vector<float>(d, 1.0f), 1);
+    std::vector<float> parameters = training::pack_parameters(draft);
+    for (float& p : parameters) p += 0.03f * normal(random);  // norms too, and heads that are zero
+    training::unpack_parameters(parameters, &draft);
+    for (int32_t id = 5; id < vocab; id += 23) draft.vocabulary.push_back(id);
+    training::CpuOps<float> ops(1);
+    training::DraftGradient<float> trainer(&ops, form, embedding.data(), head.data(), vocab,
+                                           draft.vocabulary, 0);
+    const training::TrainingText* batch[] = {&text};
+    trainer.run(parameters.data(), batch, 4, 1, nullptr);
+
+    DraftModel model(*target.model, draft, 1, 64, DType::kF32);
+    for (const int n : {2, 40}) {
+      const auto check = [&](int k, const float* feature, const float* f, const float* logits) {
+        const size_t row = static_cast<size_t>(k * text.n_starts() + n - text.first_start) * d;
+        for (size_t i = 0; i < d; ++i) {
+          const size_t at = static_cast<size_t>(n + 1 + k) * d + i;
+          ASSERT_NEAR(feature[i], trainer.features().data()[at], 1e-3) << n << " step " << k;
+          ASSERT_NEAR(f[i], trainer.f().data()[row + i], 1e-3) << n << " step " << k;
+        }
+        for (size_t v = 0; v < draft.vocabulary.size(); ++v) {
+          const float* w = head.data() + static_cast<size_t>(draft.vocabulary[v]) * d;
+          ASSERT_NEAR(logits[v],
+                      std::inner_product(w, w + d, trainer.head_input().data() + row, 0.0f), 1e-3)
+              << n << " step " << k;
+        }
+      };
+      roll_out(model, text.tokens, text.states, n, 4, check);
     }
   }
 }

@@ -127,12 +127,23 @@ TEST(Train, GradientOfEveryParameterIsThatOfFiniteDifferences) {
 TEST(Train, GradientWithTheDynamicVocabulary) {
   check_gradient(tiny_config(), 2);
 }
-TEST(Train, GradientOfThePaperForm) {  // no skip, no correction, RoPE on every head
+TEST(Train, GradientOfThePaperForm) {
   DraftConfig c = tiny_config();
-  c.skip = false;
+  c.skip = c.slot_features = false;
   c.head_rank = 0;
-  c.rope_kv_heads = 2;
+  c.rope_kv_heads = 2;  // on every head
   check_gradient(c, 0);
+}
+TEST(Train, GradientOfEveryForm) {
+  for (const auto& [trigram, skip, slot_features] : {std::array{true, false, true},
+                                                     {false, true, true},
+                                                     {true, true, false},
+                                                     {false, true, false}}) {
+    SCOPED_TRACE(std::to_string(trigram) + std::to_string(skip) + std::to_string(slot_features));
+    DraftConfig c = tiny_config();
+    c.trigram = trigram, c.skip = skip, c.slot_features = slot_features;
+    check_gradient(c, 0);
+  }
 }
 
 // Tokens of the text, and the target's best, are to be had although the static vocabulary lacks
@@ -487,28 +498,37 @@ TEST(Train, ResumedRunGivesTheSameBits) {
   EXPECT_THROW(train_fit({"-m", model, "--data", shard, "-o", folder("x"), "--resume", shard}),
                Error);
 
-  // A checkpoint says its precision; one of before that is taken for "auto".
+  // A checkpoint says its precision and the draft's form; one of before that is taken for "auto"
+  // and the form that there was.
   const std::string half_way = folder("half.safetensors.checkpoint");
-  const auto refused = [&](const std::string& precision, const std::string& checkpoint) {
+  const auto refused = [&](const std::string& flag, const std::string& value,
+                           const std::string& checkpoint) {
     try {
-      fit("other.safetensors", {"--precision", precision, "--resume", checkpoint});
+      fit("other.safetensors", {flag, value, "--resume", checkpoint});
     } catch (const Error& e) {
       return std::string(e.what());
     }
     return std::string();
   };
   std::string old = test::read_text(half_way);
-  const std::string said = ",\\\"precision\\\":\\\"auto\\\"";
-  ASSERT_NE(old.find(said), std::string::npos);
-  old.insert(old.find('{') + 1, said.size(), ' ');  // the header stays as long as it says
-  old.erase(old.find(said), said.size());
+  for (const std::string said : {",\\\"precision\\\":\\\"auto\\\"", ",\\\"encoder\\\":\\\"both\\\"",
+                                 ",\\\"slots\\\":\\\"features\\\""}) {
+    ASSERT_NE(old.find(said), std::string::npos);
+    old.insert(old.find('{') + 1, said.size(), ' ');  // the header stays as long as it says
+    old.erase(old.find(said), said.size());
+  }
   std::ofstream(folder("old"), std::ios::binary) << old;
   for (const std::string& checkpoint : {half_way, folder("old")}) {
-    EXPECT_EQ(refused("f32", checkpoint),
-              checkpoint +
-                  ": settings: precision: expected \"f32\", found \"auto\"; give the flags and "
-                  "data that the run was started with, or remove the checkpoint to begin anew");
-    EXPECT_EQ(refused("auto", checkpoint), "");
+    for (const auto& [flag, value, start] :
+         std::vector<std::array<std::string, 3>>{{"precision", "f32", "auto"},
+                                                 {"encoder", "token", "both"},
+                                                 {"slots", "states", "features"}})
+      EXPECT_EQ(refused("--" + flag, value, checkpoint),
+                checkpoint + ": settings: " + flag + ": expected \"" + value + "\", found \"" +
+                    start +
+                    "\"; give the flags and data that the run was started with, or remove the "
+                    "checkpoint to begin anew");
+    EXPECT_EQ(refused("--precision", "auto", checkpoint), "");
     EXPECT_EQ(pack_parameters(load_draft(folder("other.safetensors"))), pack_parameters(a));
   }
 }
@@ -585,9 +605,14 @@ TEST(Train, AverageOfDrafts) {
   EXPECT_EQ(draft.training, "{\"mean_of\":[{\"seed\":1},{\"seed\":2},{\"seed\":3}]}");
   EXPECT_TRUE(draft.config.greedy.temperature.empty());  // to be measured again
 
-  config.ffn_size = 64;
-  const std::string other = save("other", 4);
-  EXPECT_THROW(train_average({"--drafts", a + "," + other, "-o", mean}), Error);
+  const DraftConfig same = config;
+  for (const auto& change : std::vector<std::function<void(DraftConfig*)>>{
+           [](auto* c) { c->ffn_size = 64; }, [](auto* c) { c->trigram = false; },
+           [](auto* c) { c->slot_features = false; }}) {
+    change(&(config = same));
+    const std::string other = save("other", 4);
+    EXPECT_THROW(train_average({"--drafts", a + "," + other, "-o", mean}), Error);
+  }
   EXPECT_THROW(train_average({"--drafts", a, "-o", mean}), Error);
 }
 

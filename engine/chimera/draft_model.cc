@@ -47,8 +47,8 @@ size_t DraftModel::plan(const DraftTensors& t, const Backend& backend, int n_seq
   const int64_t d = c.hidden_size, q = c.q_size(), kv = c.kv_size(), ffn = c.ffn_size,
                 rank = c.head_rank, feature = d + qkv_size(c),
                 head = static_cast<int64_t>(t.vocabulary.size()) + kMaxDynamic;
-  const int64_t weights = 3 * d * d + d * d + (c.skip ? d * d : 0) + (q + 2 * kv) * d + 2 * kv * d +
-                          d * q + 3 * ffn * d +
+  const int64_t weights = (c.trigram ? 4 * d * d : 0) + (c.skip ? d * d : 0) + (q + 2 * kv) * d +
+                          2 * kv * d + d * q + 3 * ffn * d +
                           static_cast<int64_t>(t.head_down.size()) * 3 * rank * d;
   // make_buffers(), make_cache()
   const int64_t row = 2 * feature + 10 * d + qkv_size(c) + q + 2 * ffn + rank + head;
@@ -100,8 +100,10 @@ void DraftModel::make_buffers(int n_sequences) {
 
 void DraftModel::prepare_block(const DraftTensors& t) {
   const int64_t d = config_.hidden_size;
-  w1_ = prepare(t.w1, d, 3 * d);
-  w2_ = prepare(t.w2, d, d);
+  if (config_.trigram) {
+    w1_ = prepare(t.w1, d, 3 * d);
+    w2_ = prepare(t.w2, d, d);
+  }
   if (config_.skip) w3_ = prepare(t.w3, d, d);
   // The columns [first, first + d) of a matrix, its input's norm included.
   const auto part = [&](const std::vector<float>& w, const std::vector<float>& norm, int64_t first,
@@ -115,8 +117,11 @@ void DraftModel::prepare_block(const DraftTensors& t) {
   part(t.wk, t.key_norm, 0, &of_state);
   part(t.wv, t.value_norm, 0, &of_state);
   part(t.wq, t.attn_norm, 0, &of_feature);
-  part(t.wk, t.key_norm, d, &of_feature);
-  part(t.wv, t.value_norm, d, &of_feature);
+  if (config_.slot_features) {
+    part(t.wk, t.key_norm, d, &of_feature);
+    part(t.wv, t.value_norm, d, &of_feature);
+  }
+  of_feature.resize(static_cast<size_t>(qkv_size() * d));  // zeros where slots hold no features
   wqkv_feature_ = prepare(of_feature, qkv_size(), d);
   wkv_state_ = prepare(of_state, 2 * config_.kv_size(), d);
   wo_ = prepare(t.wo, d, config_.q_size());
@@ -272,12 +277,14 @@ void DraftModel::compute_features(const DraftPass& pass, float* out) {
   backend_.embed(pass.trigrams, target_.embedding(), trigrams_);
   backend_.rms_norm(pass.trigrams, trigrams_, ones_, kEmbeddingEps, d, trigrams_);
   // Three embeddings in a row make a trigram.
-  backend_.linear(step, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
-  backend_.linear(step, {.weights = w2_.get(), .x = hidden_, .y = out, .y_stride = feature_size(),
-                         .input = Linear::Input::kSilu});
+  if (config_.trigram) {
+    backend_.linear(step, {.weights = w1_.get(), .x = trigrams_, .y = hidden_});
+    backend_.linear(step, {.weights = w2_.get(), .x = hidden_, .y = out, .y_stride = feature_size(),
+                           .input = Linear::Input::kSilu});
+  }
   if (config_.skip)
     backend_.linear(step, {.weights = w3_.get(), .x = trigrams_ + 2 * d, .y = out,
-                           .y_stride = feature_size(), .x_stride = 3 * d, .accumulate = true});
+                           .y_stride = feature_size(), .x_stride = 3 * d, .accumulate = config_.trigram});
   backend_.linear(step, {.weights = wqkv_feature_.get(), .x = out, .y = out + d, .y_stride = feature_size(),
                          .x_stride = feature_size(), .input = Linear::Input::kRmsNorm, .norm_weight = ones_,
                          .eps = kEps});

@@ -33,12 +33,14 @@ void check(const DraftTensors& draft, const LlamaConfig& target) {
                                    {"size of all query heads", c.q_size()}})
     if (size % 32 != 0)
       throw Error(std::string("draft: ") + name, "a multiple of 32", std::to_string(size));
+  if (!c.trigram && !c.skip)
+    throw Error("draft: encoder", "a trigram's, the last token's (skip) or both", "neither");
   for (const DraftCalibration* calibration : {&c.greedy, &c.sampled})
     if (calibration->temperature.size() != calibration->coverage.size())
-      throw Error("draft: calibration",
-                  "as many coverages as temperatures, " +
-                      std::to_string(calibration->temperature.size()),
-                  std::to_string(calibration->coverage.size()));
+      throw Error(
+          "draft: calibration",
+          "as many coverages as temperatures, " + std::to_string(calibration->temperature.size()),
+          std::to_string(calibration->coverage.size()));
   for (const int32_t id : draft.vocabulary)
     if (id < 0 || id >= target.vocab_size)
       throw Error("draft: vocabulary",

@@ -11,10 +11,12 @@
 // Trigram encoder: the feature of position i
 //   e_j = E[x_j] / sqrt(mean(E[x_j]^2) + 1.2e-7)
 //   t   = [e_{i-2}; e_{i-1}; e_i]; the first two positions repeat e_0 for what is not there
-//   g_i = w2 SiLU(w1 t) + w3 e_i                       (w3 may be absent: the paper's form)
+//   g_i = w2 SiLU(w1 t) + w3 e_i                       either may be absent: trigram, skip
+//                                                      (the paper's form: without skip)
 //
 // Slot of position i, what the full-context encoder attends to. It knows which token stood here
-// (g_i) and what came after it (g_{i+1}), so attention can copy:
+// (g_i) and what came after it (g_{i+1}), so attention can copy; without slot_features it is made
+// of rms(h_i) alone, the paper's form:
 //   K_i = wk ([rms(h_i); rms(g_i)] * key_norm)         RoPE at position i, on the first
 //   V_i = wv ([rms(h_i); rms(g_{i+1})] * value_norm)   rope_kv_heads KV heads (and their query
 //                                                      heads) only
@@ -66,7 +68,8 @@ struct DraftConfig {
   int head_rank = 64;  // of a head's correction; 0: none
   int rope_kv_heads = 1;
   double rope_base = 10000.0;
-  bool skip = true;                      // w3 is there
+  bool trigram = true, skip = true;      // w1 and w2 are there; w3 is
+  bool slot_features = true;             // slots know their token and its successor
   DraftCalibration greedy{}, sampled{};  // where the target takes its best token, and at
                                          // temperature 1
   // For a text sampled at this temperature: in between for those between, above 1 as at 1.
@@ -74,19 +77,20 @@ struct DraftConfig {
 
   int q_size() const { return n_heads * head_dim; }
   int kv_size() const { return n_kv_heads * head_dim; }
+  int slot_size() const { return slot_features ? 2 * hidden_size : hidden_size; }
 };
 
 struct DraftTensors {
   DraftConfig config;
-  std::vector<float> w1;                      // (d, 3 d)
-  std::vector<float> w2;                      // (d, d)
+  std::vector<float> w1;                      // (d, 3 d) or empty
+  std::vector<float> w2;                      // (d, d) or empty
   std::vector<float> w3;                      // (d, d) or empty
-  std::vector<float> key_norm;                // (2 d)
-  std::vector<float> value_norm;              // (2 d)
+  std::vector<float> key_norm;                // (slot_size)
+  std::vector<float> value_norm;              // (slot_size)
   std::vector<float> attn_norm;               // (d)
   std::vector<float> wq;                      // (q_size, d)
-  std::vector<float> wk;                      // (kv_size, 2 d)
-  std::vector<float> wv;                      // (kv_size, 2 d)
+  std::vector<float> wk;                      // (kv_size, slot_size)
+  std::vector<float> wv;                      // (kv_size, slot_size)
   std::vector<float> wo;                      // (d, q_size)
   std::vector<float> ffn_norm;                // (d)
   std::vector<float> gate_up;                 // (2 ffn, d)
@@ -106,7 +110,8 @@ struct DraftTensors {
 };
 
 // Throws Error where the engine cannot run the draft below this target: another hidden size, a size
-// that is not a multiple of 32, a calibration of two lengths, a token that the target does not have.
+// that is not a multiple of 32, no encoder, a calibration of two lengths, a token that the target
+// does not have.
 void check(const DraftTensors& draft, const LlamaConfig& target);
 
 }  // namespace chimera

@@ -104,7 +104,6 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
     }
   }
   ops_.put(token, &token_);
-  ops_.put(trigram, &trigram_at_);
   ops_.put(rope, &rope_at_);
   ops_.put(next, &next_);
   ops_.put(start, &start_);
@@ -122,52 +121,81 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
     }
   }
   ops_.need(&e_, p_ * d);
-  ops_.need(&trigram_, p_ * 3 * d);
   ops_.embed(p_, d, static_cast<T>(kEmbeddingEps), embedding_, token_.data(), e_.data());
+  if (!config_.trigram) return;
+  ops_.put(trigram, &trigram_at_);
+  ops_.need(&trigram_, p_ * 3 * d);
   ops_.gather_rows(p_ * 3, d, e_.data(), trigram_at_.data(), trigram_.data());
+}
+
+template <typename T>
+auto DraftGradient<T>::slots(Part part) -> Slots {
+  return {part, &slots_[part], 0, p_, h_rms_.data(), part == kKeys ? nullptr : next_.data()};
+}
+
+template <typename T>
+auto DraftGradient<T>::own_slots(Part part, int j) -> Slots {
+  const int64_t first = (j - 1) * n_;
+  return {part,
+          &own_slots_[part],
+          first,
+          n_,
+          f_rms_.data() + first * config_.hidden_size,
+          ahead(part == kKeys ? j : j + 1)};
+}
+
+template <typename T>
+void DraftGradient<T>::project(const T* w, const Slots& s) {
+  const int64_t kv = config_.kv_size(), width = config_.slot_size();
+  const Parameter& norm = s.part == kKeys ? layout_.key_norm : layout_.value_norm;
+  const Parameter& weights = s.part == kKeys ? layout_.wk : layout_.wv;
+  const T* x = s.state;
+  if (config_.slot_features) {
+    T* joined = s.all->joined.data() + s.first * width;
+    ops_.concat(s.rows, config_.hidden_size, s.state, nullptr, g_rms_.data(), s.feature, joined);
+    x = joined;
+  }
+  T* in = s.all->in.data() + s.first * width;
+  ops_.scale(s.rows, width, x, w + norm.offset, in);
+  ops_.product(s.rows, kv, width, in, w + weights.offset, s.all->out.data() + s.first * kv);
+}
+
+template <typename T>
+void DraftGradient<T>::project_grad(const T* w, const Slots& s, T* dw, T* dstate) {
+  const int64_t d = config_.hidden_size, kv = config_.kv_size(), width = config_.slot_size();
+  const Parameter& norm = s.part == kKeys ? layout_.key_norm : layout_.value_norm;
+  const Parameter& weights = s.part == kKeys ? layout_.wk : layout_.wv;
+  const T* x = config_.slot_features ? s.all->joined.data() + s.first * width : s.state;
+  const T* dy = s.all->grad.data() + s.first * kv;
+  ops_.need(&wide_, s.rows * width);
+  ops_.grad_weight(s.rows, kv, width, dy, s.all->in.data() + s.first * width, dw + weights.offset);
+  ops_.grad_input(s.rows, kv, width, dy, w + weights.offset, wide_.data());
+  ops_.scale_grad(s.rows, width, x, w + norm.offset, wide_.data(), wide_.data(), dw + norm.offset);
+  if (dstate != nullptr) ops_.add_rows(s.rows, d, wide_.data(), width, nullptr, dstate);
+  if (config_.slot_features)
+    ops_.add_rows(s.rows, d, wide_.data() + d, width, s.feature, dg_rms_.data());
 }
 
 template <typename T>
 void DraftGradient<T>::own_slot(const T* w, int j) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), block = (j - 1) * n_;
-  T* f_rms = f_rms_.data() + block * d;
-  ops_.rms(n_, d, static_cast<T>(kEps), f_.data() + block * d, f_rms, f_inverse_.data() + block);
-  T *key_cat = own_key_cat_.data() + block * 2 * d, *key_in = own_key_in_.data() + block * 2 * d;
-  T *value_cat = own_value_cat_.data() + block * 2 * d,
-    *value_in = own_value_in_.data() + block * 2 * d;
-  ops_.concat(n_, d, f_rms, nullptr, g_rms_.data(), ahead(j), key_cat);
-  ops_.concat(n_, d, f_rms, nullptr, g_rms_.data(), ahead(j + 1), value_cat);
-  T *k = own_k_.data() + block * kv, *v = own_v_.data() + block * kv;
-  ops_.scale(n_, 2 * d, key_cat, w + layout_.key_norm.offset, key_in);
-  ops_.product(n_, kv, 2 * d, key_in, w + layout_.wk.offset, k);
+  ops_.rms(n_, d, static_cast<T>(kEps), f_.data() + block * d, f_rms_.data() + block * d,
+           f_inverse_.data() + block);
+  for (const Part part : {kKeys, kValues}) project(w, own_slots(part, j));
+  T* k = own_slots_[kKeys].out.data() + block * kv;
   ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
               config_.rope_base, 1, T{1}, k);
-  ops_.scale(n_, 2 * d, value_cat, w + layout_.value_norm.offset, value_in);
-  ops_.product(n_, kv, 2 * d, value_in, w + layout_.wv.offset, v);
   attention_.own_k[j] = k;
-  attention_.own_v[j] = v;
+  attention_.own_v[j] = own_slots_[kValues].out.data() + block * kv;
 }
 
 template <typename T>
 void DraftGradient<T>::own_slot_grad(const T* w, int j, T* dw) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), block = (j - 1) * n_;
-  T *dk = own_dk_.data() + block * kv, *dv = own_dv_.data() + block * kv;
   ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
-              config_.rope_base, -1, T{1}, dk);
+              config_.rope_base, -1, T{1}, own_slots_[kKeys].grad.data() + block * kv);
   zeros(&narrow_, n_ * d);  // gradient of rms(f)
-  for (const bool key : {true, false}) {
-    const Parameter& weights = key ? layout_.wk : layout_.wv;
-    const Parameter& norm = key ? layout_.key_norm : layout_.value_norm;
-    const T* in = (key ? own_key_in_ : own_value_in_).data() + block * 2 * d;
-    const T* cat = (key ? own_key_cat_ : own_value_cat_).data() + block * 2 * d;
-    const T* dy = key ? dk : dv;
-    ops_.need(&wide_, n_ * 2 * d);
-    ops_.grad_weight(n_, kv, 2 * d, dy, in, dw + weights.offset);
-    ops_.grad_input(n_, kv, 2 * d, dy, w + weights.offset, wide_.data());
-    ops_.scale_grad(n_, 2 * d, cat, w + norm.offset, wide_.data(), wide_.data(), dw + norm.offset);
-    ops_.add_rows(n_, d, wide_.data(), 2 * d, nullptr, narrow_.data());
-    ops_.add_rows(n_, d, wide_.data() + d, 2 * d, ahead(key ? j : j + 1), dg_rms_.data());
-  }
+  for (const Part part : {kKeys, kValues}) project_grad(w, own_slots(part, j), dw, narrow_.data());
   ops_.rms_grad(n_, d, f_rms_.data() + block * d, f_inverse_.data() + block, narrow_.data(),
                 df_.data() + block * d, true);
 }
@@ -178,14 +206,17 @@ void DraftGradient<T>::forward(const T* w) {
                 ffn = config_.ffn_size, rank = config_.head_rank;
   const T eps = static_cast<T>(kEps);
 
-  // Trigram encoder.
-  ops_.need(&encoder_, p_ * d);
-  ops_.need(&encoder_act_, p_ * d);
+  // Encoder.
   ops_.need(&g_, p_ * d);
-  ops_.product(p_, d, 3 * d, trigram_.data(), w + layout_.w1.offset, encoder_.data());
-  ops_.silu(p_ * d, encoder_.data(), encoder_act_.data());
-  ops_.product(p_, d, d, encoder_act_.data(), w + layout_.w2.offset, g_.data());
-  if (config_.skip) ops_.product(p_, d, d, e_.data(), w + layout_.w3.offset, g_.data(), true);
+  if (config_.trigram) {
+    ops_.need(&encoder_, p_ * d);
+    ops_.need(&encoder_act_, p_ * d);
+    ops_.product(p_, d, 3 * d, trigram_.data(), w + layout_.w1.offset, encoder_.data());
+    ops_.silu(p_ * d, encoder_.data(), encoder_act_.data());
+    ops_.product(p_, d, d, encoder_act_.data(), w + layout_.w2.offset, g_.data());
+  }
+  if (config_.skip)
+    ops_.product(p_, d, d, e_.data(), w + layout_.w3.offset, g_.data(), config_.trigram);
 
   // What depends on the position alone: queries, and the slots of known states.
   ops_.need(&g_rms_, p_ * d);
@@ -201,31 +232,27 @@ void DraftGradient<T>::forward(const T* w) {
   const int group = config_.n_heads / config_.n_kv_heads;
   ops_.rotate(p_, q, config_.rope_kv_heads * group, config_.head_dim, rope_at_.data(),
               config_.rope_base, 1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)), q_.data());
-  ops_.need(&key_cat_, p_ * 2 * d);
-  ops_.need(&key_in_, p_ * 2 * d);
-  ops_.need(&value_cat_, p_ * 2 * d);
-  ops_.need(&value_in_, p_ * 2 * d);
-  ops_.concat(p_, d, h_rms_.data(), nullptr, g_rms_.data(), nullptr, key_cat_.data());
-  ops_.concat(p_, d, h_rms_.data(), nullptr, g_rms_.data(), next_.data(), value_cat_.data());
-  ops_.need(&k_, p_ * kv);
-  ops_.need(&v_, p_ * kv);
-  ops_.scale(p_, 2 * d, key_cat_.data(), w + layout_.key_norm.offset, key_in_.data());
-  ops_.product(p_, kv, 2 * d, key_in_.data(), w + layout_.wk.offset, k_.data());
+  const int64_t rows = steps_ * n_;
+  for (const Part part : {kKeys, kValues}) {
+    for (const auto& [all, n] :
+         {std::pair{&slots_[part], p_}, std::pair{&own_slots_[part], rows}}) {
+      if (config_.slot_features) ops_.need(&all->joined, n * 2 * d);
+      ops_.need(&all->in, n * config_.slot_size());
+      ops_.need(&all->out, n * kv);
+    }
+    project(w, slots(part));
+  }
+  T* k = slots_[kKeys].out.data();
   ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
-              1, T{1}, k_.data());
-  ops_.scale(p_, 2 * d, value_cat_.data(), w + layout_.value_norm.offset, value_in_.data());
-  ops_.product(p_, kv, 2 * d, value_in_.data(), w + layout_.wv.offset, v_.data());
+              1, T{1}, k);
   attention_.shape = {config_.n_heads, config_.n_kv_heads, config_.head_dim};
   attention_.texts = texts_;
   attention_.q = q_.data();
-  attention_.k = k_.data();
-  attention_.v = v_.data();
+  attention_.k = k;
+  attention_.v = slots_[kValues].out.data();
   ops_.attention_begin(attention_);
 
-  const int64_t rows = steps_ * n_;
-  for (auto* v : {&own_key_cat_, &own_key_in_, &own_value_cat_, &own_value_in_, &head_cat_})
-    ops_.need(v, rows * 2 * d);
-  for (auto* v : {&own_k_, &own_v_}) ops_.need(v, rows * kv);
+  ops_.need(&head_cat_, rows * 2 * d);
   for (auto* v : {&f_rms_, &x2_, &x2_rms_, &y_, &x3_, &x3_rms_, &f_, &u_}) ops_.need(v, rows * d);
   for (auto* v : {&f_inverse_, &x2_inverse_, &x3_inverse_}) ops_.need(v, rows);
   ops_.need(&attended_, rows * q);
@@ -281,14 +308,14 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   zeros(&dg_, p_ * d);
   zeros(&dg_rms_, p_ * d);
   zeros(&dq_, p_ * q);
-  for (auto* v : {&dk_, &dv_}) zeros(v, p_ * kv);
-  for (auto* v : {&own_dk_, &own_dv_}) zeros(v, rows * kv);
+  for (Projection& all : slots_) zeros(&all.grad, p_ * kv);
+  for (Projection& all : own_slots_) zeros(&all.grad, rows * kv);
   attention_.dq = dq_.data();
-  attention_.dk = dk_.data();
-  attention_.dv = dv_.data();
+  attention_.dk = slots_[kKeys].grad.data();
+  attention_.dv = slots_[kValues].grad.data();
   for (int j = 1; j < steps_; ++j) {
-    attention_.own_dk[j] = own_dk_.data() + (j - 1) * n_ * kv;
-    attention_.own_dv[j] = own_dv_.data() + (j - 1) * n_ * kv;
+    attention_.own_dk[j] = own_slots_[kKeys].grad.data() + (j - 1) * n_ * kv;
+    attention_.own_dv[j] = own_slots_[kValues].grad.data() + (j - 1) * n_ * kv;
   }
 
   for (int k = steps_ - 1; k >= 0; --k) {
@@ -351,22 +378,13 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
                   narrow_.data(), dw + layout_.attn_norm.offset);
   ops_.add_rows(p_, d, narrow_.data(), d, nullptr, dg_rms_.data());
   ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
-              -1, T{1}, dk_.data());
-  for (const bool key : {true, false}) {
-    const Parameter& weights = key ? layout_.wk : layout_.wv;
-    const Parameter& norm = key ? layout_.key_norm : layout_.value_norm;
-    const T* dy = (key ? dk_ : dv_).data();
-    ops_.need(&wide_, p_ * 2 * d);
-    ops_.grad_weight(p_, kv, 2 * d, dy, (key ? key_in_ : value_in_).data(), dw + weights.offset);
-    ops_.grad_input(p_, kv, 2 * d, dy, w + weights.offset, wide_.data());
-    ops_.scale_grad(p_, 2 * d, (key ? key_cat_ : value_cat_).data(), w + norm.offset, wide_.data(),
-                    wide_.data(), dw + norm.offset);
-    ops_.add_rows(p_, d, wide_.data() + d, 2 * d, key ? nullptr : next_.data(), dg_rms_.data());
-  }
+              -1, T{1}, attention_.dk);
+  for (const Part part : {kKeys, kValues}) project_grad(w, slots(part), dw, nullptr);
   ops_.rms_grad(p_, d, g_rms_.data(), g_inverse_.data(), dg_rms_.data(), dg_.data(), true);
 
-  // Trigram encoder.
+  // Encoder.
   if (config_.skip) ops_.grad_weight(p_, d, d, dg_.data(), e_.data(), dw + layout_.w3.offset);
+  if (!config_.trigram) return;
   ops_.grad_weight(p_, d, d, dg_.data(), encoder_act_.data(), dw + layout_.w2.offset);
   ops_.grad_input(p_, d, d, dg_.data(), w + layout_.w2.offset, narrow_.data());
   ops_.silu_grad(p_ * d, encoder_.data(), narrow_.data(), narrow_.data());

@@ -77,7 +77,25 @@ class DraftGradient {
   void forward(const T* w);
   void loss(std::span<const TrainingText* const> texts, double step_weight, bool want_gradient);
   void backward(const T* w, T* dw);
-  // Own slot j of every start: from f of step j - 1.
+
+  // The keys of slots, or their values.
+  enum Part { kKeys, kValues };
+  struct Projection {
+    Buffer<T> joined, in, out, grad;  // (rows, 2 d), (rows, slot_size), (rows, kv) twice
+  };
+  // Some rows of one, and what they are made of.
+  struct Slots {
+    Part part;
+    Projection* all;
+    int64_t first, rows;
+    const T* state;          // (rows, d): rms of it
+    const int32_t* feature;  // (rows) of g_rms_
+  };
+  Slots slots(Part part);             // of the positions
+  Slots own_slots(Part part, int j);  // own slot j of every start: from f of step j - 1
+  void project(const T* w, const Slots& s);
+  // dstate (rows, d): added to; nullptr where it is not wanted.
+  void project_grad(const T* w, const Slots& s, T* dw, T* dstate);
   void own_slot(const T* w, int j);
   void own_slot_grad(const T* w, int j, T* dw);
 
@@ -108,15 +126,16 @@ class DraftGradient {
 
   // Kept from forward for backward. (P, ...) first:
   Buffer<T> encoder_, encoder_act_, g_, g_rms_, g_inverse_, h_rms_;
-  Buffer<T> q_in_, q_, key_cat_, key_in_, k_, value_cat_, value_in_, v_;
+  Buffer<T> q_in_, q_;
+  Projection slots_[2];  // by Part
   // (K, N, ...):
-  Buffer<T> own_key_cat_, own_key_in_, own_k_, own_value_cat_, own_value_in_, own_v_;
+  Projection own_slots_[2];
   Buffer<T> f_rms_, f_inverse_;  // of f_{j-1}, at j
   Buffer<T> attended_, x2_, x2_rms_, x2_inverse_, y_, gate_up_, act_, x3_, x3_rms_, x3_inverse_, f_;
   Buffer<T> head_cat_, head_low_, head_act_, u_;
   // Gradients.
   Buffer<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_, dg_rms_,
-      dq_, dk_, dv_, own_dk_, own_dv_, wide_, narrow_;
+      dq_, wide_, narrow_;
   typename Ops<T>::Attention attention_ = {};
   Buffer<SoftTarget> targets_;   // (N) its tokens are rows of head_rows_
   Index target_of_;              // (K, N)

@@ -29,15 +29,15 @@ ParameterLayout::ParameterLayout(const DraftConfig& c) {
     total += p->size();
     all.push_back(*p);
   };
-  add(&w1, "w1", d, 3 * d);
-  add(&w2, "w2", d, d);
+  add(&w1, "w1", c.trigram ? d : 0, 3 * d);
+  add(&w2, "w2", c.trigram ? d : 0, d);
   add(&w3, "w3", c.skip ? d : 0, d);
-  add(&key_norm, "key_norm", 1, 2 * d);
-  add(&value_norm, "value_norm", 1, 2 * d);
+  add(&key_norm, "key_norm", 1, c.slot_size());
+  add(&value_norm, "value_norm", 1, c.slot_size());
   add(&attn_norm, "attn_norm", 1, d);
   add(&wq, "wq", c.q_size(), d);
-  add(&wk, "wk", c.kv_size(), 2 * d);
-  add(&wv, "wv", c.kv_size(), 2 * d);
+  add(&wk, "wk", c.kv_size(), c.slot_size());
+  add(&wv, "wv", c.kv_size(), c.slot_size());
   add(&wo, "wo", d, c.q_size());
   add(&ffn_norm, "ffn_norm", 1, d);
   add(&gate_up, "gate_up", 2 * int64_t{c.ffn_size}, d);
@@ -115,7 +115,7 @@ DraftTensors initial_draft(const DraftConfig& config, const std::vector<float>& 
   // A query finds the slots of its own token from the start: wk's part for g is wq's, the mean over
   // the query heads that share a KV head being as good as any of them, the first is taken.
   const int group = config.n_heads / config.n_kv_heads;
-  for (int h = 0; h < config.n_kv_heads; ++h) {
+  for (int h = 0; h < config.n_kv_heads && config.slot_features; ++h) {
     for (int r = 0; r < config.head_dim; ++r) {
       const size_t to = static_cast<size_t>(h * config.head_dim + r) * 2 * d + d;
       const size_t from = static_cast<size_t>(h * group * config.head_dim + r) * d;

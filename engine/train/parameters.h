@@ -16,8 +16,8 @@ struct Parameter {
   size_t size() const { return static_cast<size_t>(rows * cols); }
 };
 
-// Where each tensor of a configuration stands in the array. w3 and the corrections may be absent
-// (rows 0).
+// Where each tensor of a configuration stands in the array. w1 and w2, w3 and the corrections may
+// be absent (rows 0).
 struct ParameterLayout {
   explicit ParameterLayout(const DraftConfig& config);
 

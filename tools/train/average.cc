@@ -25,7 +25,8 @@ void check_same(const DraftTensors& a, const DraftTensors& b, const std::string&
   if (x.hidden_size != y.hidden_size || x.n_heads != y.n_heads || x.n_kv_heads != y.n_kv_heads ||
       x.head_dim != y.head_dim || x.ffn_size != y.ffn_size || x.n_steps != y.n_steps ||
       x.head_rank != y.head_rank || x.rope_kv_heads != y.rope_kv_heads ||
-      x.rope_base != y.rope_base || x.skip != y.skip)
+      x.rope_base != y.rope_base || x.skip != y.skip || x.trigram != y.trigram ||
+      x.slot_features != y.slot_features)
     refuse("configuration");
 }
 

@@ -35,7 +35,7 @@ struct Options {
       ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
-  std::string device = "cpu", precision = "auto";
+  std::string device = "cpu", precision = "auto", encoder = "both", slots = "features";
   uint64_t seed = 1;
   std::optional<int> threads;
 };
@@ -76,6 +76,13 @@ Command command(Options* o) {
         integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
+       {0, "encoder", "FORM",
+        "what it reads of the text: a trigram (the paper's form), the\nlast token alone, or both",
+        choice(&o->encoder, {"both", "trigram", "token"})},
+       {0, "slots", "FORM",
+        "what it attends to: the target's states alone (the paper's\nform), or features of tokens "
+        "as well",
+        choice(&o->slots, {"features", "states"})},
        {0, "init", "DRAFT", "start from this draft; it says the configuration", file(&o->init)},
        {0, "licence", "TEXT", "to be noted in the file", text(&o->licence)},
        heading("Stopping and going on"),
@@ -116,6 +123,11 @@ struct Position {
   int64_t texts = 0, starts = 0, seconds = 0;
 };
 
+const char* encoder_of(const DraftConfig& c) {  // as --encoder says it
+  if (!c.trigram) return "token";
+  return c.skip ? "both" : "trigram";
+}
+
 // What has to be the same for a resumed run to give the same bits. A run that ends by the clock
 // cannot promise that, and may be given more time and texts. "auto" stays "auto" on a device where
 // it means something else: a run may go on there, though not with the same bits.
@@ -136,6 +148,8 @@ ordered_json run_settings(const Options& o, const DraftConfig& c, const Training
           {"hidden_size", c.hidden_size},
           {"ffn", c.ffn_size},
           {"rank", c.head_rank},
+          {"encoder", encoder_of(c)},
+          {"slots", c.slot_features ? "features" : "states"},
           {"ctx", o.context},
           {"precision", o.precision}};
 }
@@ -181,10 +195,12 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
     throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
   ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
   // Older ones do not say: it was auto, unless somebody had asked for something else; any draft;
-  // and texts only by their number.
+  // texts only by their number; and there was one form of a draft.
   if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
   if (found.is_object() && !found.contains("init")) found["init"] = settings["init"];
   if (found.is_object() && !found.contains("texts_hash")) found["texts_hash"] = "";
+  if (found.is_object() && !found.contains("encoder")) found["encoder"] = "both";
+  if (found.is_object() && !found.contains("slots")) found["slots"] = "features";
   expect_same_settings(file.name() + ": settings", settings, found,
                        "give the flags and data that the run was started with, or remove the "
                        "checkpoint to begin anew");
@@ -323,6 +339,9 @@ DraftTensors first_draft(const Options& o, const LlamaTensors& target,
     c.ffn_size = o.ffn;
     c.head_rank = o.rank;
     c.n_steps = o.steps;
+    c.trigram = o.encoder != "token";
+    c.skip = o.encoder != "trigram";
+    c.slot_features = o.slots == "features";
     std::vector<float> norm(static_cast<size_t>(c.hidden_size));
     const TensorView& view = target.output_norm;
     dequantize_row(view.type, view.data, view.cols, norm.data());
