@@ -74,6 +74,25 @@ TEST(DraftMeasurement, IsWhatDecodingGives) {
       EXPECT_EQ(simulated.passes, decoded.passes) << "static, T " << temperature;
       EXPECT_GT(decoded.tokens_per_pass(), 1.2);
     }
+    int longest = 0;
+    for (const int nodes : {4, kLargestTree}) {  // chains: as deep as they are long
+      ChimeraOptions own = chimera;
+      own.nodes = nodes;
+      for (int i = 0; i < nodes; ++i) own.tree.add(i - 1, 0);
+      const auto drafter = make_chimera_drafter(*target.model, draft, own, 1, kContext);
+      PassCount simulated;
+      for (const MeasuredText& text : m.texts)
+        count_passes(
+            text,
+            [&](const MeasuredPosition& p) {
+              longest = std::max(longest, p.chain);
+              return std::min(nodes, p.chain);
+            },
+            &simulated);
+      const PassCount decoded = decode(session, drafter.get(), prompts, options);
+      EXPECT_EQ(simulated.passes, decoded.passes) << "chain of " << nodes << ", T " << temperature;
+    }
+    EXPECT_GT(longest, temperature == 0 ? chimera.depth : 2) << "or this proves little";
     for (const int nodes : {4, kLargestTree})
       for (const TreeSource source : {kNgramTree, kDraftTree, kHybridTree}) {
         ChimeraOptions own = chimera;

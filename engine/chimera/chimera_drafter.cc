@@ -119,15 +119,16 @@ class GrowingDrafter final : public ChimeraDrafter {
   const Spent& spent() const override { return spent_; }
 
   void follow(const DraftContext& c, std::span<const int32_t> next,
-              FunctionRef<void(int, std::span<const float>, int)> visit) override {
+              FunctionRef<bool(int, std::span<const float>, int)> visit) override {
     const Sequence& seq = sequences_[static_cast<size_t>(c.sequence)];
     if (!ready(c, seq)) return;
     const float* logits = expand_root(c, seq);
-    for (int depth = 1; depth <= std::min(options_.depth, c.max_depth); ++depth) {
+    for (int depth = 1; depth <= c.max_depth; ++depth) {
       if (static_cast<size_t>(depth) > next.size()) return;
       const int32_t token = next[static_cast<size_t>(depth - 1)];
-      visit(depth, {with_noise(c, logits), vocabulary_.size()}, index_of(token));
-      if (static_cast<size_t>(depth) == next.size() || depth == options_.depth) return;
+      if (!visit(depth, {with_noise(c, logits), vocabulary_.size()}, index_of(token)) ||
+          static_cast<size_t>(depth) == next.size() || depth == DraftModel::kMaxRows)
+        return;
       const Clock::time_point start = Clock::now();
       model_.step().first_new = model_.step().n_rows;
       add_row(c, depth - 1, token);

@@ -37,12 +37,12 @@ struct ChimeraOptions {
 
 class ChimeraDrafter : public TreeDrafter {
  public:
-  // For measuring: runs the draft model along the tokens that really follow, as far as its tree may
-  // reach. visit(depth, logits, truth), depth from 1: logits of the draft's vocabulary, noise of
+  // For measuring: runs the draft model along the tokens that really follow, as long as visit says
+  // to go on. visit(depth, logits, truth), depth from 1: logits of the draft's vocabulary, noise of
   // the sampling included, index of the true token in them, -1 if it is not there.
   virtual void follow(
       const DraftContext& context, std::span<const int32_t> next,
-      FunctionRef<void(int depth, std::span<const float> logits, int truth)> visit) = 0;
+      FunctionRef<bool(int depth, std::span<const float> logits, int truth)> visit) = 0;
   // What a further depth took, proposals included, averaged over the last ones.
   virtual double depth_seconds() const = 0;
   // ... and what observe() took, which every step pays whatever its tree.

@@ -157,9 +157,14 @@ class Spectator final : public Drafter {
       watch_tree(drafters[source]->candidates(context), next, &position.place[source],
                  &result_->reliability[source]);
     position.rank.fill(kNotThere);
+    const auto depths = static_cast<int>(result_->depths.size());
     draft_->follow(context, next, [&](int depth, std::span<const float> logits, int truth) {
-      if (depth <= kMostDepths)
-        watch_depth(static_cast<size_t>(depth - 1), logits, truth, &position);
+      const size_t rank = truth < 0 ? kNotThere : rank_of(logits, truth);
+      const bool chained = position.chain == depth - 1 && rank == 0;
+      if (chained) position.chain = depth;
+      if (depth <= depths)
+        watch_depth(static_cast<size_t>(depth - 1), logits, truth, rank, &position);
+      return depth < depths || (chained && depth < kLargestTree);
     });
   }
 
@@ -185,19 +190,23 @@ class Spectator final : public Drafter {
     }
   }
 
-  void watch_depth(size_t depth, std::span<const float> logits, int truth,
+  // Of equal ones, the first in the vocabulary comes first.
+  static size_t rank_of(std::span<const float> logits, int truth) {
+    const float own = logits[static_cast<size_t>(truth)];
+    size_t rank = 0;
+    for (size_t i = 0; i < logits.size(); ++i)
+      rank += logits[i] > own || (logits[i] == own && static_cast<int>(i) < truth);
+    return rank;
+  }
+
+  void watch_depth(size_t depth, std::span<const float> logits, int truth, size_t rank,
                    MeasuredPosition* position) {
     DepthAccuracy& accuracy = result_->depths[depth];
     ++accuracy.n;
     if (truth < 0) return;
     ++accuracy.known;
-    const float own = logits[static_cast<size_t>(truth)];
-    size_t rank = 0;  // of equal ones, the first in the vocabulary comes first
-    float largest = own;
-    for (size_t i = 0; i < logits.size(); ++i) {
-      rank += logits[i] > own || (logits[i] == own && static_cast<int>(i) < truth);
-      largest = std::max(largest, logits[i]);
-    }
+    const float own = logits[static_cast<size_t>(truth)],
+                largest = *std::max_element(logits.begin(), logits.end());
     if (rank < DepthAccuracy::kRanks) ++accuracy.at_rank[rank];
     position->rank[depth] = static_cast<uint8_t>(std::min<size_t>(rank, kNotThere));
     for (size_t t = 0; t < accuracy.loss.size(); ++t) {

@@ -26,6 +26,7 @@ struct MeasuredPosition {
   using Path = std::array<uint8_t, kMostDepths>;
   Path rank;  // of the true tokens among the draft's guesses, the likeliest 0, when it is told the
               // true tokens before
+  int chain = 0;  // of the draft's likeliest guesses, one after the other, that are right
   std::array<Path, kTreeSources> place;  // of their nodes in the trees, the most probable node 0
 };
 using MeasuredText = std::vector<MeasuredPosition>;  // a position for each root in turn

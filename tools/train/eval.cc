@@ -55,7 +55,8 @@ Command command(Options* o) {
         "write the draft again, to read its probabilities as they\nwere true here: at temperature "
         "0, at others, or both",
         file(&o->calibrated)},
-       {0, "depth", "N", "how far ahead of the text trees reach",
+       {0, "depth", "N",
+        "how far ahead of the text trees reach (a chain reaches as far\nas it has nodes)",
         integer(&o->drafting.depth, 1, kMostDepths)},
        {0, "width", "N",
         "guesses that the draft goes on from at each depth\n(default: 12, a fifth of the largest "
@@ -87,7 +88,7 @@ double static_tokens_per_pass(const Measurement& m, const RankPaths (&found)[2],
   return count.tokens_per_pass();
 }
 
-std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
+std::vector<TreeCurve> tree_curves(const Measurement& m) {
   const auto source = [&](TreeSource s) {
     std::vector<double> values;
     for (const int nodes : kTreeSizes)
@@ -101,12 +102,8 @@ std::vector<TreeCurve> tree_curves(const Measurement& m, int depth) {
     for (const MeasuredPosition& p : m.texts[i]) found[i % 2].add(p);
   for (RankPaths& paths : found) paths.rank();
   for (const int nodes : kTreeSizes) {
-    if (nodes <= depth)
-      chain.push_back(tokens_per_pass(m, [&](const MeasuredPosition& p) {
-        const auto wrong =
-            std::find_if(p.rank.begin(), p.rank.end(), [](uint8_t r) { return r != 0; });
-        return std::min(nodes, static_cast<int>(wrong - p.rank.begin()));
-      }));
+    chain.push_back(
+        tokens_per_pass(m, [&](const MeasuredPosition& p) { return std::min(nodes, p.chain); }));
     fixed.push_back(static_tokens_per_pass(m, found, nodes));
   }
   return {{"ngram", source(kNgramTree)},
@@ -285,7 +282,7 @@ int train_eval(const std::vector<std::string>& args) {
       row.tree_tokens_per_pass = tokens_per_pass(row.measurement, [&](const MeasuredPosition& p) {
         return accepted_in(p, o.drafting.tree);
       });
-      row.curves = tree_curves(row.measurement, o.drafting.depth);
+      row.curves = tree_curves(row.measurement);
     }
   progress.show("");
 

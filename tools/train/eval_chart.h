@@ -12,7 +12,7 @@ inline constexpr int kTreeSizes[] = {3, 4, 8, 16, 32, kLargestTree};  // nodes w
 
 struct TreeCurve {
   std::string tree;                     // "ngram", "chain", "static", "dynamic", "hybrid"
-  std::vector<double> tokens_per_pass;  // for the first of kTreeSizes
+  std::vector<double> tokens_per_pass;  // for each of kTreeSizes
 };
 
 // A prompt file at one temperature.
