@@ -1007,6 +1007,20 @@ TEST_F(CliTest, TrainData) {
   EXPECT_NE(rest.err.find("broken.jsonl: 1 broken line left out: 2; the first: "),
             std::string::npos)
       << rest.err;
+  // Of some licence alone: another set of prompts.
+  const std::string rows = write("rows.jsonl",
+                                 "{\"prompt\": \"Once\", \"licence\": \"MIT\"}\n"
+                                 "{\"prompt\": \"Tim\", \"licence\": \"unknown\"}\n"
+                                 "{\"prompt\": \"Lily\", \"licence\": \"CC0-1.0\"}\n");
+  EXPECT_EQ(data("z", {"--prompts", rows, "--where", "licence=MIT,CC0-1.0"}).size(), 2u);
+  EXPECT_NE(read("err").find("rows.jsonl: 1 line without licence=MIT,CC0-1.0 left out, 2 prompts"),
+            std::string::npos)
+      << read("err");
+  expect_error({"train", "data", "-m", kStories, "--own-prompts", "2", "-o", folder_ / "x",
+                "--where", "licence=MIT"},
+               2, "--where: expected --prompts FILE");
+  expect_error({"train", "data", "--where", "licence"}, 2,
+               "--where: expected FIELD=VALUE or FIELD=VALUE,VALUE..., found 'licence'");
   expect_error({"train", "dance"}, 2, "expected data, merge, fit, average or eval");
 }
 
@@ -1164,12 +1178,15 @@ TEST_F(CliTest, TrainEveryStage) {
   std::string lines;
   for (const char* who : {"Lily", "Tim", "Tom", "Mia"})
     for (const char* what : {"saw a big dog", "went to the park", "had a red ball"})
-      lines += std::string("One day, ") + who + " " + what + "\n";
+      for (const char* licence : {"MIT", "unknown"})
+        lines += json{{"prompt", std::string("One day, ") + who + " " + what}, {"licence", licence}}
+                     .dump() +
+                 "\n";
   const std::string draft = folder_ / "d.safetensors";
-  const Args args = {"train", "-m",        kStories, "--prompts",   write("prompts.txt", lines),
-                     "-o",    draft,       "-n",     "40",          "--positions",
-                     "600",   "--threads", "1",      "--on-policy", "--sequences",
-                     "5"};
+  const Args args = {"train", "-m",        kStories,     "--prompts",   write("prompts.txt", lines),
+                     "-o",    draft,       "-n",         "40",          "--positions",
+                     "600",   "--threads", "1",          "--on-policy", "--sequences",
+                     "5",     "--where",   "licence=MIT"};
   const Output o = chimera(args);
   ASSERT_EQ(o.code, 0) << o.err;
   const auto answers = [&](const std::string& shard) {
@@ -1195,9 +1212,12 @@ TEST_F(CliTest, TrainEveryStage) {
   EXPECT_EQ(chimera(args).code, 0);
   EXPECT_EQ(read("d.safetensors.on-policy.jsonl"), before);
   // The draft has learnt from them since: it cannot go on with them.
-  expect_error({"train", "data", "-m", kStories, "--prompts", folder_ / "prompts.txt", "-n", "40",
-                "--draft", draft, "-o", draft + ".on-policy.jsonl"},
-               1, "on-policy.jsonl: draft: expected ");
+  const Output refused_draft =
+      chimera({"train", "data", "-m", kStories, "--prompts", folder_ / "prompts.txt", "-n", "40",
+               "--where", "licence=MIT", "--draft", draft, "-o", draft + ".on-policy.jsonl"});
+  EXPECT_EQ(refused_draft.code, 1);
+  EXPECT_NE(refused_draft.err.find("on-policy.jsonl: draft: expected "), std::string::npos)
+      << refused_draft.err;
   expect_error({"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", draft}, 1,
                "one.txt: expected two prompts at least");
   expect_error({"train", "-m", kStories, "-o", draft}, 2, "--prompts FILE");

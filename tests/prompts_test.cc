@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "engine/error.h"
+#include "tests/support.h"
 
 namespace chimera {
 namespace {
@@ -36,10 +37,13 @@ class PromptsTest : public testing::Test {
     return out;
   }
   // The error's text after the folder.
-  std::string error(const std::string& name, const std::string& content) {
+  std::string error(const std::string& name, const std::string& content,
+                    const std::string& lines = "") {
     const std::string path = write(name, content);
+    LineFilter where;
+    if (!lines.empty()) where_flag(&where).value.set(lines);
     try {
-      load_prompts(path);
+      load_prompts(path, BrokenLines::kStop, where);
     } catch (const Error& e) {
       const std::string what = e.what();
       EXPECT_EQ(what.find('\n'), std::string::npos) << what;
@@ -225,6 +229,38 @@ TEST_F(PromptsTest, BrokenLinesAreNamedAndLeftOut) {
   testing::internal::CaptureStderr();
   load_prompts(write("c.jsonl", "{\"prompt\": \"one\"}\n"), BrokenLines::kLeaveOut);
   EXPECT_EQ(testing::internal::GetCapturedStderr(), "");
+}
+
+TEST_F(PromptsTest, LinesWithAFieldOfSomeValue) {
+  const std::string path =
+      write("a.jsonl",
+            "{\"prompt\": \"one\", \"licence\": \"MIT\"}\n{\"prompt\": \"two\"}\n\n"
+            "{\"prompt\": \"three\", \"licence\": \"MIT-0\"}\n{\"licence\": \"none\"}\n"
+            "{\"prompt\": \"five\", \"licence\": \"CC0-1.0 (a=b)\", \"safe\": true}\n");
+  const auto lines = [&](std::string_view text, std::string* said = nullptr) {
+    LineFilter where;
+    EXPECT_TRUE(where_flag(&where).value.set(text)) << text;
+    testing::internal::CaptureStderr();
+    std::vector<int> numbers;
+    for (const Prompt& prompt : load_prompts(path, BrokenLines::kStop, where))
+      numbers.push_back(prompt.line);
+    const std::string noted = testing::internal::GetCapturedStderr();
+    if (said != nullptr) *said = noted;
+    return numbers;
+  };
+  std::string said;
+  EXPECT_EQ(lines("licence=MIT", &said), std::vector<int>{1});
+  EXPECT_TRUE(said.ends_with("a.jsonl: 4 lines without licence=MIT left out, 1 prompt kept\n"))
+      << said;
+  EXPECT_EQ(lines("licence=CC0-1.0 (a=b),MIT"), (std::vector<int>{1, 6}));
+  EXPECT_EQ(lines("safe=true"), std::vector<int>{6});
+  EXPECT_EQ(error("a.jsonl", test::read_text(path), "licence=mit"),
+            "a.jsonl: expected a line with licence=mit, found none of 5 lines");
+  EXPECT_EQ(error("a.txt", "one\n", "licence=MIT"),
+            "a.txt: expected JSONL, whose lines have fields for --where, found plain text");
+  LineFilter where;
+  for (const char* text : {"", "licence", "=MIT", "licence=", "licence=MIT,"})
+    EXPECT_FALSE(where_flag(&where).value.set(text)) << text;
 }
 
 }  // namespace

@@ -81,8 +81,17 @@ Messages read_messages(const std::string& where, const json& messages) {
   return prompt;
 }
 
-Messages read_json_line(const std::string& where, std::string_view line) {
+bool is_wanted(const json& object, const LineFilter& filter) {
+  const auto found = object.find(filter.field);
+  if (found == object.end()) return false;
+  const std::string value = found->is_string() ? found->get<std::string>() : found->dump();
+  return std::find(filter.values.begin(), filter.values.end(), value) != filter.values.end();
+}
+
+// Without a message: left out.
+Messages read_json_line(const std::string& where, std::string_view line, const LineFilter& filter) {
   const json object = parse_object(where, line);
+  if (!filter.text.empty() && !is_wanted(object, filter)) return {};
   if (const auto turns = object.find("turns"); turns != object.end()) {
     if (!turns->is_array() || turns->empty() || !turns->front().is_string()) {
       throw Error(where + ": \"turns\"", "a list of strings",
@@ -99,24 +108,29 @@ Messages read_json_line(const std::string& where, std::string_view line) {
   throw Error(where, "\"turns\", \"prompt\", \"text\" or \"messages\"", "none of them");
 }
 
-Messages read_line(const std::string& where, std::string_view line, bool jsonl) {
+Messages read_line(const std::string& where, std::string_view line, bool jsonl,
+                   const LineFilter& filter) {
   if (line.size() > kLongestLine)
     throw Error(where, "at most 16 MB", std::to_string(line.size()) + " bytes");
   check_utf8(where, line);
-  return jsonl ? read_json_line(where, line) : user(std::string(line));
+  return jsonl ? read_json_line(where, line, filter) : user(std::string(line));
 }
 
-// One line, however many are broken, and once: the stages of chimera train all read the file.
+// Once: the stages of chimera train all read the file.
+void note_once(const std::string& line) {
+  static std::set<std::string> said;
+  if (said.insert(line).second) note(line);
+}
+
+// One line, however many are broken.
 void note_broken(const std::string& file, const std::vector<int>& lines, const std::string& what) {
   constexpr size_t kNamed = 20;
   std::string numbers;
   for (size_t i = 0; i < std::min(kNamed, lines.size()); ++i)
     numbers += (i > 0 ? ", " : "") + std::to_string(lines[i]);
-  static std::set<std::string> said;
-  const std::string line =
+  note_once(
       "warning: " + file + ": " + count_text(static_cast<int64_t>(lines.size()), "broken line") +
-      " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what;
-  if (said.insert(line).second) note(line);
+      " left out: " + numbers + (lines.size() > kNamed ? ", ..." : "") + "; the first: " + what);
 }
 
 // What somebody writes into a pipe, as in --prompts <(...). Nothing where nobody does: opened and
@@ -173,7 +187,24 @@ void check_utf8(const std::string& where, std::string_view text) {
   }
 }
 
-std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lines) {
+Flag where_flag(LineFilter* target) {
+  const auto set = [=](std::string_view text) {
+    const size_t equals = std::min(text.find('='), text.size());
+    *target = {std::string(text), std::string(text.substr(0, equals)), {}};
+    return !target->field.empty() && equals < text.size() &&
+           files(&target->values).set(text.substr(equals + 1));
+  };
+  return {
+      0,
+      "where",
+      "FIELD=VALUE",
+      "only lines of JSONL whose field has this value, such as\nlicence=MIT; or one of several, "
+      "separated by commas",
+      {set, "FIELD=VALUE or FIELD=VALUE,VALUE...", ""}};
+}
+
+std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lines,
+                                 const LineFilter& where) {
   const std::string name = printable(path, 4096);
   MappedFile file;
   std::string piped;
@@ -189,6 +220,8 @@ std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lin
   const size_t first = rest.find_first_not_of(" \t\r\n");
   const bool jsonl =
       path.ends_with(".jsonl") || (first != std::string_view::npos && rest[first] == '{');
+  if (!jsonl && !where.text.empty())
+    throw Error(name, "JSONL, whose lines have fields for --where", "plain text");
   // Scraps of it could pass for prompts.
   if (const size_t at = jsonl ? rest.npos : rest.find('\0'); at != rest.npos)
     throw Error(name, "text", "a NUL byte at byte " + std::to_string(at + 1),
@@ -197,14 +230,18 @@ std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lin
   std::vector<Prompt> prompts;
   std::vector<int> broken;  // numbers of lines
   std::string what;         // is wrong with the first
+  int64_t left_out = 0;
   for (int number = 1; !rest.empty(); ++number) {
     std::string_view line = rest.substr(0, rest.find('\n'));
     rest.remove_prefix(std::min(rest.size(), line.size() + 1));
     if (line.ends_with('\r')) line.remove_suffix(1);
     if (is_blank(line)) continue;
     try {
-      prompts.push_back(
-          {read_line(name + ": line " + std::to_string(number), line, jsonl), number});
+      Messages messages = read_line(name + ": line " + std::to_string(number), line, jsonl, where);
+      if (messages.empty())
+        ++left_out;
+      else
+        prompts.push_back({std::move(messages), number});
     } catch (const Error& e) {
       if (broken_lines == BrokenLines::kStop) throw;
       if (broken.empty()) what = e.what();
@@ -212,6 +249,12 @@ std::vector<Prompt> load_prompts(const std::string& path, BrokenLines broken_lin
     }
   }
   if (!broken.empty()) note_broken(name, broken, what);
+  if (prompts.empty() && left_out > 0)
+    throw Error(name, "a line with " + printable(where.text),
+                "none of " + count_text(left_out, "line"));
+  if (left_out > 0)
+    note_once(name + ": " + count_text(left_out, "line") + " without " + printable(where.text) +
+              " left out, " + count_text(static_cast<int64_t>(prompts.size()), "prompt") + " kept");
   if (prompts.empty())
     throw Error(name, "at least one prompt",
                 broken.empty() ? "only blank lines" : "only broken lines");

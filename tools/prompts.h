@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "tokenizer/chat.h"
+#include "tools/flags.h"
 
 namespace chimera {
 
@@ -28,11 +29,21 @@ struct Prompt {
   int line = 0;  // of the file
 };
 
-// At least one; blank lines are skipped. Throws Error, which names the file and the line - unless
-// broken lines are to be left out: then notes which, if there are any.
+// Of a JSONL file, the lines to read: those whose `field` is one of `values`. As given, "" for all
+// lines: text.
+struct LineFilter {
+  std::string text, field;
+  std::vector<std::string> values;
+};
+Flag where_flag(LineFilter* target);
+
+// At least one; blank lines are skipped, and those that the filter leaves out. Throws Error, which
+// names the file and the line - unless broken lines are to be left out: then notes which, if there
+// are any.
 enum class BrokenLines { kStop, kLeaveOut };
 std::vector<Prompt> load_prompts(const std::string& path,
-                                 BrokenLines broken_lines = BrokenLines::kStop);
+                                 BrokenLines broken_lines = BrokenLines::kStop,
+                                 const LineFilter& where = {});
 
 // Throws Error, which names the first byte that is part of no character: a tokenizer has no token
 // for it, or another one.

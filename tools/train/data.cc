@@ -41,6 +41,7 @@ using nlohmann::ordered_json;
 struct Options {
   std::optional<std::string> model, prompts, output, shard, draft;
   std::optional<int> threads, own_prompts;
+  LineFilter where;
   int n = 256, sequences = 96, max_prompt = 512, limit = 0;
   float on_policy = 0.2f;  // with a draft
   bool features = false, strict = false;
@@ -343,7 +344,8 @@ int answer_all(const Options& o, std::pair<size_t, size_t> shard) {
                 "give --prompts FILE");
   std::vector<Prompt> prompts;
   if (o.prompts)
-    prompts = load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
+    prompts =
+        load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut, o.where);
   const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
   const auto draft = load_draft_for(model, {.draft = o.draft});
   Output output(o, model, prompts);
@@ -382,6 +384,7 @@ int train_data(const std::vector<std::string>& args) {
           {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o.prompts)},
           {0, "own-prompts", "N", "instead: N prompts that the target writes itself, as a user",
            integer(&o.own_prompts, 1, 100000000)},
+          where_flag(&o.where),
           {'o', "output", "FILE", "the shard to write or to go on with", file(&o.output)},
           {0, "features", "",
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
@@ -415,6 +418,8 @@ int train_data(const std::vector<std::string>& args) {
   if (given.contains("on-policy") && !o.draft)
     throw UsageError("--on-policy", "a draft, which takes turns", "none",
                      "give one with --draft DRAFT");
+  if (given.contains("where") && !o.prompts)
+    throw UsageError("--where", "--prompts FILE, whose lines it chooses", "none");
   const auto which = parse_shard(o.shard.value_or("0/1"));
   expect_other_file(*o.output, {o.model, o.prompts, o.draft});
 

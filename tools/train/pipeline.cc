@@ -26,6 +26,7 @@ namespace {
 struct Options {
   std::optional<std::string> model, prompts, output;
   std::optional<int> threads;
+  LineFilter where;
   int positions = 0, n = 256, sequences = 96;
   float minutes = 0;
   bool on_policy = false, strict = false;
@@ -83,6 +84,7 @@ int train_all(const std::vector<std::string>& args) {
       {
           {'m', "model", "MODEL", "the target: a GGUF or llama2.c file", file(&o.model)},
           {0, "prompts", "FILE", "JSONL or one prompt a line, two at least", file(&o.prompts)},
+          where_flag(&o.where),
           {'o', "output", "DRAFT", "the draft; answers and checkpoints lie beside it",
            file(&o.output)},
           {0, "positions", "N", "positions to learn from; 0: each once",
@@ -106,7 +108,7 @@ int train_all(const std::vector<std::string>& args) {
     throw Error(printable(*o.prompts, 4096), "a regular file, which is read more than once",
                 special);
   const std::vector<Prompt> prompts =
-      load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut);
+      load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut, o.where);
   if (prompts.size() < 2)
     throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
                 std::to_string(prompts.size()));
@@ -132,6 +134,7 @@ int train_all(const std::vector<std::string>& args) {
                 {"--prompts", *o.prompts, "--limit", std::to_string(limit), "--features", "-n",
                  std::to_string(o.n), "--sequences", std::to_string(o.sequences), "-o", shard});
     if (o.strict) more.push_back("--strict");
+    if (!o.where.text.empty()) more.insert(more.end(), {"--where", o.where.text});
     return stage(train_data, title, more);
   };
   // share: of the length that was asked for.
