@@ -617,13 +617,17 @@ TEST_F(CliTest, CostsAreKept) {
   EXPECT_GT(kept["seconds"][0], 0);
   EXPECT_LT(kept["seconds"][0], 1);
 
-  // Measured over: prices that no machine has.
-  json other = kept;
-  for (int rows = 1; rows <= 64; ++rows)
-    other["seconds"][static_cast<size_t>(rows - 1)] = 100.0 * rows * rows;
-  write(names[0], other.dump());
-  EXPECT_EQ(object(args)["ids"], first["ids"]);
-  EXPECT_LT(json::parse(read(names[0]), nullptr, false)["seconds"][0], 1);
+  // Measured over: prices that no machine has, and those of one that was busy.
+  json steep = kept, busy = kept;
+  for (size_t i = 0; i < 64; ++i) {
+    steep["seconds"][i] = 100.0 * static_cast<double>((i + 1) * (i + 1));
+    busy["seconds"][i] = 1e5 * kept["seconds"][i].get<double>();
+  }
+  for (const json& other : {steep, busy}) {
+    write(names[0], other.dump());
+    EXPECT_EQ(object(args)["ids"], first["ids"]);
+    EXPECT_LT(json::parse(read(names[0]), nullptr, false)["seconds"][0], 1);
+  }
 
   // ... on demand, or where the file is not ours to read.
   args.push_back("--tune");

@@ -38,17 +38,22 @@ CostCache::CostCache(const Model& model, const Llama& llama)
   if (!folder.empty()) path_ = (folder / ("cost-" + hash_text(key_) + ".json")).string();
 }
 
-// Whether the kept curve is still that of this machine: what it says of a small tree's price is
-// compared with a few passes. (It may have been measured while something else was running.) Where
-// passes are long, that of a single row has to do: each of the text's own will tell more.
+// Whether the kept curve is still that of this machine: what it says of a single row, and of a
+// small tree's price beside it, is compared with a few passes. (It may have been measured while
+// something else was running.) Where passes are long the row has to do: each of the text's own will
+// tell more.
 bool CostCache::holds(Session* session) const {
-  constexpr double kTolerance = 0.15, kLong = 0.05, kLongTolerance = 0.5;
+  constexpr double kTolerance = 0.5, kPriceTolerance = 0.15, kLong = 0.05;
+  const auto near = [](double found, double kept, double tolerance) {
+    return std::abs(found / kept - 1) < tolerance;
+  };
+  const CostCurve& kept = session->cost();
   const double plain = session->time_pass(1);
-  if (plain > kLong) return std::abs(plain / session->cost().seconds(1) - 1) < kLongTolerance;
+  if (!near(plain, kept.seconds(1), kTolerance)) return false;
+  if (plain > kLong) return true;
   const int rows = std::min(6, rows_of(*session));
-  const double ratio = session->time_pass(rows) / plain;
-  const double kept = session->cost().seconds(rows) / session->cost().seconds(1);
-  return std::abs(ratio / kept - 1) < kTolerance;
+  return near(session->time_pass(rows) / plain, kept.seconds(rows) / kept.seconds(1),
+              kPriceTolerance);
 }
 
 void CostCache::tune(Session* session, bool again) const {
