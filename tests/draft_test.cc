@@ -123,13 +123,7 @@ TEST(Draft, IsTheTrainersInEveryForm) {
   const LlamaTensors& tensors = target.file.tensors;
   const int vocab = tensors.config.vocab_size;
   const size_t d = 256;
-  const auto floats = [](const TensorView& view) {
-    std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
-    for (int64_t r = 0; r < view.rows; ++r)
-      dequantize_row(view.type, view.row(r), view.cols, values.data() + r * view.cols);
-    return values;
-  };
-  const std::vector<float> embedding = floats(tensors.embedding), head = floats(tensors.head);
+  const std::vector<float> embedding = floats_of(tensors.embedding), head = floats_of(tensors.head);
   std::mt19937 random(4);
   std::normal_distribution<float> normal;
   training::TrainingText text;

@@ -71,6 +71,13 @@ inline Loaded load(const std::string& path, const std::string& isa, int threads)
   return l;
 }
 
+inline std::vector<float> floats_of(const TensorView& view) {
+  std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
+  for (int64_t r = 0; r < view.rows; ++r)
+    dequantize_row(view.type, view.row(r), view.cols, values.data() + r * view.cols);
+  return values;
+}
+
 template <typename T>
 std::vector<T> read_array(const std::string& path) {
   std::vector<T> data(std::filesystem::file_size(path) / sizeof(T));

@@ -289,14 +289,9 @@ TEST(Train, ADraftThatKnowsTheTextDecodesIt) {
 
   DraftConfig config = config_for(tensors.config);
   config.ffn_size = 64, config.head_rank = 32, config.n_steps = 4;
-  const auto floats = [](const TensorView& view) {
-    std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
-    for (int64_t r = 0; r < view.rows; ++r)
-      dequantize_row(view.type, view.row(r), view.cols, values.data() + r * view.cols);
-    return values;
-  };
-  const std::vector<float> embedding = floats(tensors.embedding), head = floats(tensors.head);
-  DraftTensors draft = initial_draft(config, floats(tensors.output_norm), 1);
+  const std::vector<float> embedding = test::floats_of(tensors.embedding),
+                           head = test::floats_of(tensors.head);
+  DraftTensors draft = initial_draft(config, test::floats_of(tensors.output_norm), 1);
   draft.vocabulary = expected.ids;
   std::sort(draft.vocabulary.begin(), draft.vocabulary.end());
   draft.vocabulary.erase(std::unique(draft.vocabulary.begin(), draft.vocabulary.end()),

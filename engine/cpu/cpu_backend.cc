@@ -514,7 +514,7 @@ class CpuBackend final : public Backend {
   static constexpr size_t kWaveBytes =
       4 << 20;  // of partial results; the threads meet after each wave
   static constexpr size_t kFewTiles = 16, kManyTiles = 128;
-  // Elements of a product's input, measured on two cores that share no cache: 2 to 4 rows of a step
+  // Elements of a product's input, measured on two cores that share no cache: 2 to 6 rows of a step
   // take 5 to 10% less time than with divided ones, and the same on two that share one.
   static constexpr int64_t kOwnInput = 6144;
   static constexpr int kFewRows =
