@@ -2,13 +2,13 @@
 // of each (text, head), so the product kernel makes them, all in one launch:
 //
 //   begin       scores  (queries, slots)  = q k^T
-//   step        out     (starts, dim)    += weights v          weights: softmax of a step, below
-//   step, back  dweights (starts, slots)  = dout v^T
+//   step        out     (rows, dim)      += weights v          weights: softmax of a step, below
+//   step, back  dweights (rows, slots)    = dout v^T
 //               dv      (slots, dim)     += weights^T dout     a launch for each query head of a
 //               dk      (slots, dim)     += dscores^T q        group: they share dv and dk
 //   end, back   dq      (queries, dim)   += dscores k
 //
-// What remains is the softmax over a start's slots and its own ones, and its gradient: two kernels
+// What remains is the softmax over a row's slots and its own ones, and its gradient: two kernels
 // here, which wait for memory.
 #pragma once
 
@@ -27,22 +27,21 @@ using training::AttentionShape;
 using training::AttentionText;
 using training::kMaxSteps;
 
-// A text, and where its scores (heads, n_starts, n_slots) and weights (heads, n_starts, width)
-// begin; a row of weights is those of n_slots slots, 0 where the start does not see them, then of
-// its own slots. (It has as many queries as starts.)
-struct RolloutText {
-  int64_t first_position, first_start, n_starts, first_row, n_slots;
+// A text, and where its scores (heads, n_queries, n_slots) and weights (heads, n_rows, width)
+// begin; a row of weights is those of n_slots slots, 0 where it does not see them, then of its own
+// slots.
+struct RolloutText : AttentionText {
   int64_t scores, weights;
   BOTH int64_t width() const { return n_slots + kMaxSteps; }
-  BOTH int64_t first_query() const { return first_position + first_start + 1; }
 };
 
 struct RolloutParams {
   AttentionShape shape;
   const RolloutText* texts;
-  const int32_t* text_of;  // (N) of a start
+  const int32_t* text_of;       // (N) of a row
+  const int32_t *query, *seen;  // (N) of the step
   int step;
-  const float *q, *k, *v;                            // (P, q size), (P, kv size)
+  const float *q, *k, *v;                            // (.., q size), (.., kv size)
   const float *own_k[kMaxSteps], *own_v[kMaxSteps];  // (N, kv size), [1..step]
   const float* scores;
   float* weights;  // of the step
@@ -53,7 +52,7 @@ struct RolloutParams {
   float *own_dk[kMaxSteps], *own_dv[kMaxSteps];
 };
 
-// Block (start, head): the weights, and out = that of the own slots. Shared memory: reduction (4),
+// Block (row, head): the weights, and out = that of the own slots. Shared memory: reduction (4),
 // own scores (kMaxSteps).
 KERNEL(kReduceThreads, 1) void rollout_step_kernel(RolloutParams p) {
   wait_for_previous();
@@ -64,11 +63,11 @@ KERNEL(kReduceThreads, 1) void rollout_step_kernel(RolloutParams p) {
   const int64_t q_size = static_cast<int64_t>(p.shape.n_heads) * dim,
                 kv_size = static_cast<int64_t>(p.shape.n_kv_heads) * dim,
                 own_at = block_x() * kv_size + head / (p.shape.n_heads / p.shape.n_kv_heads) * dim;
-  const int64_t start = block_x() - t.first_row, query = least(start + p.step, t.n_starts - 1),
-                seen = t.first_start + start + 1;
-  const float* scores = p.scores + t.scores + (head * t.n_starts + query) * t.n_slots;
-  float* w = p.weights + t.weights + (head * t.n_starts + start) * t.width();
-  const float* q = p.q + (t.first_query() + query) * q_size + head * dim;
+  const int64_t query = p.query[block_x()], seen = p.seen[block_x()];
+  const float* scores =
+      p.scores + t.scores + (head * t.n_queries + query - t.first_query) * t.n_slots;
+  float* w = p.weights + t.weights + (head * t.n_rows + block_x() - t.first_row) * t.width();
+  const float* q = p.q + query * q_size + head * dim;
 
   for (int j = 1 + warp_index(); j <= p.step; j += kReduceThreads / kLanes) {
     float dot = 0;
@@ -101,9 +100,9 @@ KERNEL(kReduceThreads, 1) void rollout_step_kernel(RolloutParams p) {
   }
 }
 
-// With w = softmax(score), o = sum w v: dw = do . v, dscore = w (dw - do . o). Block (query, KV
-// head): it adds up the starts that ask with this query, one but for a text's last, so no two
-// blocks write to the same place. Shared memory: reduction (4), do . own_v (kMaxSteps).
+// With w = softmax(score), o = sum w v: dw = do . v, dscore = w (dw - do . o). Block (row, KV
+// head): it adds up the rows that ask with the same query as its own, which is the first of them,
+// so no two blocks write to the same place. Shared memory: reduction (4), do . own_v (kMaxSteps).
 KERNEL(kReduceThreads, 1) void rollout_step_grad_kernel(RolloutParams p) {
   wait_for_previous();
   auto* shared = reinterpret_cast<float*>(shared_memory());
@@ -112,18 +111,18 @@ KERNEL(kReduceThreads, 1) void rollout_step_grad_kernel(RolloutParams p) {
   const int dim = p.shape.head_dim, group = p.shape.n_heads / p.shape.n_kv_heads;
   const int64_t q_size = static_cast<int64_t>(p.shape.n_heads) * dim,
                 kv_size = static_cast<int64_t>(p.shape.n_kv_heads) * dim;
-  const int64_t query = block_x() - t.first_row, last = t.n_starts - 1;
+  const int64_t query = p.query[block_x()], end = t.first_row + t.n_rows;
+  if (block_x() > t.first_row && p.query[block_x() - 1] == query) return;
   for (int head = block_y() * group; head < (block_y() + 1) * group; ++head) {
-    const int64_t q_at = (t.first_query() + query) * q_size + head * dim;
-    float* dscores = p.dscores + t.scores + (head * t.n_starts + query) * t.n_slots;
-    for (int64_t start = most<int64_t>(query - p.step, 0);
-         start <= (query == last ? last : query - p.step); ++start) {
-      const float* w = p.weights + t.weights + (head * t.n_starts + start) * t.width();
-      const float* dw = p.dweights + t.weights + (head * t.n_starts + start) * t.width();
-      const float* dout = p.dout + (t.first_row + start) * q_size + head * dim;
-      const float* out = p.out + (t.first_row + start) * q_size + head * dim;
-      const int64_t own_at =
-          (t.first_row + start) * kv_size + static_cast<int64_t>(block_y()) * dim;
+    const int64_t q_at = query * q_size + head * dim;
+    float* dscores =
+        p.dscores + t.scores + (head * t.n_queries + query - t.first_query) * t.n_slots;
+    for (int64_t row = block_x(); row < end && p.query[row] == query; ++row) {
+      const int64_t w_at = t.weights + (head * t.n_rows + row - t.first_row) * t.width();
+      const float *w = p.weights + w_at, *dw = p.dweights + w_at;
+      const float* dout = p.dout + row * q_size + head * dim;
+      const float* out = p.out + row * q_size + head * dim;
+      const int64_t own_at = row * kv_size + static_cast<int64_t>(block_y()) * dim;
       for (int j = 1 + warp_index(); j <= p.step; j += kReduceThreads / kLanes) {
         float dot = 0;
         for (int d = lane_index(); d < dim; d += kLanes)
@@ -134,7 +133,7 @@ KERNEL(kReduceThreads, 1) void rollout_step_grad_kernel(RolloutParams p) {
       float mean = 0;
       for (int d = thread_index(); d < dim; d += kReduceThreads) mean = fma(dout[d], out[d], mean);
       mean = block_sum<kReduceThreads>(shared, mean);  // (its barriers are those of dw_own, too)
-      for (int64_t i = thread_index(); i < t.first_start + start + 1; i += kReduceThreads)
+      for (int64_t i = thread_index(); i < p.seen[row]; i += kReduceThreads)
         dscores[i] += w[i] * (dw[i] - mean);
       for (int j = 1; j <= p.step; ++j) {
         const float weight = w[t.n_slots + j - 1], dscore = weight * (dw_own[j - 1] - mean);
@@ -166,12 +165,11 @@ struct RolloutPlan {
   RolloutPlan(std::span<const AttentionText> from, const AttentionShape& shape)
       : group(shape.n_heads / shape.n_kv_heads) {
     for (const AttentionText& t : from) {
-      texts.push_back({t.first_position, t.first_start, t.n_starts, t.first_row, t.n_slots(),
-                       n_scores, n_weights});
-      text_of.insert(text_of.end(), static_cast<size_t>(t.n_starts),
+      texts.push_back({t, n_scores, n_weights});
+      text_of.insert(text_of.end(), static_cast<size_t>(t.n_rows),
                      static_cast<int32_t>(texts.size()) - 1);
-      n_scores += shape.n_heads * t.n_starts * t.n_slots();
-      n_weights += shape.n_heads * t.n_starts * texts.back().width();
+      n_scores += shape.n_heads * t.n_queries * t.n_slots;
+      n_weights += shape.n_heads * t.n_rows * texts.back().width();
     }
     const int64_t dim = shape.head_dim;
     const int64_t qs = shape.n_heads * dim, kvs = shape.n_kv_heads * dim;
@@ -184,30 +182,32 @@ struct RolloutPlan {
     for (int64_t g = 0; g < group; ++g) {
       for (const RolloutText& t : texts) {
         for (int64_t kv_head = 0; kv_head < shape.n_kv_heads; ++kv_head) {
-          const int64_t head = kv_head * group + g, n = t.n_starts, slots = t.n_slots;
-          const int64_t q = t.first_query() * qs + head * dim, row = t.first_row * qs + head * dim,
-                        kv = t.first_position * kvs + kv_head * dim,
-                        s = t.scores + head * n * slots, w = t.weights + head * n * t.width();
-          add(kScores, {q, kv, s, qs, kvs, slots, n, slots, dim});
-          add(kOut, {w, kv, row, t.width(), kvs, qs, n, dim, slots});
-          add(kDWeights, {row, kv, w, qs, kvs, t.width(), n, slots, dim});
-          add(kDV, {w, row, kv, t.width(), qs, kvs, slots, dim, n});
-          add(kDQ, {s, kv, q, slots, kvs, qs, n, dim, slots});
-          add(kDK, {s, q, kv, slots, qs, kvs, slots, dim, n});
+          const int64_t head = kv_head * group + g, slots = t.n_slots;
+          const int64_t rows = t.n_rows, queries = t.n_queries;
+          const int64_t q = t.first_query * qs + head * dim, row = t.first_row * qs + head * dim,
+                        kv = t.first_slot * kvs + kv_head * dim,
+                        s = t.scores + head * queries * slots,
+                        w = t.weights + head * rows * t.width();
+          add(kScores, {q, kv, s, qs, kvs, slots, queries, slots, dim});
+          add(kOut, {w, kv, row, t.width(), kvs, qs, rows, dim, slots});
+          add(kDWeights, {row, kv, w, qs, kvs, t.width(), rows, slots, dim});
+          add(kDV, {w, row, kv, t.width(), qs, kvs, slots, dim, rows});
+          add(kDQ, {s, kv, q, slots, kvs, qs, queries, dim, slots});
+          add(kDK, {s, q, kv, slots, qs, kvs, slots, dim, queries});
         }
       }
     }
   }
 };
 
-inline void rollout_step(Stream stream, const RolloutParams& p, int64_t starts) {
-  if (starts == 0) return;
-  launch("rollout step", rollout_step_kernel, stream, {starts, p.shape.n_heads}, kReduceThreads,
+inline void rollout_step(Stream stream, const RolloutParams& p, int64_t rows) {
+  if (rows == 0) return;
+  launch("rollout step", rollout_step_kernel, stream, {rows, p.shape.n_heads}, kReduceThreads,
          (4 + kMaxSteps) * 4, p);
 }
-inline void rollout_step_grad(Stream stream, const RolloutParams& p, int64_t starts) {
-  if (starts == 0) return;
-  launch("rollout step's gradient", rollout_step_grad_kernel, stream, {starts, p.shape.n_kv_heads},
+inline void rollout_step_grad(Stream stream, const RolloutParams& p, int64_t rows) {
+  if (rows == 0) return;
+  launch("rollout step's gradient", rollout_step_grad_kernel, stream, {rows, p.shape.n_kv_heads},
          kReduceThreads, (4 + kMaxSteps) * 4, p);
 }
 

@@ -198,14 +198,14 @@ class CudaTrainingOps final : public training::Ops<float> {
   }
   void attention_step(const Attention& a, int k, float* out) override {
     need(&weights_[k], plan_.n_weights);
-    rollout_step(stream_, rollout(a, k, out, nullptr), n_starts());
+    rollout_step(stream_, rollout(a, k, out, nullptr), a.n_rows);
     rollout_product(RolloutPlan::kOut, weights_[k].data(), true, a.v, false, out, true);
   }
   void attention_step_grad(const Attention& a, int k, const float* out,
                            const float* dout) override {
     rollout_product(RolloutPlan::kDWeights, dout, true, a.v, true, dweights_.data(), false);
     rollout_product(RolloutPlan::kDV, weights_[k].data(), false, dout, false, a.dv, true);
-    rollout_step_grad(stream_, rollout(a, k, const_cast<float*>(out), dout), n_starts());
+    rollout_step_grad(stream_, rollout(a, k, const_cast<float*>(out), dout), a.n_rows);
   }
   void attention_end_grad(const Attention& a) override {
     rollout_product(RolloutPlan::kDQ, dscores_.data(), true, a.k, false, a.dq, true);
@@ -255,7 +255,6 @@ class CudaTrainingOps final : public training::Ops<float> {
   }
 
  private:
-  int64_t n_starts() const { return static_cast<int64_t>(plan_.text_of.size()); }
   int sum_squares(int64_t n, const float* x) {
     return sum_rows("squares", stream_, ceil_div(n, kSquareRow), kSquareRow, SquareOf{n, x},
                     sums_.data());
@@ -304,6 +303,8 @@ class CudaTrainingOps final : public training::Ops<float> {
     p.shape = a.shape;
     p.texts = texts_.data();
     p.text_of = text_of_.data();
+    p.query = a.query + k * a.n_rows;
+    p.seen = a.seen;
     p.step = k;
     p.q = a.q, p.k = a.k, p.v = a.v;
     p.scores = scores_.data();

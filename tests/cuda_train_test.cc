@@ -307,20 +307,36 @@ TEST(CudaTrain, Attention) {
   struct Case {
     training::AttentionShape shape;
     int steps;
-    std::vector<std::array<int, 2>> texts;  // positions, first start
+    std::vector<std::array<int, 3>> texts;  // positions, first start, branches
   };
   // The largest first: the others then find its numbers in the ops' memory, which must not matter.
-  const Case cases[] = {{{2, 2, 34}, 2, {{75, 3}}},
-                        {{4, 2, 6}, 4, {{8, 2}, {3, 1}, {6, 0}}},
-                        {{3, 1, 8}, 8, {{5, 1}}}};
+  const Case cases[] = {{{2, 2, 34}, 2, {{75, 3, 0}}},
+                        {{2, 1, 6}, 3, {{40, 3, 9}, {5, 2, 1}}},
+                        {{4, 2, 6}, 4, {{8, 2, 0}, {3, 1, 0}, {6, 0, 0}}},
+                        {{3, 1, 8}, 8, {{5, 1, 2}}}};
   Both both;
   for (const Case& c : cases) {
     std::vector<AttentionText> texts;
-    int64_t p = 0, n = 0;
-    for (const auto& [positions, first] : c.texts) {
-      texts.push_back({p, positions, first, positions - 1 - first, n});
+    int64_t p = 0, asks = 0, n = 0;
+    for (const auto& [positions, first, branches] : c.texts) {
+      const int starts = positions - 1 - first;
+      texts.push_back({p, positions - 1, asks, starts + branches * c.steps, n, starts + branches});
       p += positions;
-      n += positions - 1 - first;
+      asks += texts.back().n_queries;
+      n += texts.back().n_rows;
+    }
+    std::vector<int32_t> query, seen;
+    for (int k = 0; k < c.steps; ++k) {
+      for (size_t i = 0; i < texts.size(); ++i) {
+        const auto& [positions, first, branches] = c.texts[i];
+        const int starts = positions - 1 - first;
+        const auto at = static_cast<int32_t>(texts[i].first_query);
+        for (int s = 0; s < starts; ++s) query.push_back(at + std::min(s + k, starts - 1));
+        for (int b = 0; b < branches; ++b) query.push_back(at + starts + b * c.steps + k);
+        if (k > 0) continue;
+        for (int s = 0; s < starts; ++s) seen.push_back(first + 1 + s);
+        for (int b = 0; b < branches; ++b) seen.push_back(first + 1 + b % starts);
+      }
     }
     const int64_t q = c.shape.n_heads * c.shape.head_dim,
                   kv = c.shape.n_kv_heads * c.shape.head_dim;
@@ -330,12 +346,16 @@ TEST(CudaTrain, Attention) {
     const auto out = normal(c.steps * n * q), own = normal(c.steps * n * kv);
     // Outputs: out, dq, dk, dv, own dk, own dv
     both.expect_near(
-        {out, normal(p * q), normal(p * kv), normal(p * kv), own, own, normal(p * q),
+        {out, normal(asks * q), normal(p * kv), normal(p * kv), own, own, normal(asks * q),
          normal(p * kv), normal(p * kv), normal(c.steps * n * kv), normal(c.steps * n * kv), out},
         6, [&](Ops& ops, const Arrays& a) {
           Ops::Attention at{};
           at.shape = c.shape;
           at.texts = texts;
+          Memory<int32_t> query_memory, seen_memory;
+          ops.put(query, &query_memory);
+          ops.put(seen, &seen_memory);
+          at.query = query_memory.data(), at.seen = seen_memory.data(), at.n_rows = n;
           at.q = a[6], at.k = a[7], at.v = a[8];
           at.dq = a[1], at.dk = a[2], at.dv = a[3];
           ops.attention_begin(at);
@@ -401,7 +421,7 @@ struct Tiny {
   std::vector<int32_t> vocabulary = std::vector<int32_t>(20);
   std::vector<TrainingText> texts;
   std::vector<const TrainingText*> batch;
-  explicit Tiny(const DraftConfig& c = tiny_config()) : config(c) {
+  explicit Tiny(const DraftConfig& c = tiny_config(), bool branches = false) : config(c) {
     std::mt19937 random(8);
     const auto d = static_cast<size_t>(config.hidden_size);
     embedding = random_input(random, static_cast<size_t>(vocab) * d, false);
@@ -414,14 +434,20 @@ struct Tiny {
         t.tokens.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
       t.first_start = first;
       t.states = random_input(random, static_cast<size_t>(length - 1) * d, false);
-      t.targets.resize(static_cast<size_t>(t.n_starts()));
-      for (training::SoftTarget& target : t.targets) {
-        std::fill_n(target.token, training::SoftTarget::kMost, -1);
-        for (int j = 0; j < 3; ++j) {
-          target.token[j] = static_cast<int32_t>(random() % 12) * 3 + j;
-          target.probability[j] = 0.5f / static_cast<float>(j + 1);
+      const auto answers = [&random](int64_t n) {
+        std::vector<training::SoftTarget> targets(static_cast<size_t>(n));
+        for (training::SoftTarget& target : targets) {
+          std::fill_n(target.token, training::SoftTarget::kMost, -1);
+          for (int j = 0; j < 3; ++j) {
+            target.token[j] = static_cast<int32_t>(random() % 12) * 3 + j;
+            target.probability[j] = 0.5f / static_cast<float>(j + 1);
+          }
         }
-      }
+        return targets;
+      };
+      t.targets = answers(t.n_starts());
+      if (branches && first != 1)
+        t.branches = {{first, {8, 9}, answers(2)}, {first + 2, {t.tokens[4], 3, 5}, answers(1)}};
       texts.push_back(std::move(t));
     }
     for (const TrainingText& t : texts) batch.push_back(&t);
@@ -499,6 +525,9 @@ void expect_the_cpus_steps(const Tiny& tiny) {
 TEST(CudaTrain, GradientAndStepsAreTheCpus) {
   expect_the_cpus_steps(Tiny());
 }
+TEST(CudaTrain, WithBranchesToo) {
+  expect_the_cpus_steps(Tiny(tiny_config(), /*branches=*/true));
+}
 TEST(CudaTrain, InThePaperFormToo) {
   DraftConfig c = tiny_config();
   c.skip = c.slot_features = false;
@@ -513,7 +542,7 @@ TEST(CudaTrain, WithTheLastTokenAloneToo) {
 // In bf16, as training runs; on the emulator with threads in another order as well, which moves the
 // result of most races.
 TEST(CudaTrain, ARunCanBeRepeatedBitForBit) {
-  const Tiny tiny;
+  const Tiny tiny(tiny_config(), /*branches=*/true);
   for (const bool cublas : product_bodies()) {
     Result first;
     for (const bool again : {false, true}) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <random>
@@ -48,18 +49,11 @@ DraftConfig tiny_config() {
   return c;
 }
 
-// The target's answers are three tokens each: even ones, an odd one, and a part of them may lie
+// A target's answers are three tokens each: even ones, an odd one, and a part of them may lie
 // outside the draft's static vocabulary, the tokens below `draft`.
-TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d, int vocab,
-                       int draft) {
-  TrainingText t;
-  for (int i = 0; i < length; ++i)
-    t.tokens.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
-  t.first_start = first_start;
-  for (const double x : random_values(random, static_cast<size_t>((length - 1) * d), 1))
-    t.states.push_back(static_cast<float>(x));
-  t.targets.resize(static_cast<size_t>(t.n_starts()));
-  for (SoftTarget& target : t.targets) {
+std::vector<SoftTarget> tiny_targets(std::mt19937& random, int64_t n, int vocab, int draft) {
+  std::vector<SoftTarget> targets(static_cast<size_t>(n));
+  for (SoftTarget& target : targets) {
     std::fill_n(target.token, SoftTarget::kMost, -1);
     const float p[3] = {0.5f, 0.3f, 0.1f};
     for (int j = 0; j < 3; ++j) {
@@ -68,6 +62,18 @@ TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d,
       target.probability[j] = p[j];
     }
   }
+  return targets;
+}
+
+TrainingText tiny_text(std::mt19937& random, int length, int first_start, int d, int vocab,
+                       int draft) {
+  TrainingText t;
+  for (int i = 0; i < length; ++i)
+    t.tokens.push_back(static_cast<int32_t>(random() % static_cast<unsigned>(vocab)));
+  t.first_start = first_start;
+  for (const double x : random_values(random, static_cast<size_t>((length - 1) * d), 1))
+    t.states.push_back(static_cast<float>(x));
+  t.targets = tiny_targets(random, t.n_starts(), vocab, draft);
   return t;
 }
 
@@ -90,10 +96,22 @@ struct Tiny {
     texts.push_back(tiny_text(random, 7, 0, config.hidden_size, vocab, draft));
     for (const TrainingText& t : texts) batch.push_back(&t);
   }
+  // At the first and the last start of the texts, below nodes of the text and of each other; one is
+  // longer than a rollout, of one every answer is learnt.
+  void branch() {
+    std::mt19937 random(2);
+    const auto answers = [&](int64_t n) { return tiny_targets(random, n, vocab, draft); };
+    texts[0].branches = {{2, {1, 12}, answers(2)},
+                         {4, {texts[0].tokens[6], 3, 5}, answers(2)},
+                         {4, {texts[0].tokens[6], 3, 12, 4}, answers(2)},
+                         {6, {0}, answers(1)}};
+    texts[2].branches = {{0, {texts[2].tokens[2], texts[2].tokens[3], 9}, answers(1)}};
+  }
 };
 
-void check_gradient(const DraftConfig& config, int dynamic_best) {
+void check_gradient(const DraftConfig& config, int dynamic_best, bool branches = false) {
   Tiny tiny(config);
+  if (branches) tiny.branch();
   CpuOps<double> ops(1);
   DraftGradient<double> model(&ops, config, tiny.embedding.data(), tiny.head.data(), tiny.vocab,
                               tiny.vocabulary, dynamic_best);
@@ -101,7 +119,8 @@ void check_gradient(const DraftConfig& config, int dynamic_best) {
   const Score score = model.run(tiny.parameters.data(), tiny.batch, 4, 0.8, gradient.data());
   EXPECT_EQ(score.starts, 5 + 1 + 5);
   EXPECT_EQ(score.step[0].rows, 11);
-  EXPECT_EQ(score.step[3].rows, 4);
+  EXPECT_EQ(score.step[1].rows, 8 + (branches ? 2 : 0));
+  EXPECT_EQ(score.step[3].rows, 4 + (branches ? 3 : 0));
   const ParameterLayout layout(config);
   for (const Parameter& p : layout.all) {
     double largest = 0, error = 0;
@@ -127,6 +146,9 @@ TEST(Train, GradientOfEveryParameterIsThatOfFiniteDifferences) {
 TEST(Train, GradientWithTheDynamicVocabulary) {
   check_gradient(tiny_config(), 2);
 }
+TEST(Train, GradientWithBranches) {
+  check_gradient(tiny_config(), 2, true);
+}
 TEST(Train, GradientOfThePaperForm) {
   DraftConfig c = tiny_config();
   c.skip = c.slot_features = false;
@@ -143,6 +165,79 @@ TEST(Train, GradientOfEveryForm) {
     DraftConfig c = tiny_config();
     c.trigram = trigram, c.skip = skip, c.slot_features = slot_features;
     check_gradient(c, 0);
+  }
+}
+
+// A branch is what a text would be that goes on with its tokens; what the draft makes of the text
+// itself stays the same. And its answers count like those of a start, at its own steps alone.
+TEST(Train, ABranchIsATextThatGoesOnThere) {
+  Tiny tiny(tiny_config());
+  tiny.branch();
+  CpuOps<double> ops(1);
+  DraftGradient<double> model(&ops, tiny.config, tiny.embedding.data(), tiny.head.data(),
+                              tiny.vocab, tiny.vocabulary, 0);
+  constexpr int kSteps = 4;
+  const auto run = [&](const TrainingText& text) {
+    const TrainingText* one[] = {&text};
+    const double loss =
+        model.run(tiny.parameters.data(), one, kSteps, 0.8, nullptr).weighted_loss(0.8);
+    return std::pair{loss, ops.get(model.head_input())};
+  };
+  const auto d = static_cast<size_t>(tiny.config.hidden_size);
+  for (const TrainingText& text : tiny.texts) {
+    const auto starts = static_cast<size_t>(text.n_starts()), all = starts + text.branches.size();
+    const auto [loss, u] = run(text);
+    const auto row = [&d](const std::vector<double>& of, size_t rows, size_t k, size_t r) {
+      const auto at = of.begin() + static_cast<std::ptrdiff_t>((k * rows + r) * d);
+      return std::vector<double>(at, at + static_cast<std::ptrdiff_t>(d));
+    };
+    TrainingText alone = text;
+    alone.branches.clear();
+    const auto [loss_alone, u_alone] = run(alone);
+    for (size_t k = 0; k < kSteps; ++k)
+      for (size_t s = 0; s < starts; ++s) EXPECT_EQ(row(u, all, k, s), row(u_alone, starts, k, s));
+    double of_branches = 0;
+    for (size_t b = 0; b < text.branches.size(); ++b) {
+      const Branch& branch = text.branches[b];
+      const auto until_root = static_cast<size_t>(branch.start + 2);
+      TrainingText other = text;
+      other.branches.clear();
+      other.tokens.resize(until_root);
+      other.tokens.insert(other.tokens.end(), branch.tokens.begin(), branch.tokens.end());
+      other.tokens.push_back(0);  // what is to be guessed last
+      other.first_start = branch.start;
+      other.states.resize((other.tokens.size() - 1) * d);
+      other.targets.assign(branch.tokens.size() + 1, branch.targets[0]);
+      const auto [ignored, u_other] = run(other);
+      for (size_t k = 0; k < kSteps && k <= branch.tokens.size(); ++k)
+        for (size_t i = 0; i < d; ++i)
+          EXPECT_NEAR(row(u, all, k, starts + b)[i], row(u_other, other.targets.size(), k, 0)[i],
+                      1e-12)
+              << b << ", step " << k;
+      // Its losses, by hand.
+      for (size_t j = 0; j < branch.targets.size(); ++j) {
+        const size_t k = branch.tokens.size() + 1 - branch.targets.size() + j;
+        if (k >= kSteps) continue;
+        const std::vector<double> x = row(u, all, k, starts + b);
+        std::map<int32_t, double> logit;
+        double sum = 0;
+        for (const int32_t token : tiny.vocabulary) {
+          double dot = 0;
+          for (size_t i = 0; i < d; ++i)
+            dot += x[i] * tiny.head[static_cast<size_t>(token) * d + i];
+          logit[token] = dot;
+          sum += std::exp(dot);
+        }
+        for (int t = 0; t < SoftTarget::kMost; ++t) {
+          const int32_t token = branch.targets[j].token[t];
+          if (!logit.contains(token)) continue;
+          of_branches += std::pow(0.8, static_cast<double>(k)) *
+                         static_cast<double>(branch.targets[j].probability[t]) *
+                         (std::log(sum) - logit[token]);
+        }
+      }
+    }
+    EXPECT_NEAR((loss - loss_alone) * static_cast<double>(starts), of_branches, 1e-9);
   }
 }
 

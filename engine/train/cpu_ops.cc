@@ -329,15 +329,12 @@ struct CpuOps<T>::Unit {
   const AttentionText* text;
   int kv_head;
   int64_t scores_at;   // of the first query head: (n_queries, n_slots) each
-  int64_t weights_at;  // of the first query head: (n_starts, n_slots + kMaxSteps) each
+  int64_t weights_at;  // of the first query head: (n_rows, n_slots + kMaxSteps) each
 };
 
 namespace {
-int64_t query_of(const AttentionText& t, int64_t start, int k) {
-  return std::min(start + k, t.n_queries() - 1);
-}
 int64_t weights_width(const AttentionText& t) {
-  return t.n_slots() + kMaxSteps;
+  return t.n_slots + kMaxSteps;
 }
 }  // namespace
 
@@ -352,8 +349,8 @@ void CpuOps<T>::attention_units(const Attention& a, const F& f) {
   for (const AttentionText& t : a.texts) {
     for (int h = 0; h < a.shape.n_kv_heads; ++h) {
       units.push_back({&t, h, scores_at, weights_at});
-      scores_at += group * t.n_queries() * t.n_slots();
-      weights_at += group * t.n_starts * weights_width(t);
+      scores_at += group * t.n_queries * t.n_slots;
+      weights_at += group * t.n_rows * weights_width(t);
     }
   }
   std::atomic<size_t> next = 0;
@@ -366,8 +363,8 @@ template <typename T>
 void CpuOps<T>::attention_begin(const Attention& a) {
   int64_t n_scores = 0, n_weights = 0;
   for (const AttentionText& t : a.texts) {
-    n_scores += a.shape.n_heads * t.n_queries() * t.n_slots();
-    n_weights += a.shape.n_heads * t.n_starts * weights_width(t);
+    n_scores += a.shape.n_heads * t.n_queries * t.n_slots;
+    n_weights += a.shape.n_heads * t.n_rows * weights_width(t);
   }
   scores_.resize(static_cast<size_t>(n_scores));
   dscores_.assign(static_cast<size_t>(n_scores), T{0});
@@ -377,13 +374,12 @@ void CpuOps<T>::attention_begin(const Attention& a) {
   const int64_t q_size = int64_t{a.shape.n_heads} * dim, kv = int64_t{a.shape.n_kv_heads} * dim;
   attention_units(a, [&](const Unit& u, int thread) {
     const AttentionText& t = *u.text;
-    const T* k = a.k + t.first_position * kv + u.kv_head * dim;
+    const T* k = a.k + t.first_slot * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
-      const T* q =
-          a.q + (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
-      gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_queries(), t.n_slots(), dim,
+      const T* q = a.q + t.first_query * q_size + (u.kv_head * group + g) * dim;
+      gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_queries, t.n_slots, dim,
            by_rows(q, q_size), transposed(k, kv),
-           scores_.data() + u.scores_at + g * t.n_queries() * t.n_slots(), t.n_slots(), false);
+           scores_.data() + u.scores_at + g * t.n_queries * t.n_slots, t.n_slots, false);
     }
   });
 }
@@ -394,16 +390,18 @@ void CpuOps<T>::attention_step(const Attention& a, int k, T* out) {
   const int64_t q_size = int64_t{a.shape.n_heads} * dim, kv = int64_t{a.shape.n_kv_heads} * dim;
   attention_units(a, [&](const Unit& u, int thread) {
     const AttentionText& t = *u.text;
-    const int64_t slots = t.n_slots(), width = weights_width(t);
+    const int64_t slots = t.n_slots, width = weights_width(t);
     for (int g = 0; g < group; ++g) {
       const int head = u.kv_head * group + g;
-      const T* scores = scores_.data() + u.scores_at + g * t.n_queries() * slots;
-      T* weights = probabilities_[k].data() + u.weights_at + g * t.n_starts * width;
-      for (int64_t s = 0; s < t.n_starts; ++s) {
-        const int64_t query = query_of(t, s, k), seen = t.first_start + s + 1;
-        const T* q = a.q + (t.first_position + t.first_start + 1 + query) * q_size + head * dim;
+      const T* scores = scores_.data() + u.scores_at + g * t.n_queries * slots;
+      T* weights = probabilities_[k].data() + u.weights_at + g * t.n_rows * width;
+      for (int64_t s = 0; s < t.n_rows; ++s) {
+        const int64_t query = a.query[k * a.n_rows + t.first_row + s],
+                      seen = a.seen[t.first_row + s];
+        const T* q = a.q + query * q_size + head * dim;
+        const T* of_query = scores + (query - t.first_query) * slots;
         T* w = weights + s * width;
-        std::copy(scores + query * slots, scores + query * slots + seen, w);
+        std::copy(of_query, of_query + seen, w);
         for (int j = 1; j <= k; ++j) {
           w[seen + j - 1] = dot(q, a.own_k[j] + (t.first_row + s) * kv + u.kv_head * dim, dim);
         }
@@ -419,10 +417,10 @@ void CpuOps<T>::attention_step(const Attention& a, int k, T* out) {
         std::copy(own, own + k, w + slots);
       }
       T* o = out + t.first_row * q_size + head * dim;
-      gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_starts, dim, slots,
-           by_rows<T>(weights, width), by_rows(a.v + t.first_position * kv + u.kv_head * dim, kv),
-           o, q_size, false);
-      for (int64_t s = 0; s < t.n_starts; ++s) {
+      gemm(tile_, &scratch_[static_cast<size_t>(thread)], t.n_rows, dim, slots,
+           by_rows<T>(weights, width), by_rows(a.v + t.first_slot * kv + u.kv_head * dim, kv), o,
+           q_size, false);
+      for (int64_t s = 0; s < t.n_rows; ++s) {
         for (int j = 1; j <= k; ++j) {
           add_scaled(a.own_v[j] + (t.first_row + s) * kv + u.kv_head * dim,
                      weights[s * width + slots + j - 1], dim, o + s * q_size);
@@ -440,25 +438,25 @@ void CpuOps<T>::attention_step_grad(const Attention& a, int k, const T* out, con
   attention_units(a, [&](const Unit& u, int thread) {
     const AttentionText& t = *u.text;
     GemmScratch* scratch = &scratch_[static_cast<size_t>(thread)];
-    const int64_t slots = t.n_slots(), width = weights_width(t);
-    const int64_t at = t.first_position * kv + u.kv_head * dim;
+    const int64_t slots = t.n_slots, width = weights_width(t);
+    const int64_t at = t.first_slot * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
       const int head = u.kv_head * group + g;
-      const T* weights = probabilities_[k].data() + u.weights_at + g * t.n_starts * width;
-      T* dweights = work_.data() + u.weights_at + g * t.n_starts * width;
-      T* dscores = dscores_.data() + u.scores_at + g * t.n_queries() * slots;
+      const T* weights = probabilities_[k].data() + u.weights_at + g * t.n_rows * width;
+      T* dweights = work_.data() + u.weights_at + g * t.n_rows * width;
+      T* dscores = dscores_.data() + u.scores_at + g * t.n_queries * slots;
       const T* o = out + t.first_row * q_size + head * dim;
       const T* d = dout + t.first_row * q_size + head * dim;
-      gemm(tile_, scratch, t.n_starts, slots, dim, by_rows(d, q_size), transposed(a.v + at, kv),
+      gemm(tile_, scratch, t.n_rows, slots, dim, by_rows(d, q_size), transposed(a.v + at, kv),
            dweights, width, false);
-      gemm(tile_, scratch, slots, dim, t.n_starts, transposed(weights, width), by_rows(d, q_size),
+      gemm(tile_, scratch, slots, dim, t.n_rows, transposed(weights, width), by_rows(d, q_size),
            a.dv + at, kv, true);
-      for (int64_t s = 0; s < t.n_starts; ++s) {
-        const int64_t query = query_of(t, s, k), seen = t.first_start + s + 1;
-        const int64_t q_at = (t.first_position + t.first_start + 1 + query) * q_size + head * dim;
+      for (int64_t s = 0; s < t.n_rows; ++s) {
+        const int64_t query = a.query[k * a.n_rows + t.first_row + s],
+                      seen = a.seen[t.first_row + s], q_at = query * q_size + head * dim;
         const T *w = weights + s * width, *dw = dweights + s * width, *ds = d + s * q_size;
         const T mean = dot(ds, o + s * q_size, dim);
-        T* to = dscores + query * slots;
+        T* to = dscores + (query - t.first_query) * slots;
         for (int64_t i = 0; i < seen; ++i) to[i] += w[i] * (dw[i] - mean);
         for (int j = 1; j <= k; ++j) {
           const int64_t own = (t.first_row + s) * kv + u.kv_head * dim;
@@ -480,14 +478,13 @@ void CpuOps<T>::attention_end_grad(const Attention& a) {
   attention_units(a, [&](const Unit& u, int thread) {
     const AttentionText& t = *u.text;
     GemmScratch* scratch = &scratch_[static_cast<size_t>(thread)];
-    const int64_t slots = t.n_slots(), at = t.first_position * kv + u.kv_head * dim;
+    const int64_t slots = t.n_slots, at = t.first_slot * kv + u.kv_head * dim;
     for (int g = 0; g < group; ++g) {
-      const T* dscores = dscores_.data() + u.scores_at + g * t.n_queries() * slots;
-      const int64_t q_at =
-          (t.first_position + t.first_start + 1) * q_size + (u.kv_head * group + g) * dim;
-      gemm(tile_, scratch, t.n_queries(), dim, slots, by_rows<T>(dscores, slots),
+      const T* dscores = dscores_.data() + u.scores_at + g * t.n_queries * slots;
+      const int64_t q_at = t.first_query * q_size + (u.kv_head * group + g) * dim;
+      gemm(tile_, scratch, t.n_queries, dim, slots, by_rows<T>(dscores, slots),
            by_rows(a.k + at, kv), a.dq + q_at, q_size, true);
-      gemm(tile_, scratch, slots, dim, t.n_queries(), transposed<T>(dscores, slots),
+      gemm(tile_, scratch, slots, dim, t.n_queries, transposed<T>(dscores, slots),
            by_rows(a.q + q_at, q_size), a.dk + at, kv, true);
     }
   });

@@ -10,6 +10,12 @@ namespace {
 constexpr double kEps = 1e-5;  // of rms()
 constexpr double kEmbeddingEps = 1.2e-7;
 
+int64_t n_starts(std::span<const TrainingText* const> texts) {
+  int64_t n = 0;
+  for (const TrainingText* t : texts) n += t->n_starts();
+  return n;
+}
+
 }  // namespace
 
 double Score::weighted_loss(double step_weight) const {
@@ -57,8 +63,13 @@ void DraftGradient<T>::choose_vocabulary(std::span<const TrainingText* const> te
   if (dynamic_best_ > 0) {
     for (const TrainingText* t : texts) {
       for (const int32_t token : t->tokens) add(token);
-      for (const SoftTarget& target : t->targets)
+      const auto add_best = [&](const SoftTarget& target) {
         std::for_each_n(target.token, std::min(dynamic_best_, SoftTarget::kMost), add);
+      };
+      for (const SoftTarget& target : t->targets) add_best(target);
+      for (const Branch& b : t->branches) {
+        for (const SoftTarget& target : b.targets) add_best(target);
+      }
     }
   }
   const int64_t d = config_.hidden_size;
@@ -75,44 +86,85 @@ template <typename T>
 void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_steps) {
   const int64_t d = config_.hidden_size;
   steps_ = n_steps;
-  p_ = n_ = 0;
+  p_ = n_ = q_rows_ = 0;
   texts_.clear();
   for (const TrainingText* t : texts) {
-    texts_.push_back({p_, t->n_positions(), t->first_start, t->n_starts(), n_});
+    const auto branches = static_cast<int64_t>(t->branches.size());
+    texts_.push_back({.first_slot = p_,
+                      .n_slots = t->first_start + t->n_starts(),
+                      .first_query = q_rows_,
+                      .n_queries = t->n_starts() + branches * steps_,
+                      .first_row = n_,
+                      .n_rows = t->n_starts() + branches});
     p_ += t->n_positions();
-    n_ += t->n_starts();
+    q_rows_ += texts_.back().n_queries;
+    n_ += texts_.back().n_rows;
   }
-  std::vector<int32_t> token, trigram, rope, next, start, ahead, own;
+  std::vector<int32_t> token, trigram, rope, next;
   for (size_t i = 0; i < texts.size(); ++i) {
-    const auto first = static_cast<int32_t>(texts_[i].first_position);
-    for (int32_t p = 0; p < texts_[i].n_positions; ++p) {
+    const auto first = static_cast<int32_t>(texts_[i].first_slot);
+    for (int32_t p = 0; p < texts[i]->n_positions(); ++p) {
       token.push_back(texts[i]->tokens[static_cast<size_t>(p)]);
       for (int32_t j = 0; j < 3; ++j) trigram.push_back(first + std::max(p - 2 + j, 0));
       rope.push_back(p);
       // (A text's last slot is never seen.)
       next.push_back(static_cast<int32_t>(std::min<int64_t>(first + p + 1, p_ - 1)));
     }
-    for (int64_t s = 0; s < texts_[i].n_starts; ++s)
-      start.push_back(static_cast<int32_t>(first + texts_[i].first_start + s));
   }
-  for (int a = 1; a <= steps_; ++a) {
-    for (const AttentionText& t : texts_) {
-      for (int64_t s = 0; s < t.n_starts; ++s) {
-        own.push_back(static_cast<int32_t>(std::min(t.first_start + s + a, t.n_positions - 1)));
-        ahead.push_back(static_cast<int32_t>(t.first_position) + own.back());
+  const auto rows = static_cast<size_t>(n_);
+  const auto cells = rows * static_cast<size_t>(steps_);
+  std::vector<int32_t> query_token, query_at, start, ahead(cells), query(cells), own(cells);
+  // A rollout goes along the queries from `from` on, of which `last` is the last.
+  const auto add_rollout = [&](int64_t n, int64_t from, int64_t last) {
+    for (size_t a = 0; a < static_cast<size_t>(steps_); ++a) {
+      const int64_t q = std::min(from + static_cast<int64_t>(a), last);
+      query[a * rows + start.size()] = static_cast<int32_t>(q);
+      ahead[a * rows + start.size()] = query_token[static_cast<size_t>(q)];
+      own[a * rows + start.size()] = query_at[static_cast<size_t>(q)];
+    }
+    start.push_back(static_cast<int32_t>(n));
+  };
+  const auto add_query = [&](int64_t of_token, int64_t at) {
+    query_token.push_back(static_cast<int32_t>(of_token));
+    query_at.push_back(static_cast<int32_t>(at));
+  };
+  for (size_t i = 0; i < texts.size(); ++i) {
+    const TrainingText& text = *texts[i];
+    const int64_t first = texts_[i].first_slot, n_starts = text.n_starts();
+    for (int64_t s = 1; s <= n_starts; ++s)
+      add_query(first + text.first_start + s, text.first_start + s);
+    for (int64_t s = 0; s < n_starts; ++s)
+      add_rollout(first + text.first_start + s, texts_[i].first_query + s,
+                  texts_[i].first_query + n_starts - 1);
+    for (const Branch& b : text.branches) {
+      const auto root = static_cast<int32_t>(token.size());  // its root, a second time
+      const auto queries = static_cast<int64_t>(query_token.size());
+      for (int32_t a = 0; a < steps_; ++a) {
+        token.push_back(a == 0 ? text.tokens[static_cast<size_t>(b.start + 1)]
+                               : b.tokens[std::min(static_cast<size_t>(a), b.tokens.size()) - 1]);
+        for (int32_t j = a - 2; j <= a; ++j)
+          trigram.push_back(
+              j >= 0 ? root + j
+                     : static_cast<int32_t>(first + std::max<int64_t>(b.start + 1 + j, 0)));
+        add_query(root + a, b.start + 1 + a);
       }
+      add_rollout(first + b.start, queries, queries + steps_ - 1);
     }
   }
+  g_tokens_ = static_cast<int64_t>(token.size());
   ops_.put(token, &token_);
   ops_.put(rope, &rope_at_);
   ops_.put(next, &next_);
+  ops_.put(query_token, &query_token_);
+  ops_.put(query_at, &query_at_);
   ops_.put(start, &start_);
   ops_.put(ahead, &ahead_);
+  ops_.put(query, &query_);
   ops_.put(own, &own_at_);
 
   ops_.need(&h_, p_ * d);
   for (size_t i = 0; i < texts.size(); ++i) {
-    T* to = h_.data() + texts_[i].first_position * d;
+    T* to = h_.data() + texts_[i].first_slot * d;
     if constexpr (std::is_same_v<T, float>) {
       ops_.upload(to, texts[i]->states.data(), texts[i]->states.size() * sizeof(T));
     } else {
@@ -120,12 +172,12 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
       ops_.upload(to, states.data(), states.size() * sizeof(T));
     }
   }
-  ops_.need(&e_, p_ * d);
-  ops_.embed(p_, d, static_cast<T>(kEmbeddingEps), embedding_, token_.data(), e_.data());
+  ops_.need(&e_, g_tokens_ * d);
+  ops_.embed(g_tokens_, d, static_cast<T>(kEmbeddingEps), embedding_, token_.data(), e_.data());
   if (!config_.trigram) return;
   ops_.put(trigram, &trigram_at_);
-  ops_.need(&trigram_, p_ * 3 * d);
-  ops_.gather_rows(p_ * 3, d, e_.data(), trigram_at_.data(), trigram_.data());
+  ops_.need(&trigram_, g_tokens_ * 3 * d);
+  ops_.gather_rows(g_tokens_ * 3, d, e_.data(), trigram_at_.data(), trigram_.data());
 }
 
 template <typename T>
@@ -207,30 +259,31 @@ void DraftGradient<T>::forward(const T* w) {
   const T eps = static_cast<T>(kEps);
 
   // Encoder.
-  ops_.need(&g_, p_ * d);
+  ops_.need(&g_, g_tokens_ * d);
   if (config_.trigram) {
-    ops_.need(&encoder_, p_ * d);
-    ops_.need(&encoder_act_, p_ * d);
-    ops_.product(p_, d, 3 * d, trigram_.data(), w + layout_.w1.offset, encoder_.data());
-    ops_.silu(p_ * d, encoder_.data(), encoder_act_.data());
-    ops_.product(p_, d, d, encoder_act_.data(), w + layout_.w2.offset, g_.data());
+    ops_.need(&encoder_, g_tokens_ * d);
+    ops_.need(&encoder_act_, g_tokens_ * d);
+    ops_.product(g_tokens_, d, 3 * d, trigram_.data(), w + layout_.w1.offset, encoder_.data());
+    ops_.silu(g_tokens_ * d, encoder_.data(), encoder_act_.data());
+    ops_.product(g_tokens_, d, d, encoder_act_.data(), w + layout_.w2.offset, g_.data());
   }
   if (config_.skip)
-    ops_.product(p_, d, d, e_.data(), w + layout_.w3.offset, g_.data(), config_.trigram);
+    ops_.product(g_tokens_, d, d, e_.data(), w + layout_.w3.offset, g_.data(), config_.trigram);
 
   // What depends on the position alone: queries, and the slots of known states.
-  ops_.need(&g_rms_, p_ * d);
-  ops_.need(&g_inverse_, p_);
+  ops_.need(&g_rms_, g_tokens_ * d);
+  ops_.need(&g_inverse_, g_tokens_);
   ops_.need(&h_rms_, p_ * d);
   ops_.need(&wide_, p_);
-  ops_.rms(p_, d, eps, g_.data(), g_rms_.data(), g_inverse_.data());
+  ops_.rms(g_tokens_, d, eps, g_.data(), g_rms_.data(), g_inverse_.data());
   ops_.rms(p_, d, eps, h_.data(), h_rms_.data(), wide_.data());
-  ops_.need(&q_in_, p_ * d);
-  ops_.need(&q_, p_ * q);
-  ops_.scale(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, q_in_.data());
-  ops_.product(p_, q, d, q_in_.data(), w + layout_.wq.offset, q_.data());
+  for (auto* v : {&q_rms_, &q_in_}) ops_.need(v, q_rows_ * d);
+  ops_.need(&q_, q_rows_ * q);
+  ops_.gather_rows(q_rows_, d, g_rms_.data(), query_token_.data(), q_rms_.data());
+  ops_.scale(q_rows_, d, q_rms_.data(), w + layout_.attn_norm.offset, q_in_.data());
+  ops_.product(q_rows_, q, d, q_in_.data(), w + layout_.wq.offset, q_.data());
   const int group = config_.n_heads / config_.n_kv_heads;
-  ops_.rotate(p_, q, config_.rope_kv_heads * group, config_.head_dim, rope_at_.data(),
+  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_at_.data(),
               config_.rope_base, 1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)), q_.data());
   const int64_t rows = steps_ * n_;
   for (const Part part : {kKeys, kValues}) {
@@ -247,6 +300,9 @@ void DraftGradient<T>::forward(const T* w) {
               1, T{1}, k);
   attention_.shape = {config_.n_heads, config_.n_kv_heads, config_.head_dim};
   attention_.texts = texts_;
+  attention_.query = query_.data();
+  attention_.seen = own_at_.data();  // of step 0: 0..n
+  attention_.n_rows = n_;
   attention_.q = q_.data();
   attention_.k = k;
   attention_.v = slots_[kValues].out.data();
@@ -305,9 +361,9 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   ops_.need(&dattended_, rows * q);
   ops_.need(&dhead_low_, n_ * std::max<int64_t>(rank, 1));
   ops_.need(&dcat_, n_ * 2 * d);
-  zeros(&dg_, p_ * d);
-  zeros(&dg_rms_, p_ * d);
-  zeros(&dq_, p_ * q);
+  zeros(&dg_, g_tokens_ * d);
+  zeros(&dg_rms_, g_tokens_ * d);
+  zeros(&dq_, q_rows_ * q);
   for (Projection& all : slots_) zeros(&all.grad, p_ * kv);
   for (Projection& all : own_slots_) zeros(&all.grad, rows * kv);
   attention_.dq = dq_.data();
@@ -368,27 +424,28 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   // Queries and slots of the positions.
   ops_.attention_end_grad(attention_);
   const int group = config_.n_heads / config_.n_kv_heads;
-  ops_.rotate(p_, q, config_.rope_kv_heads * group, config_.head_dim, rope_at_.data(),
+  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_at_.data(),
               config_.rope_base, -1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)),
               dq_.data());
-  ops_.grad_weight(p_, q, d, dq_.data(), q_in_.data(), dw + layout_.wq.offset);
-  ops_.need(&narrow_, p_ * d);
-  ops_.grad_input(p_, q, d, dq_.data(), w + layout_.wq.offset, narrow_.data());
-  ops_.scale_grad(p_, d, g_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(),
+  ops_.grad_weight(q_rows_, q, d, dq_.data(), q_in_.data(), dw + layout_.wq.offset);
+  ops_.need(&narrow_, std::max(q_rows_, g_tokens_) * d);
+  ops_.grad_input(q_rows_, q, d, dq_.data(), w + layout_.wq.offset, narrow_.data());
+  ops_.scale_grad(q_rows_, d, q_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(),
                   narrow_.data(), dw + layout_.attn_norm.offset);
-  ops_.add_rows(p_, d, narrow_.data(), d, nullptr, dg_rms_.data());
+  ops_.add_rows(q_rows_, d, narrow_.data(), d, query_token_.data(), dg_rms_.data());
   ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
               -1, T{1}, attention_.dk);
   for (const Part part : {kKeys, kValues}) project_grad(w, slots(part), dw, nullptr);
-  ops_.rms_grad(p_, d, g_rms_.data(), g_inverse_.data(), dg_rms_.data(), dg_.data(), true);
+  ops_.rms_grad(g_tokens_, d, g_rms_.data(), g_inverse_.data(), dg_rms_.data(), dg_.data(), true);
 
   // Encoder.
-  if (config_.skip) ops_.grad_weight(p_, d, d, dg_.data(), e_.data(), dw + layout_.w3.offset);
+  if (config_.skip)
+    ops_.grad_weight(g_tokens_, d, d, dg_.data(), e_.data(), dw + layout_.w3.offset);
   if (!config_.trigram) return;
-  ops_.grad_weight(p_, d, d, dg_.data(), encoder_act_.data(), dw + layout_.w2.offset);
-  ops_.grad_input(p_, d, d, dg_.data(), w + layout_.w2.offset, narrow_.data());
-  ops_.silu_grad(p_ * d, encoder_.data(), narrow_.data(), narrow_.data());
-  ops_.grad_weight(p_, d, 3 * d, narrow_.data(), trigram_.data(), dw + layout_.w1.offset);
+  ops_.grad_weight(g_tokens_, d, d, dg_.data(), encoder_act_.data(), dw + layout_.w2.offset);
+  ops_.grad_input(g_tokens_, d, d, dg_.data(), w + layout_.w2.offset, narrow_.data());
+  ops_.silu_grad(g_tokens_ * d, encoder_.data(), narrow_.data(), narrow_.data());
+  ops_.grad_weight(g_tokens_, d, 3 * d, narrow_.data(), trigram_.data(), dw + layout_.w1.offset);
 }
 
 // The loss of the rows u, and its gradient du.
@@ -397,21 +454,36 @@ void DraftGradient<T>::loss(std::span<const TrainingText* const> texts, double s
                             bool want_gradient) {
   const int64_t rows = steps_ * n_;
   std::vector<SoftTarget> targets;
-  for (const TrainingText* t : texts)
-    targets.insert(targets.end(), t->targets.begin(), t->targets.end());
+  // A rollout's target of step k is the one `first` + k, if that is below `end` and k >= from.
+  struct Rollout {
+    int64_t first, from, end;
+  };
+  std::vector<Rollout> rollouts;
+  const auto add = [&](const std::vector<SoftTarget>& more) {
+    targets.insert(targets.end(), more.begin(), more.end());
+    return static_cast<int64_t>(targets.size());
+  };
+  for (const TrainingText* t : texts) {
+    const auto first = static_cast<int64_t>(targets.size()), end = add(t->targets);
+    for (int64_t s = 0; s < t->n_starts(); ++s) rollouts.push_back({first + s, 0, end});
+    for (const Branch& b : t->branches) {
+      const int64_t at_end = add(b.targets);
+      const auto n_tokens = static_cast<int64_t>(b.tokens.size());
+      rollouts.push_back(
+          {at_end - n_tokens - 1, n_tokens + 1 - static_cast<int64_t>(b.targets.size()), at_end});
+    }
+  }
   for (SoftTarget& t : targets) {
     for (int32_t& token : t.token) token = token < 0 ? -1 : index_of_[static_cast<size_t>(token)];
   }
   std::vector<int32_t> target_of;
   std::vector<T> weights;
-  double weight = 1.0 / static_cast<double>(std::max<int64_t>(n_, 1));
+  double weight = 1.0 / static_cast<double>(std::max<int64_t>(n_starts(texts), 1));
   for (int k = 0; k < steps_; ++k, weight *= step_weight) {
-    for (const AttentionText& t : texts_) {
-      for (int64_t s = 0; s < t.n_starts; ++s) {
-        const bool known = s + k < t.n_starts;
-        target_of.push_back(known ? static_cast<int32_t>(t.first_row + s + k) : -1);
-        weights.push_back(known ? static_cast<T>(weight) : T{0});
-      }
+    for (const Rollout& r : rollouts) {
+      const bool known = k >= r.from && r.first + k < r.end;
+      target_of.push_back(known ? static_cast<int32_t>(r.first + k) : -1);
+      weights.push_back(known ? static_cast<T>(weight) : T{0});
     }
   }
   ops_.put(targets, &targets_);
@@ -438,7 +510,7 @@ Score DraftGradient<T>::run(const T* parameters, std::span<const TrainingText* c
   const std::vector<T> loss = ops_.get(loss_);
   const std::vector<int32_t> correct = ops_.get(correct_);
   Score score;
-  score.starts = n_;
+  score.starts = n_starts(texts);
   for (size_t r = 0; r < loss.size(); ++r) {
     if (correct[r] >= 0)
       score.step[r / static_cast<size_t>(n_)] += {static_cast<double>(loss[r]), 1, correct[r]};

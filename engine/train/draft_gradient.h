@@ -1,10 +1,11 @@
 // The draft model's loss over a batch of texts, and its gradient. The formulas are those of
 // engine/chimera/draft_tensors.h; T is float, or double for checking.
 //
-// Every start n of a text shares the text's slots, keys and queries: they are functions of the
-// position alone, so they are made once a position; only what a rollout adds (its own slots) is
-// made for each start. Rows of step k are the starts of the whole batch, in order; buffers over all
-// steps hold step 0, then step 1, ...
+// Every start n of a text shares the text's slots and queries: they are functions of the position
+// alone, so they are made once a position; only what a rollout adds (its own slots) is made for
+// each rollout. Rows of step k are the rollouts of the whole batch: for each text those along it,
+// from every start, then those along its branches. Buffers over all steps hold step 0, then step 1,
+// ...
 #pragma once
 
 #include <array>
@@ -16,12 +17,23 @@
 
 namespace chimera::training {
 
+// Where a draft would have gone from a text and the target did not: a path of candidates below a
+// root. What the target says there is learnt as well.
+struct Branch {
+  int64_t start;                // n, of which the root is the token x_{n + 1}
+  std::vector<int32_t> tokens;  // after the root, one at least
+  // The target's answers after the last ones of them. After those before, the text or another
+  // branch, which go along, have them.
+  std::vector<SoftTarget> targets;
+};
+
 // One text to learn from: tokens x_0..x_{L-1}, of which x_{first_start + 2}.. are to be predicted.
 struct TrainingText {
   std::vector<int32_t> tokens;      // L
   int64_t first_start = 0;          // the first n: the last known state of a rollout
   std::vector<float> states;        // (L - 1, d)  the target's final states h_0..h_{L-2}
   std::vector<SoftTarget> targets;  // row i: the target's answer at position first_start + 1 + i
+  std::vector<Branch> branches;
 
   int64_t n_positions() const { return static_cast<int64_t>(tokens.size()) - 1; }
   // Starts whose first prediction is known.
@@ -54,13 +66,14 @@ class DraftGradient {
   DraftGradient(Ops<T>* ops, const DraftConfig& config, const T* embedding, const T* head,
                 int64_t vocab, std::span<const int32_t> vocabulary, int dynamic_best);
 
-  // Step k of a start counts step_weight^k, starts count the same; the loss is the mean over
-  // starts. gradient: written, or nullptr for none. Both arrays are laid out as ParameterLayout, in
-  // the memory of the ops.
+  // Step k of a rollout counts step_weight^k, rollouts count the same; the loss is their sum,
+  // divided by the number of starts. gradient: written, or nullptr for none. Both arrays are laid
+  // out as ParameterLayout, in the memory of the ops.
   Score run(const T* parameters, std::span<const TrainingText* const> texts, int n_steps,
             double step_weight, T* gradient);
 
-  // For tests: of the last run, g (positions, d) and f (steps, starts, d), and what the head reads.
+  // For tests: of the last run, g (positions, d) and f (steps, rollouts, d), and what the head
+  // reads.
   const Buffer<T>& features() const { return g_; }
   const Buffer<T>& f() const { return f_; }
   const Buffer<T>& head_input() const { return u_; }
@@ -92,7 +105,7 @@ class DraftGradient {
     const int32_t* feature;  // (rows) of g_rms_
   };
   Slots slots(Part part);             // of the positions
-  Slots own_slots(Part part, int j);  // own slot j of every start: from f of step j - 1
+  Slots own_slots(Part part, int j);  // own slot j of every rollout: from f of step j - 1
   void project(const T* w, const Slots& s);
   // dstate (rows, d): added to; nullptr where it is not wanted.
   void project_grad(const T* w, const Slots& s, T* dw, T* dstate);
@@ -110,23 +123,29 @@ class DraftGradient {
   Index vocabulary_at_;              // vocabulary_, for the ops
   Buffer<T> head_rows_;              // (vocabulary_, d)
 
-  // Of the batch: P positions, N starts, K steps.
-  int64_t p_ = 0, n_ = 0;
+  // Of the batch: P positions of the texts; G tokens, which have a feature each: those of the
+  // positions, then K of each branch, from its root on; Q queries: of each text the tokens that its
+  // rollouts go along; N rollouts, K steps.
+  int64_t p_ = 0, g_tokens_ = 0, q_rows_ = 0, n_ = 0;
   int steps_ = 0;
   std::vector<AttentionText> texts_;
-  Index token_;                // (P)
-  Index trigram_at_;           // (P, 3) positions of a trigram
-  Index rope_at_;              // (P) position in the text
-  Index next_;                 // (P) the next position, at most the last one
-  Index start_;                // (N) position n
-  Index ahead_;                // (K, N) row a - 1: position n + a, at most the last one of its text
-  Index own_at_;               // (K, N) and that position in the text
-  Buffer<T> h_, e_, trigram_;  // (P, d), (P, d), (P, 3 d)
+  Index token_;        // (G)
+  Index trigram_at_;   // (G, 3) tokens of a trigram
+  Index rope_at_;      // (P) position in the text
+  Index next_;         // (P) the next position, at most the last one
+  Index query_token_;  // (Q) of G
+  Index query_at_;     // (Q) and its position in the text
+  Index start_;        // (N) position n
+  Index ahead_;        // (K, N) row a - 1: the token a after position n, of G. Behind the end
+                       // of a text, or of a branch, its last one
+  Index query_;        // (K, N) the same, of Q
+  Index own_at_;       // (K, N) and its position in the text
+  Buffer<T> h_, e_, trigram_;  // (P, d), (G, d), (G, 3 d)
   const int32_t* ahead(int a) const { return ahead_.data() + (a - 1) * n_; }
 
-  // Kept from forward for backward. (P, ...) first:
+  // Kept from forward for backward. (G, ...) first, h_rms_ (P, d), then of the queries:
   Buffer<T> encoder_, encoder_act_, g_, g_rms_, g_inverse_, h_rms_;
-  Buffer<T> q_in_, q_;
+  Buffer<T> q_rms_, q_in_, q_;
   Projection slots_[2];  // by Part
   // (K, N, ...):
   Projection own_slots_[2];
@@ -137,7 +156,7 @@ class DraftGradient {
   Buffer<T> du_, df_, dx3_, dx2_, dact_, dgate_up_, dattended_, dhead_low_, dcat_, dg_, dg_rms_,
       dq_, wide_, narrow_;
   typename Ops<T>::Attention attention_ = {};
-  Buffer<SoftTarget> targets_;   // (N) its tokens are rows of head_rows_
+  Buffer<SoftTarget> targets_;   // of the texts and branches; their tokens are rows of head_rows_
   Index target_of_;              // (K, N)
   Buffer<T> row_weight_, loss_;  // (K, N)
   Index correct_;                // (K, N)

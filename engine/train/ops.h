@@ -26,17 +26,13 @@ enum class Precision : uint8_t { kF32, kBF16 };
 // What the target answered at a position.
 using SoftTarget = LikelyTokens;
 
-// One text's part of the rollout's attention: positions [first_position, ... + n_slots) of the
-// batch are its slots; its starts n = first_start + i, i < n_starts, are rows first_row + i of
-// every step. Step k of a start asks with position min(n + 1 + k, n_positions - 1) and sees slots
-// 0..n and its own k slots.
+// One text's part of the rollout's attention: rows [first_slot, ... + n_slots) of k and v are its
+// slots, rows [first_query, ... + n_queries) of q ask for it, in the rollouts that are rows
+// [first_row, ... + n_rows) of every step.
 struct AttentionText {
-  int64_t first_position, n_positions;
-  int64_t first_start, n_starts;
-  int64_t first_row;
-  int64_t n_slots() const { return first_start + n_starts; }  // that any start of it sees
-  // Positions that ask: first_start + 1 ... up to the last. As many as there are starts.
-  int64_t n_queries() const { return n_positions - 1 - first_start; }
+  int64_t first_slot, n_slots;
+  int64_t first_query, n_queries;
+  int64_t first_row, n_rows;
 };
 
 struct AttentionShape {
@@ -119,8 +115,8 @@ class Ops : public Memory {
   // y (rows, 2 n): row r is row a_index[r] of a, then row b_index[r] of b
   virtual void concat(int64_t rows, int64_t n, const T* a, const int32_t* a_index, const T* b,
                       const int32_t* b_index, T* y) = 0;
-  // Row index[r] of y (.., n) += row r of x, whose rows are x_stride apart. The index ascends:
-  // equal ones are neighbours.
+  // Row index[r] of y (.., n) += row r of x, whose rows are x_stride apart. Equal ones of the index
+  // are neighbours.
   virtual void add_rows(int64_t rows, int64_t n, const T* x, int64_t x_stride, const int32_t* index,
                         T* y) = 0;
 
@@ -153,12 +149,16 @@ class Ops : public Memory {
 
   // ---- The rollout's attention ----
 
-  // begin(): scores of every (position, slot) of q (P, heads * dim), which is scaled already,
-  // against k (P, kv_heads * dim), once for all steps. step(): out (N, heads * dim) of step k, whose
-  // own slots are own_k[1..k], own_v[1..k], each (N, kv).
+  // begin(): scores of every (query, slot) of q (.., heads * dim), which is scaled already, against
+  // k (.., kv_heads * dim), once for all steps. step(): out (N, heads * dim) of step k, in which
+  // row r asks with row query[k N + r] of q and sees the first seen[r] slots of its text and k own
+  // ones, row r of own_k[1..k], own_v[1..k], each (N, kv). Rows that ask with the same are
+  // neighbours.
   struct Attention {
     AttentionShape shape;
     std::span<const AttentionText> texts;  // host
+    const int32_t *query, *seen;           // (K, N), (N)
+    int64_t n_rows;                        // N
     const T *q, *k, *v;
     const T *own_k[kMaxSteps], *own_v[kMaxSteps];
     // Written by the gradient (added to): dq, dk, dv like q, k, v.
