@@ -13,12 +13,14 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <random>
+#include <set>
 
 #include "engine/chimera/chimera_drafter.h"
 #include "engine/error.h"
 #include "engine/train/batch_gradient.h"
 #include "engine/train/cpu_ops.h"
 #include "engine/train/gemm.h"
+#include "engine/train/on_policy.h"
 #include "engine/train/optimizer.h"
 #include "engine/train/target_features.h"
 #include "loader/draft_file.h"
@@ -369,64 +371,79 @@ struct Folder {
   std::string operator()(const std::string& name) const { return (path / name).string(); }
 };
 
-// What a target answers to a prompt, learnt by heart: every token right, four steps ahead; and in
-// its file the draft decodes the text in a few passes.
-TEST(Train, ADraftThatKnowsTheTextDecodesIt) {
-  const test::Loaded target = test::load(test::tiny("q8_0"), test::isas().back(), 2);
-  const LlamaTensors& tensors = target.file.tensors;
+// A target, what it answers to a prompt, and a draft that has tried to learn that by heart.
+struct LearntByHeart {
+  test::Loaded target = test::load(test::tiny("q8_0"), test::isas().back(), 2);
   const Llama& llama = *target.model;
-  const std::vector<int32_t> prompt = {1, 300, 41, 77, 205};
+  std::vector<int32_t> prompt = {1, 300, 41, 77, 205};
   GenerateOptions options;
-  options.max_tokens = 40;
-  Session plain(llama, {.context = 128});
-  const Generation expected = generate(plain, nullptr, prompt, options);
-  ASSERT_EQ(expected.ids.size(), 40u);
+  Generation answer;
+  DraftTensors draft;
+  Score score;  // of the last step
 
-  DraftConfig config = config_for(tensors.config);
-  config.ffn_size = 64, config.head_rank = 32, config.n_steps = 4;
-  const std::vector<float> embedding = test::floats_of(tensors.embedding),
-                           head = test::floats_of(tensors.head);
-  DraftTensors draft = initial_draft(config, test::floats_of(tensors.output_norm), 1);
-  draft.vocabulary = expected.ids;
-  std::sort(draft.vocabulary.begin(), draft.vocabulary.end());
-  draft.vocabulary.erase(std::unique(draft.vocabulary.begin(), draft.vocabulary.end()),
-                         draft.vocabulary.end());
-  EXPECT_GT(draft.vocabulary.size(), 20u) << "a text that repeats itself is no test";
-  TrainingText text =
-      TargetFeatures(llama, 128).read(plain.tokens(0), static_cast<int64_t>(prompt.size()) - 1);
-  for (int64_t i = 0; i < text.n_starts(); ++i) {  // a tiny target's own probabilities are flat
-    SoftTarget& t = text.targets[static_cast<size_t>(i)];
-    std::fill_n(t.token, SoftTarget::kMost, -1);
-    t.token[0] = text.tokens[static_cast<size_t>(text.first_start + 2 + i)];
-    t.probability[0] = 1;
+  std::vector<int32_t> text() const {
+    std::vector<int32_t> all = prompt;
+    all.insert(all.end(), answer.ids.begin(), answer.ids.end());
+    return all;
   }
-  CpuOps<float> ops(2);
-  OptimizerState state = start_optimizer(&ops, pack_parameters(draft));
-  DraftGradient<float> model(&ops, config, embedding.data(), head.data(), tensors.config.vocab_size,
-                             draft.vocabulary, 8);
-  const ParameterLayout layout(config);
-  std::vector<float> gradient(layout.total);
-  const TrainingText* batch[] = {&text};
-  const OptimizerOptions learning{.rate = 6e-3};
-  Optimizer optimizer(learning, layout, &ops);
-  constexpr int kSteps = 30;
-  Score score;
-  for (int step = 0; step < kSteps; ++step) {
-    score = model.run(state.values.data(), batch, 4, 0.8, gradient.data());
-    optimizer.step(learning_rate(learning, static_cast<double>(step) / kSteps), gradient.data(),
-                   &state);
+  int64_t first_start() const { return static_cast<int64_t>(prompt.size()) - 1; }
+
+  LearntByHeart(int tokens, int steps) {
+    options.max_tokens = tokens;
+    Session plain(llama, {.context = 128});
+    answer = generate(plain, nullptr, prompt, options);
+    EXPECT_EQ(answer.ids.size(), static_cast<size_t>(tokens));
+
+    const LlamaTensors& tensors = target.file.tensors;
+    DraftConfig config = config_for(tensors.config);
+    config.ffn_size = 64, config.head_rank = 32, config.n_steps = 4;
+    const std::vector<float> embedding = test::floats_of(tensors.embedding),
+                             head = test::floats_of(tensors.head);
+    draft = initial_draft(config, test::floats_of(tensors.output_norm), 1);
+    draft.vocabulary = answer.ids;
+    std::sort(draft.vocabulary.begin(), draft.vocabulary.end());
+    draft.vocabulary.erase(std::unique(draft.vocabulary.begin(), draft.vocabulary.end()),
+                           draft.vocabulary.end());
+    EXPECT_GT(draft.vocabulary.size(), 20u) << "a text that repeats itself is no test";
+    TrainingText learnt = TargetFeatures(llama, 128).read(text(), first_start());
+    for (int64_t i = 0; i < learnt.n_starts(); ++i) {  // a tiny target's own probabilities are flat
+      SoftTarget& t = learnt.targets[static_cast<size_t>(i)];
+      std::fill_n(t.token, SoftTarget::kMost, -1);
+      t.token[0] = learnt.tokens[static_cast<size_t>(learnt.first_start + 2 + i)];
+      t.probability[0] = 1;
+    }
+    CpuOps<float> ops(2);
+    OptimizerState state = start_optimizer(&ops, pack_parameters(draft));
+    DraftGradient<float> model(&ops, config, embedding.data(), head.data(),
+                               tensors.config.vocab_size, draft.vocabulary, 8);
+    const ParameterLayout layout(config);
+    std::vector<float> gradient(layout.total);
+    const TrainingText* batch[] = {&learnt};
+    const OptimizerOptions learning{.rate = 6e-3};
+    Optimizer optimizer(learning, layout, &ops);
+    for (int step = 0; step < steps; ++step) {
+      score = model.run(state.values.data(), batch, 4, 0.8, gradient.data());
+      optimizer.step(learning_rate(learning, static_cast<double>(step) / steps), gradient.data(),
+                     &state);
+    }
+    unpack_parameters(ops.get(state.values), &draft);
   }
-  for (size_t k = 0; k < 4; ++k) EXPECT_EQ(score.step[k].correct, score.step[k].rows) << k;
-  EXPECT_LT(score.weighted_loss(0.8), 0.2);
-  unpack_parameters(ops.get(state.values), &draft);
+};
+
+// Every token right, four steps ahead; and in its file the draft decodes the text in a few passes.
+TEST(Train, ADraftThatKnowsTheTextDecodesIt) {
+  const LearntByHeart learnt(40, 30);
+  for (size_t k = 0; k < 4; ++k)
+    EXPECT_EQ(learnt.score.step[k].correct, learnt.score.step[k].rows) << k;
+  EXPECT_LT(learnt.score.weighted_loss(0.8), 0.2);
   const Folder folder;
-  save_draft(draft, folder("draft"));
+  save_draft(learnt.draft, folder("draft"));
 
-  Session session(llama, {.context = 128, .max_nodes = 8});
-  const auto drafter = make_chimera_drafter(llama, load_draft(folder("draft")),
+  Session session(learnt.llama, {.context = 128, .max_nodes = 8});
+  const auto drafter = make_chimera_drafter(learnt.llama, load_draft(folder("draft")),
                                             {.nodes = 8, .depth = 8, .ngrams = false}, 1, 128);
-  const Generation got = generate(session, drafter.get(), prompt, options);
-  EXPECT_EQ(got.ids, expected.ids);
+  const Generation got = generate(session, drafter.get(), learnt.prompt, learnt.options);
+  EXPECT_EQ(got.ids, learnt.answer.ids);
   EXPECT_GT(got.tokens_per_step(), 4);
 }
 
@@ -532,6 +549,97 @@ TEST(Train, RecordedFeaturesAreThoseOfTheFinishedText) {
                         expected.targets.size() * sizeof(SoftTarget)),
             0);
   EXPECT_THROW(FeatureFile(folder("features"), "another", llama.config().hidden_size), Error);
+}
+
+// A path of candidates: position of its root, then their tokens.
+using Path = std::vector<int64_t>;
+
+// Decodes as the drafter does, and notes what is rejected.
+class RejectedPaths final : public Drafter {
+ public:
+  explicit RejectedPaths(ChimeraDrafter* drafter) : drafter_(drafter) {}
+  std::set<Path> paths;
+  int64_t accepted = 0;
+
+  std::string name() const override { return drafter_->name(); }
+  void draft(const DraftContext& context, Step* step) override { drafter_->draft(context, step); }
+  void observe(const KeptRows& kept) override {
+    const Step& step = *kept.step;
+    const Step::Sequence& s = step.sequences[0];
+    for (int r = s.root + 1; s.root >= 0 && r < s.n_rows; ++r) {
+      if (step.kept_at[r] >= 0) ++accepted;
+      if (step.kept_at[r] >= 0) continue;
+      Path path;
+      for (int i = r; i != s.root; i = step.parent[i]) path.push_back(step.token[i]);
+      path.push_back(step.position[s.root]);
+      paths.insert({path.rbegin(), path.rend()});
+    }
+    drafter_->observe(kept);
+  }
+
+ private:
+  ChimeraDrafter* drafter_;
+};
+
+// What is learnt on policy is what decoding with the draft sees: the text, with the same bits, and
+// every candidate that is rejected, once, with what the target would answer to a text that goes on
+// with it.
+TEST(Train, OnPolicyFeaturesAreThoseOfDecoding) {
+  for (const auto& [steps, nodes, depth] : {std::array{8, 8, 3}, {14, 64, 5}, {0, 3, 1}}) {
+    SCOPED_TRACE(std::to_string(steps) + " steps learnt");
+    const LearntByHeart learnt(110, steps);
+    const auto drafter = make_chimera_drafter(
+        learnt.llama, learnt.draft, {.nodes = nodes, .depth = depth, .ngrams = false}, 1, 128);
+    RejectedPaths rejected(drafter.get());
+    Session session(learnt.llama, {.context = 128, .max_nodes = nodes});
+    ASSERT_EQ(generate(session, &rejected, learnt.prompt, learnt.options).ids, learnt.answer.ids);
+    EXPECT_GT(rejected.paths.size(), 100u);
+    EXPECT_GE(rejected.accepted, steps > 0 ? 20 : 0);
+
+    OnPolicyFeatures features(learnt.llama, 128, nodes, depth);
+    features.use(learnt.draft);
+    TargetFeatures target(learnt.llama, 128);
+    const std::vector<int32_t> tokens = learnt.text();
+    for (const bool again : {false, true}) {
+      SCOPED_TRACE(again);
+      const TrainingText text = features.read(tokens, learnt.first_start()),
+                         expected = target.read(tokens, learnt.first_start());
+      EXPECT_EQ(text.tokens, expected.tokens);
+      EXPECT_EQ(text.states, expected.states);
+      const auto same = [](const SoftTarget& a, const SoftTarget& b) {
+        return std::memcmp(&a, &b, sizeof a) == 0;
+      };
+      EXPECT_TRUE(std::equal(text.targets.begin(), text.targets.end(), expected.targets.begin(),
+                             expected.targets.end(), same));
+      std::set<Path> paths;
+      for (const Branch& branch : text.branches) {
+        std::vector<int32_t> other(tokens.begin(), tokens.begin() + branch.start + 2);
+        other.insert(other.end(), branch.tokens.begin(), branch.tokens.end());
+        other.push_back(0);
+        ASSERT_GE(branch.start, text.first_start);
+        ASSERT_LE(other.size(), 128u);
+        const std::vector<SoftTarget> answers = target.read(other, branch.start).targets;
+        ASSERT_LE(branch.targets.size(), branch.tokens.size());
+        EXPECT_TRUE(
+            std::equal(branch.targets.rbegin(), branch.targets.rend(), answers.rbegin(), same));
+        for (size_t n = branch.tokens.size() - branch.targets.size() + 1; n <= branch.tokens.size();
+             ++n) {
+          Path path = {branch.start + 1};
+          path.insert(path.end(), branch.tokens.begin(),
+                      branch.tokens.begin() + static_cast<std::ptrdiff_t>(n));
+          EXPECT_TRUE(paths.insert(path).second) << "learnt twice";
+        }
+      }
+      // (After the last tokens of a text, what follows them is not known.)
+      std::erase_if(rejected.paths, [&](const Path& path) {
+        return path[0] + depth + 1 >= static_cast<int64_t>(tokens.size());
+      });
+      std::erase_if(paths, [&](const Path& path) {
+        return path[0] + depth + 1 >= static_cast<int64_t>(tokens.size());
+      });
+      EXPECT_EQ(paths, rejected.paths);
+    }
+  }
 }
 
 // ---- The command -------------------------------------------------------------------------------

@@ -36,41 +36,59 @@ TrainingText FeatureRecorder::take(int sequence, std::span<const int32_t> tokens
   return text;
 }
 
-TargetFeatures::TargetFeatures(const Llama& target, int context)
-    : session_(target, {.context = context, .max_nodes = kRows - 1, .prefill_rows = kRows}),
-      likely_memory_(
-          target.backend().allocate(kRows * sizeof(LikelyTokens), chimera::Memory::kHost)),
-      states_memory_(target.backend().allocate(
-          static_cast<size_t>(target.config().hidden_size) * kRows * 4, chimera::Memory::kHost)),
+TargetPass::TargetPass(const Llama& target, int context, int rows)
+    : session(target, {.context = context, .max_nodes = rows - 1, .prefill_rows = rows}),
+      likely_(target.backend().allocate(static_cast<size_t>(rows) * sizeof(LikelyTokens),
+                                        chimera::Memory::kHost)),
+      states_(target.backend().allocate(
+          static_cast<size_t>(target.config().hidden_size) * static_cast<size_t>(rows) * 4,
+          chimera::Memory::kHost)),
       key_(target.backend().new_key()) {}
 
-TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first_start) {
-  const LlamaConfig& config = session_.model().config();
-  Backend& backend = session_.model().backend();
-  auto* likely = static_cast<LikelyTokens*>(likely_memory_.get());
-  auto* states = static_cast<float*>(states_memory_.get());
+TrainingText TargetPass::start(std::span<const int32_t> tokens, int64_t first_start) {
   TrainingText text;
   text.tokens.assign(tokens.begin(), tokens.end());
   text.first_start = first_start;
   if (text.n_starts() < 1) throw Error("text", "something to predict", "nothing");
-  session_.start(0, tokens, {});  // checks length and ids
-  for (int64_t at = 0; at < text.n_positions(); at += kRows) {
-    const auto rows = static_cast<int>(std::min<int64_t>(kRows, text.n_positions() - at));
-    Step& step = session_.edit_step();
-    step.clear();
-    step.begin_sequence(0);
-    for (int r = 0; r < rows; ++r) {
-      step.add_row(tokens[static_cast<size_t>(at + r)], r - 1, at + r > first_start);
-    }
-    const int n_logits = step.n_logits;
-    backend.submit(key_, [&] {
-      session_.forward();
-      backend.likely_tokens(&step, session_.logits(), config.vocab_size, likely);
-      backend.copy_rows(&step, {session_.states(), config.hidden_size, states});
-      session_.accept_and_keep();
-    });
-    text.states.insert(text.states.end(), states, states + int64_t{rows} * config.hidden_size);
-    text.targets.insert(text.targets.end(), likely, likely + n_logits);
+  session.start(0, tokens, {});  // checks length and ids
+  return text;
+}
+
+void TargetPass::add_text(const TrainingText& text, int64_t first, int64_t end, bool wants_logits) {
+  Step& step = session.edit_step();
+  step.clear();
+  step.sequences[0].committed = static_cast<int32_t>(first);
+  step.begin_sequence(0);
+  for (int64_t at = first; at < end; ++at)
+    step.add_row(text.tokens[static_cast<size_t>(at)], static_cast<int>(at - first) - 1,
+                 wants_logits && at >= text.first_start);
+}
+
+void TargetPass::run() {
+  const LlamaConfig& config = session.model().config();
+  Backend& backend = session.model().backend();
+  const Step& step = session.last_step();
+  backend.submit(key_, [&] {
+    session.forward();
+    backend.likely_tokens(&step, session.logits(), config.vocab_size,
+                          static_cast<LikelyTokens*>(likely_.get()));
+    backend.copy_rows(&step,
+                      {session.states(), config.hidden_size, static_cast<float*>(states_.get())});
+  });
+}
+
+TargetFeatures::TargetFeatures(const Llama& target, int context) : pass_(target, context, kRows) {}
+
+TrainingText TargetFeatures::read(std::span<const int32_t> tokens, int64_t first_start) {
+  TrainingText text = pass_.start(tokens, first_start);
+  const int64_t d = pass_.session.model().config().hidden_size;
+  for (int64_t first = 0; first < text.n_positions(); first += kRows) {
+    const int64_t end = std::min<int64_t>(first + kRows, text.n_positions());
+    pass_.add_text(text, first, end);
+    pass_.run();
+    text.states.insert(text.states.end(), pass_.states(), pass_.states() + (end - first) * d);
+    for (int64_t at = std::max(first, first_start + 1); at < end; ++at)
+      text.targets.push_back(pass_.likely()[pass_.session.last_step().logits_index[at - first]]);
   }
   return text;
 }

@@ -35,21 +35,41 @@ class FeatureRecorder final : public Drafter {
   std::vector<TrainingText> texts_;  // by sequence
 };
 
+// A pass of the target over up to `rows` rows of one text, and what comes of it.
+class TargetPass {
+ public:
+  TargetPass(const Llama& target, int context, int rows);
+
+  // Another text, of which nothing is committed. Throws Error if there is nothing to predict, and
+  // as Session::start().
+  TrainingText start(std::span<const int32_t> tokens, int64_t first_start);
+  // A new step: positions [first, end) of the text, whatever was committed from `first` on.
+  // wants_logits: of positions from first_start on.
+  void add_text(const TrainingText& text, int64_t first, int64_t end, bool wants_logits = true);
+  void run();
+  const float* states() const { return static_cast<float*>(states_.get()); }  // (rows, d)
+  const LikelyTokens* likely() const { return static_cast<LikelyTokens*>(likely_.get()); }
+
+  Session session;
+
+ private:
+  std::shared_ptr<void> likely_, states_;  // the host's
+  uint64_t key_;
+};
+
 class TargetFeatures {
  public:
   // Texts up to `context` tokens.
   TargetFeatures(const Llama& target, int context);
 
-  int context() const { return session_.options().context; }
+  int context() const { return pass_.session.options().context; }
   // Runs the text through the target, teacher-forced; first_start: the last position before the
   // root of the first rollout, which is the last token of a prompt. The text has more than
   // first_start + 2 tokens.
   TrainingText read(std::span<const int32_t> tokens, int64_t first_start);
 
  private:
-  Session session_;
-  std::shared_ptr<void> likely_memory_, states_memory_;  // of a pass, the host's
-  uint64_t key_;
+  TargetPass pass_;
 };
 
 }  // namespace chimera::training

@@ -8,6 +8,7 @@
 #include "engine/error.h"
 #include "engine/train/batch_gradient.h"
 #include "engine/train/gemm.h"
+#include "engine/train/on_policy.h"
 #include "engine/train/optimizer.h"
 #include "loader/draft_file.h"
 #include "loader/load.h"
@@ -31,8 +32,8 @@ constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynami
 struct Options {
   std::optional<std::string> model, output, checkpoint, resume, init, licence;
   std::vector<std::string> data;
-  int positions = 0, stop_after = 0, batch = 384, micro_batches = 2, steps = 4, vocabulary = 2048,
-      ffn = 512, rank = 64, context = 1024;
+  int positions = 0, stop_after = 0, batch = 384, micro_batches = 2, steps = 4, on_policy = 0,
+      vocabulary = 2048, ffn = 512, rank = 64, context = 1024;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
   std::string device = "cpu", precision = "auto", encoder = "both", slots = "features";
@@ -62,6 +63,11 @@ Command command(Options* o) {
        {0, "micro-batches", "N", "parts of a step, worked on side by side (a GPU has one)",
         integer(&o->micro_batches, 1, 1024)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
+       {0, "on-policy", "N",
+        "decode the texts with the draft as it is, in trees of N nodes,\nand learn at those that "
+        "the "
+        "target rejects as well; 0: do not",
+        integer(&o->on_policy, 0, training::OnPolicyFeatures::kMostNodes)},
        {0, "device", "NAME", "cpu, cuda, or auto: cuda where it can be had",
         choice(&o->device, {"cpu", "cuda", "auto"})},
        {0, "precision", "P",
@@ -144,6 +150,7 @@ ordered_json run_settings(const Options& o, const DraftConfig& c, const Training
           {"batch", o.batch},
           {"micro_batches", o.micro_batches},
           {"steps", o.steps},
+          {"on_policy", o.on_policy},
           {"seed", o.seed},
           {"hidden_size", c.hidden_size},
           {"ffn", c.ffn_size},
@@ -195,12 +202,13 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
     throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
   ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
   // Older ones do not say: it was auto, unless somebody had asked for something else; any draft;
-  // texts only by their number; and there was one form of a draft.
+  // texts only by their number; there was one form of a draft, and nothing of its own was learnt.
   if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
   if (found.is_object() && !found.contains("init")) found["init"] = settings["init"];
   if (found.is_object() && !found.contains("texts_hash")) found["texts_hash"] = "";
   if (found.is_object() && !found.contains("encoder")) found["encoder"] = "both";
   if (found.is_object() && !found.contains("slots")) found["slots"] = "features";
+  if (found.is_object() && !found.contains("on_policy")) found["on_policy"] = 0;
   expect_same_settings(file.name() + ": settings", settings, found,
                        "give the flags and data that the run was started with, or remove the "
                        "checkpoint to begin anew");
@@ -285,11 +293,12 @@ struct Batch {
     return parts;
   }
 };
-Batch read_batch(int starts, int micro_batches, TrainingTexts* source, TextFeatures* features) {
+Batch read_batch(int starts, int micro_batches, TrainingTexts* source,
+                 FunctionRef<training::TrainingText(const Text&)> read) {
   Batch batch;
   for (int64_t i = 1; i <= micro_batches; ++i) {
     while (batch.starts < (starts * i + micro_batches - 1) / micro_batches) {
-      batch.texts.push_back(features->read(source->next()));
+      batch.texts.push_back(read(source->next()));
       batch.starts += batch.texts.back().n_starts();
     }
     batch.ends.push_back(batch.texts.size());
@@ -319,6 +328,9 @@ void check_given(const Options& o) {
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
   if (o.data.empty()) throw UsageError("train fit", "--data FILES", "none", see_help);
   if (!o.output) throw UsageError("train fit", "-o DRAFT", "none", see_help);
+  if (o.on_policy > 0 && o.steps < 2)
+    throw UsageError("--steps", "2 at least, where --on-policy learns after the draft's tokens",
+                     std::to_string(o.steps));
 }
 
 // What the run starts from: a draft that was there, or random weights.
@@ -492,8 +504,9 @@ int train_fit(const std::vector<std::string>& args) {
   }
   expect_other_file(checkpoint, {o.output, o.init});
 
-  // The target, and what the draft reads of it.
-  const auto backend = make_backend(compute.on_gpu ? "cuda" : "cpu", {.threads = compute.threads});
+  // The target, and what the draft reads of it. (On policy the draft is asked by the host.)
+  const auto backend = make_backend(compute.on_gpu && o.on_policy == 0 ? "cuda" : "cpu",
+                                    {.threads = compute.threads});
   training::TrainingDevice device =
       compute.on_gpu
           ? training::TrainingDevice{training::make_cuda_training_ops(compute.precision), {}}
@@ -544,10 +557,20 @@ int train_fit(const std::vector<std::string>& args) {
   source.skip(at.texts);
   Run run{o,          checkpoint,       settings,         total, ops, &gradient_of,
           validation, std::move(draft), std::move(state), at};
+  std::optional<training::OnPolicyFeatures> on_policy;
+  if (o.on_policy > 0) on_policy.emplace(llama, context, o.on_policy, o.steps - 1);
   const auto read = [&] {
-    return read_batch(o.batch, compute.on_gpu ? 1 : o.micro_batches, &source, &features);
+    if (on_policy) {
+      training::unpack_parameters(ops->get(run.state.averaged), &run.draft);
+      on_policy->use(run.draft);
+    }
+    return read_batch(
+        o.batch, compute.on_gpu ? 1 : o.micro_batches, &source, [&](const Text& text) {
+          return on_policy ? on_policy->read(text.ids, text.prompt_len - 1) : features.read(text);
+        });
   };
-  learn(&run, read, /*ahead=*/compute.on_gpu, interrupt);  // a GPU leaves the CPU idle
+  // A GPU leaves the CPU idle. (On policy a batch depends on what the one before taught.)
+  learn(&run, read, /*ahead=*/compute.on_gpu && !on_policy, interrupt);
   if (run.progress() >= 1) return 0;
   const bool elsewhere = o.resume && *o.resume != checkpoint;
   note(std::string("Stopped; the same command ") + (elsewhere ? "without --resume " : "") +
