@@ -213,9 +213,9 @@ bool Session::step(Drafter* drafter) {
 }
 
 bool Session::step_resident(ResidentDrafter& drafter) {
-  if (options_.n_sequences != 1 || instead_)
-    throw Error("drafter " + drafter.name() + " on the device",
-                "one sequence, and a text that is sampled", "others");
+  if (options_.n_sequences != 1)
+    throw Error("drafter " + drafter.name() + " on the device", "one sequence",
+                std::to_string(options_.n_sequences));
   Text& text = texts_[0];
   text.emitted = text.drafted = 0;
   if (pending(0) == 0) return false;
@@ -320,7 +320,7 @@ void Session::read_back(int sequence) {
     text.tokens.push_back(step_->token[r]);
     ++text.emitted;
   }
-  text.tokens.push_back(instead_ ? instead_(sequence, s.next) : s.next);
+  text.tokens.push_back(s.next);
   ++text.emitted;
 }
 

@@ -8,7 +8,6 @@
 // out. So prefill, plain decoding and verification are the same code with other contents.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -59,11 +58,6 @@ class Session {
   void start(int sequence, std::span<const int32_t> prompt, const Sampling& sampling);
   // Cuts a text to its first n tokens, n >= 1; decoding goes on from there.
   void truncate(int sequence, int n);
-  // For training data that goes where a draft would have gone: from now on the text of a sequence
-  // takes instead(sequence, sampled) where it would have taken the sampled token.
-  void replace_sampled(std::function<int32_t(int sequence, int32_t sampled)> instead) {
-    instead_ = std::move(instead);
-  }
   // Takes a sequence out of the following steps until it is started again.
   void stop(int sequence) { texts_[static_cast<size_t>(sequence)].active = false; }
 
@@ -139,7 +133,6 @@ class Session {
   const Llama& model_;
   SessionOptions options_;
   int max_rows_ = 0;
-  std::function<int32_t(int, int32_t)> instead_;
   CostCurve cost_;
   int until_plain_ = kFirstPlain;
   std::vector<Text> texts_;

@@ -681,6 +681,23 @@ TEST(Train, ResumedRunGivesTheSameBits) {
   EXPECT_EQ(pack_parameters(a), pack_parameters(b));
   EXPECT_EQ(a.vocabulary, b.vocabulary);
 
+  // On policy a batch depends on the weights that have decoded it: it goes on with those.
+  std::vector<std::string> own = {"--on-policy", "6",   "--init", folder("half.safetensors"),
+                                  "--lr",        "0.02"};
+  const auto with = [&own](std::vector<std::string> more) {
+    more.insert(more.end(), own.begin(), own.end());
+    return more;
+  };
+  fit("own.safetensors", with({}));
+  fit("own_half.safetensors", with({"--stop-after", "200", "--threads", "1"}));
+  fit("own_rest.safetensors", with({"--resume", folder("own_half.safetensors.checkpoint")}));
+  const std::vector<float> at_once = pack_parameters(load_draft(folder("own.safetensors")));
+  EXPECT_EQ(pack_parameters(load_draft(folder("own_rest.safetensors"))), at_once);
+  own[1] = "0";
+  EXPECT_THROW(fit("x", with({"--resume", folder("own_half.safetensors.checkpoint")})), Error);
+  fit("texts.safetensors", with({}));
+  EXPECT_NE(pack_parameters(load_draft(folder("texts.safetensors"))), at_once);
+
   // Of another run: refused, also where all shapes agree.
   EXPECT_THROW(
       train_fit({"-m",      model,       "--data",       shard,
@@ -710,7 +727,7 @@ TEST(Train, ResumedRunGivesTheSameBits) {
   };
   std::string old = test::read_text(half_way);
   for (const std::string said : {",\\\"precision\\\":\\\"auto\\\"", ",\\\"encoder\\\":\\\"both\\\"",
-                                 ",\\\"slots\\\":\\\"features\\\""}) {
+                                 ",\\\"slots\\\":\\\"features\\\"", ",\\\"on_policy\\\":0"}) {
     ASSERT_NE(old.find(said), std::string::npos);
     old.insert(old.find('{') + 1, said.size(), ' ');  // the header stays as long as it says
     old.erase(old.find(said), said.size());

@@ -63,13 +63,8 @@ void DraftGradient<T>::choose_vocabulary(std::span<const TrainingText* const> te
   if (dynamic_best_ > 0) {
     for (const TrainingText* t : texts) {
       for (const int32_t token : t->tokens) add(token);
-      const auto add_best = [&](const SoftTarget& target) {
+      for (const SoftTarget& target : t->targets)
         std::for_each_n(target.token, std::min(dynamic_best_, SoftTarget::kMost), add);
-      };
-      for (const SoftTarget& target : t->targets) add_best(target);
-      for (const Branch& b : t->branches) {
-        for (const SoftTarget& target : b.targets) add_best(target);
-      }
     }
   }
   const int64_t d = config_.hidden_size;

@@ -62,7 +62,7 @@ class DraftGradient {
   // memory of the ops, not copied.
   // The draft chooses from `vocabulary` and, for the texts of a batch, from what would be in its
   // dynamic vocabulary (draft_model.h): their tokens, and the target's dynamic_best likeliest ones
-  // at each position. 0: from `vocabulary` alone.
+  // at each position (not those of branches). 0: from `vocabulary` alone.
   DraftGradient(Ops<T>* ops, const DraftConfig& config, const T* embedding, const T* head,
                 int64_t vocab, std::span<const int32_t> vocabulary, int dynamic_best);
 

@@ -9,22 +9,16 @@
 // ids are the prompt's tokens and the answer's. fingerprint is the model's (draft_file.h), prompts
 // a hash of all of them. An answer depends on the model, the prompts, the seed, the settings and
 // the prompt's number alone - not on the batch, the shard or the machine. (GPUs have an arithmetic
-// of their own: their shards say "device":"cuda". And a draft that takes part, see
-// --on-policy, chooses from a vocabulary that all answers of a batch share.)
+// of their own: their shards say "device":"cuda".)
 #include <algorithm>
 #include <charconv>
 #include <new>
 
-#include "engine/candidate_tree.h"
-#include "engine/chimera/chimera_drafter.h"
-#include "engine/philox.h"
 #include "engine/session.h"
 #include "engine/train/target_features.h"
 #include "loader/feature_file.h"
-#include "loader/mapped_file.h"
 #include "tokenizer/unicode.h"
 #include "tools/commands.h"
-#include "tools/drafters.h"
 #include "tools/flags.h"
 #include "tools/interrupt.h"
 #include "tools/model.h"
@@ -39,11 +33,10 @@ namespace {
 using nlohmann::ordered_json;
 
 struct Options {
-  std::optional<std::string> model, prompts, output, shard, draft;
+  std::optional<std::string> model, prompts, output, shard;
   std::optional<int> threads, own_prompts;
   LineFilter where;
   int n = 256, sequences = 96, max_prompt = 512, limit = 0;
-  float on_policy = 0.2f;  // with a draft
   bool features = false, strict = false;
   uint64_t seed = 1;
   std::string device = "cpu";
@@ -70,59 +63,6 @@ Sampling sampling_of_own_prompt(uint64_t seed, size_t prompt) {
   return s;
 }
 
-// The draft in the texts: of every answer it chooses some tokens, right or wrong, and the target
-// goes on from there. So the target's answers are learnt where the draft's own mistakes lead, which
-// the target's texts alone never visit. (Ross, Gordon, Bagnell, AISTATS 2011: learn on the states
-// that the learner itself brings about.)
-class DraftsTurns final : public Drafter {
- public:
-  DraftsTurns(const Llama& target, const DraftTensors& draft, int n_sequences, int context)
-      : draft_(make_chimera_drafter(target, draft, {.nodes = 1, .depth = 1, .ngrams = false},
-                                    n_sequences, context)),
-        guess_(static_cast<size_t>(n_sequences), kNone) {}
-  std::string name() const override { return draft_->name(); }
-  void draft(const DraftContext& at, Step*) override {  // proposes nothing, but remembers its guess
-    DraftContext context = at;
-    context.max_nodes = 1;
-    const CandidateTree& tree = draft_->candidates(context);
-    guess_[static_cast<size_t>(at.sequence)] =
-        tree.chosen().empty() ? kNone : tree[tree.chosen()[0]].token;
-  }
-  void observe(const KeptRows& kept) override {
-    draft_->observe(kept);
-    guess_[static_cast<size_t>(kept.sequence)] = kNone;  // it was of this step
-  }
-  // Its guess at the token that the step has sampled, if it made one.
-  int32_t guess_or(int sequence, int32_t sampled) const {
-    const int32_t guess = guess_[static_cast<size_t>(sequence)];
-    return guess == kNone ? sampled : guess;
-  }
-
- private:
-  static constexpr int32_t kNone = -1;
-  std::unique_ptr<ChimeraDrafter> draft_;
-  std::vector<int32_t> guess_;  // by sequence
-};
-
-// Records features, where they are wanted, and lets the draft have its turns, where there is one.
-class Watcher final : public Drafter {
- public:
-  Watcher(training::FeatureRecorder* recorder, DraftsTurns* turns)
-      : recorder_(recorder), turns_(turns) {}
-  std::string name() const override { return "none"; }
-  void draft(const DraftContext& c, Step* step) override {
-    if (turns_) turns_->draft(c, step);
-  }
-  void observe(const KeptRows& kept) override {
-    if (recorder_) recorder_->observe(kept);
-    if (turns_) turns_->observe(kept);
-  }
-
- private:
-  training::FeatureRecorder* recorder_;
-  DraftsTurns* turns_;
-};
-
 // What a sequence of the session is busy with.
 struct Job {
   size_t prompt = kNone;    // its number
@@ -142,11 +82,6 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
   return {i, n};
 }
 
-std::string hash_of_file(const std::string& path) {
-  const MappedFile file(path);
-  return hash_text({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()});
-}
-
 // All that the answers depend on but their prompts' numbers: a shard's first line.
 ordered_json header_of(const Options& o, const Model& model, std::span<const Prompt> prompts) {
   ordered_json about{{"chimera_data", 1},
@@ -161,8 +96,6 @@ ordered_json header_of(const Options& o, const Model& model, std::span<const Pro
                      {"chat", model.chat_format != ChatFormat::kNone}};
   if (o.prompts) about["prompts"] = hash_of(prompts);
   if (o.own_prompts) about["prompt_temperature"] = kPromptTemperature;
-  if (o.draft) about["draft"] = hash_of_file(*o.draft);
-  if (o.draft) about["on_policy"] = o.on_policy;
   if (o.device != "cpu") about["device"] = o.device;
   return about;
 }
@@ -184,8 +117,7 @@ struct Output {
 class Answerer {
  public:
   Answerer(const Options& o, std::pair<size_t, size_t> shard, const Model& model,
-           const Llama& llama, int context, const DraftTensors* draft, std::vector<Prompt> prompts,
-           Output* output)
+           const Llama& llama, int context, std::vector<Prompt> prompts, Output* output)
       : o_(o),
         model_(model),
         chat_(model.chat_format != ChatFormat::kNone),
@@ -199,21 +131,9 @@ class Answerer {
     count_ = o.own_prompts ? static_cast<size_t>(*o.own_prompts) : prompts_.size();
     if (o.limit > 0) count_ = std::min(count_, static_cast<size_t>(o.limit));
     if (o.own_prompts) opening_ = encode_chat(model.tokenizer, model.chat_format, {}, "user");
-    if (draft) {
-      turns_.emplace(llama, *draft, o.sequences, context);
-      session_.replace_sampled([this](int s, int32_t sampled) {
-        const auto position = static_cast<uint64_t>(session_.tokens(s).size());
-        const bool drafts = !job(s).asks && sampled != model_.tokenizer.eos() &&
-                            philox_uniform(sampling_of(o_.seed, job(s).prompt).seed ^ kTurns,
-                                           position) < static_cast<double>(o_.on_policy);
-        return drafts ? turns_->guess_or(s, sampled) : sampled;
-      });
-    }
     // A device's logits are too many for the host to read at each pass: there a finished text goes
     // through the target again, and only the likeliest tokens come back.
     if (output_.features && o.device != "cpu") read_again_.emplace(llama, context);
-    watcher_.emplace(output_.features && !read_again_ ? &recorder_ : nullptr,
-                     turns_ ? &*turns_ : nullptr);
   }
 
   // One pass over all sequences; false: there is nothing left to do.
@@ -223,7 +143,8 @@ class Answerer {
       while (job(s).prompt == Job::kNone && next_ < count_) begin(s, next_++);
       busy = busy || job(s).prompt != Job::kNone;
     }
-    if (!busy || !session_.step(&*watcher_)) return false;
+    if (!busy || !session_.step(output_.features && !read_again_ ? &recorder_ : nullptr))
+      return false;
     for (int s = 0; s < o_.sequences; ++s) {
       if (job(s).prompt == Job::kNone || session_.emitted(s) == 0) continue;
       ++tokens_;
@@ -328,9 +249,6 @@ class Answerer {
   Session session_;
   training::FeatureRecorder recorder_;
   std::optional<training::TargetFeatures> read_again_;
-  static constexpr uint64_t kTurns = 0x7475726e73;  // a stream of random numbers of its own
-  std::optional<DraftsTurns> turns_;
-  std::optional<Watcher> watcher_;
   std::vector<Job> jobs_;  // by sequence
   size_t left_out_ = 0;
   int64_t tokens_ = 0;
@@ -347,14 +265,12 @@ int answer_all(const Options& o, std::pair<size_t, size_t> shard) {
     prompts =
         load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut, o.where);
   const auto backend = make_backend(o.device, {.threads = o.threads.value_or(0)});
-  const auto draft = load_draft_for(model, {.draft = o.draft});
   Output output(o, model, prompts);
   const Interrupt interrupt;
   const int context = choose_context(model.file.tensors.config, o.max_prompt + o.n,
                                      {.tokens = static_cast<size_t>(o.max_prompt)}, o.n);
   const Llama llama = prepare_weights(*backend, &model);
-  Answerer answerer(o, shard, model, llama, context, draft ? &*draft : nullptr, std::move(prompts),
-                    &output);
+  Answerer answerer(o, shard, model, llama, context, std::move(prompts), &output);
 
   {
     Progress progress;
@@ -390,13 +306,6 @@ int train_data(const std::vector<std::string>& args) {
            "keep what the target said of each token beside the shard, in\nSHARD.features, so that "
            "fit need not run it again (1.4 KB a\ntoken for a hidden size of 576)",
            on(&o.features)},
-          {0, "draft", "DRAFT", "a draft that takes turns in the answers, see --on-policy",
-           file(&o.draft)},
-          {0, "on-policy", "P",
-           "share of an answer's tokens that the draft chooses, right or\nwrong; the target goes "
-           "on from "
-           "there, and the draft learns\nwhere its own mistakes lead",
-           number(&o.on_policy, 0, 1)},
           {'n', "tokens", "N", "tokens of an answer, at most", integer(&o.n, 1, 4096)},
           {0, "max-prompt", "N", "longer prompts are left out", integer(&o.max_prompt, 1, 4096)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
@@ -415,13 +324,10 @@ int train_data(const std::vector<std::string>& args) {
     throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
                      o.prompts && o.own_prompts ? "both of them" : "one missing",
                      "see chimera train data --help");
-  if (given.contains("on-policy") && !o.draft)
-    throw UsageError("--on-policy", "a draft, which takes turns", "none",
-                     "give one with --draft DRAFT");
   if (given.contains("where") && !o.prompts)
     throw UsageError("--where", "--prompts FILE, whose lines it chooses", "none");
   const auto which = parse_shard(o.shard.value_or("0/1"));
-  expect_other_file(*o.output, {o.model, o.prompts, o.draft});
+  expect_other_file(*o.output, {o.model, o.prompts});
 
   try {
     return answer_all(o, which);

@@ -2,7 +2,6 @@
 // was stopped. What a stage leaves lies beside the draft:
 //   DRAFT.held-out.jsonl    prompts that nothing is learnt from
 //   DRAFT.answers.jsonl     the target's answers to the others
-//   DRAFT.on-policy.jsonl   ... and to some of them once more, with the draft's turns in between
 //   *.checkpoint            of the two fits
 #include <algorithm>
 #include <filesystem>
@@ -90,7 +89,7 @@ int train_all(const std::vector<std::string>& args) {
           {0, "positions", "N", "positions to learn from; 0: each once",
            integer(&o.positions, 0, 2'000'000'000)},
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
-          {0, "on-policy", "", "then a third as long on answers in which the draft took turns",
+          {0, "on-policy", "", "then a third as long at what it would itself propose as well",
            on(&o.on_policy)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
            on(&o.strict)},
@@ -113,8 +112,8 @@ int train_all(const std::vector<std::string>& args) {
     throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
                 std::to_string(prompts.size()));
   const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
-                    answers = draft + ".answers.jsonl", turns = draft + ".on-policy.jsonl";
-  for (const std::string& path : {draft, held_out, answers, turns}) {
+                    answers = draft + ".answers.jsonl";
+  for (const std::string& path : {draft, held_out, answers}) {
     expect_other_file(path, {o.model, o.prompts});
     expect_writable(path);
   }
@@ -128,19 +127,10 @@ int train_all(const std::vector<std::string>& args) {
     if (o.threads) flags.insert(flags.end(), {"--threads", std::to_string(*o.threads)});
     return run(flags);
   };
-  const auto data = [&](const std::string& title, const std::string& shard, size_t limit,
-                        std::vector<std::string> more) {
-    more.insert(more.end(),
-                {"--prompts", *o.prompts, "--limit", std::to_string(limit), "--features", "-n",
-                 std::to_string(o.n), "--sequences", std::to_string(o.sequences), "-o", shard});
-    if (o.strict) more.push_back("--strict");
-    if (!o.where.text.empty()) more.insert(more.end(), {"--where", o.where.text});
-    return stage(train_data, title, more);
-  };
   // share: of the length that was asked for.
-  const auto fit = [&](const std::string& title, const std::string& shards,
-                       const std::string& checkpoint, int share, std::vector<std::string> more) {
-    more.insert(more.end(), {"--data", shards, "-o", draft, "--checkpoint", checkpoint});
+  const auto fit = [&](const std::string& title, const std::string& checkpoint, int share,
+                       std::vector<std::string> more) {
+    more.insert(more.end(), {"--data", answers, "-o", draft, "--checkpoint", checkpoint});
     if (o.minutes > 0)
       more.insert(more.end(), {"--minutes", number_text(o.minutes / static_cast<float>(share))});
     else if (o.positions > 0)
@@ -152,22 +142,23 @@ int train_all(const std::vector<std::string>& args) {
   };
 
   const std::string first = draft + ".checkpoint", second = draft + ".on-policy.checkpoint";
-  const bool first_is_done = std::filesystem::exists(second) || std::filesystem::exists(turns);
   int code = 0;
-  if (!first_is_done) {
-    code = data("the target answers " + count_text(static_cast<int64_t>(learnt), "prompt"), answers,
-                learnt, {});
-    if (code == 0) code = fit("the draft learns", answers, first, 1, {});
+  if (!std::filesystem::exists(second)) {
+    std::vector<std::string> flags = {"--prompts",   *o.prompts,
+                                      "--limit",     std::to_string(learnt),
+                                      "-n",          std::to_string(o.n),
+                                      "--sequences", std::to_string(o.sequences),
+                                      "-o",          answers,
+                                      "--features"};
+    if (o.strict) flags.push_back("--strict");
+    if (!o.where.text.empty()) flags.insert(flags.end(), {"--where", o.where.text});
+    code = stage(train_data,
+                 "the target answers " + count_text(static_cast<int64_t>(learnt), "prompt"), flags);
+    if (code == 0) code = fit("the draft learns", first, 1, {});
   }
-  if (code == 0 && o.on_policy) {
-    const size_t some = std::max<size_t>(1, learnt / 4);
-    if (!std::filesystem::exists(second))  // else all is answered, and the draft has learnt since
-      code = data("the draft takes turns in " + count_text(static_cast<int64_t>(some), "answer"),
-                  turns, some, {"--draft", draft});
-    if (code == 0)
-      code = fit("the draft learns from both", answers + "," + turns, second, 3,
-                 {"--init", draft, "--lr", "0.0005"});
-  }
+  if (code == 0 && o.on_policy)
+    code = fit("the draft learns from what it would propose", second, 3,
+               {"--init", draft, "--lr", "0.0005", "--on-policy", "8"});
   if (code == 0)
     code = stage(train_eval, "how good it is, and how its probabilities are to be read",
                  {"--draft", draft, "--prompts", held_out, "-n", std::to_string(std::min(o.n, 96)),
