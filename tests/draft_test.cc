@@ -278,7 +278,8 @@ TEST(Draft, CalibrationByStepAndTemperature) {
   EXPECT_EQ(c.calibration(0, 0).temperature, 0.5f);
   EXPECT_EQ(c.calibration(5, 0).coverage, 0.5f) << "like the last";
   EXPECT_EQ(c.calibration(1, 0.5f).temperature, 1.5f) << "in between";
-  EXPECT_EQ(c.calibration(2, 7).coverage, 0.125f) << "above 1 as at 1";
+  EXPECT_EQ(c.calibration(2, 4).temperature, 3.0f) << "above 1 as at 1";
+  EXPECT_EQ(c.calibration(2, 4).coverage, 0.125f / 16) << "less and less of the target's tokens";
 }
 
 }  // namespace

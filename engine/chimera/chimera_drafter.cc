@@ -31,27 +31,30 @@ struct Yield {
 // worth a pass. An account in plain steps: tokens accepted come in, the time that they took goes
 // out. Luck alone must not empty it, and it holds no more than that takes, so that drafting which
 // pays no longer is found out: then it rests, and is tried again, after longer and longer rests as
-// long as it does not pay.
+// long as it does not pay. (It needs no account to see that where the draft itself finds nothing
+// worth proposing, step after step.)
 class Worth {
  public:
   bool rests() const { return resting_ > 0; }
-  void observe(double gained, double spent) {
+  void observe(double gained, double spent, bool proposed) {
     if (resting_ > 0) {
       if (--resting_ == 0) balance_ = kAgain;
       return;
     }
     balance_ = std::min(kMost, balance_ + gained - spent);
-    if (balance_ >= kStart) next_rest_ = kShortest;
-    if (balance_ >= 0) return;
+    silent_ = proposed ? 0 : silent_ + 1;
+    if (balance_ >= kStart && silent_ == 0) next_rest_ = kShortest;
+    if (balance_ >= 0 && silent_ < kSilent) return;
+    silent_ = 0;
     resting_ = next_rest_;
     next_rest_ = std::min(2 * next_rest_, kLongest);
   }
 
  private:
   static constexpr double kStart = 4, kAgain = 1.5, kMost = 6;
-  static constexpr int kShortest = 8, kLongest = 128;  // steps
+  static constexpr int kShortest = 8, kLongest = 128, kSilent = 4;  // steps
   double balance_ = kStart;
-  int resting_ = 0, next_rest_ = kShortest;
+  int resting_ = 0, next_rest_ = kShortest, silent_ = 0;
 };
 
 class GrowingDrafter final : public ChimeraDrafter {
@@ -101,7 +104,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     const Step::Sequence& rows = k.step->sequences[k.sequence];
     if (rows.root != rows.first_row) return;  // a prompt
     seq.trust.observe(k.n_kept - 1);
-    seq.worth.observe(k.n_kept - 1, seq.price);
+    seq.worth.observe(k.n_kept - 1, seq.price, rows.n_rows > 1 || seq.price == 0);
     seq.price = 0;
     spent_.seconds += seconds_since(start);
     if (!rests) average(seconds_since(start), &observe_seconds_);

@@ -14,9 +14,10 @@ DraftCalibration::Reading DraftCalibration::at(int step) const {
 
 DraftCalibration::Reading DraftConfig::calibration(int step, float sampling_temperature) const {
   const DraftCalibration::Reading g = greedy.at(step), s = sampled.at(step);
-  const float share = std::min(sampling_temperature, 1.0f);
+  const float share = std::min(sampling_temperature, 1.0f),
+              above = std::max(sampling_temperature, 1.0f);
   return {g.temperature + (s.temperature - g.temperature) * share,
-          g.coverage + (s.coverage - g.coverage) * share};
+          (g.coverage + (s.coverage - g.coverage) * share) / (above * above)};
 }
 
 void check(const DraftTensors& draft, const LlamaConfig& target) {
