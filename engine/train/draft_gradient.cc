@@ -10,12 +10,6 @@ namespace {
 constexpr double kEps = 1e-5;  // of rms()
 constexpr double kEmbeddingEps = 1.2e-7;
 
-int64_t n_starts(std::span<const TrainingText* const> texts) {
-  int64_t n = 0;
-  for (const TrainingText* t : texts) n += t->n_starts();
-  return n;
-}
-
 }  // namespace
 
 double Score::weighted_loss(double step_weight) const {
@@ -80,86 +74,25 @@ void DraftGradient<T>::choose_vocabulary(std::span<const TrainingText* const> te
 template <typename T>
 void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_steps) {
   const int64_t d = config_.hidden_size;
+  rollouts_ = Rollouts(texts, n_steps);
   steps_ = n_steps;
-  p_ = n_ = q_rows_ = 0;
-  texts_.clear();
-  for (const TrainingText* t : texts) {
-    const auto branches = static_cast<int64_t>(t->branches.size());
-    texts_.push_back({.first_slot = p_,
-                      .n_slots = t->first_start + t->n_starts(),
-                      .first_query = q_rows_,
-                      .n_queries = t->n_starts() + branches * steps_,
-                      .first_row = n_,
-                      .n_rows = t->n_starts() + branches});
-    p_ += t->n_positions();
-    q_rows_ += texts_.back().n_queries;
-    n_ += texts_.back().n_rows;
-  }
-  std::vector<int32_t> token, trigram, rope, next;
-  for (size_t i = 0; i < texts.size(); ++i) {
-    const auto first = static_cast<int32_t>(texts_[i].first_slot);
-    for (int32_t p = 0; p < texts[i]->n_positions(); ++p) {
-      token.push_back(texts[i]->tokens[static_cast<size_t>(p)]);
-      for (int32_t j = 0; j < 3; ++j) trigram.push_back(first + std::max(p - 2 + j, 0));
-      rope.push_back(p);
-      // (A text's last slot is never seen.)
-      next.push_back(static_cast<int32_t>(std::min<int64_t>(first + p + 1, p_ - 1)));
-    }
-  }
-  const auto rows = static_cast<size_t>(n_);
-  const auto cells = rows * static_cast<size_t>(steps_);
-  std::vector<int32_t> query_token, query_at, start, ahead(cells), query(cells), own(cells);
-  // A rollout goes along the queries from `from` on, of which `last` is the last.
-  const auto add_rollout = [&](int64_t n, int64_t from, int64_t last) {
-    for (size_t a = 0; a < static_cast<size_t>(steps_); ++a) {
-      const int64_t q = std::min(from + static_cast<int64_t>(a), last);
-      query[a * rows + start.size()] = static_cast<int32_t>(q);
-      ahead[a * rows + start.size()] = query_token[static_cast<size_t>(q)];
-      own[a * rows + start.size()] = query_at[static_cast<size_t>(q)];
-    }
-    start.push_back(static_cast<int32_t>(n));
-  };
-  const auto add_query = [&](int64_t of_token, int64_t at) {
-    query_token.push_back(static_cast<int32_t>(of_token));
-    query_at.push_back(static_cast<int32_t>(at));
-  };
-  for (size_t i = 0; i < texts.size(); ++i) {
-    const TrainingText& text = *texts[i];
-    const int64_t first = texts_[i].first_slot, n_starts = text.n_starts();
-    for (int64_t s = 1; s <= n_starts; ++s)
-      add_query(first + text.first_start + s, text.first_start + s);
-    for (int64_t s = 0; s < n_starts; ++s)
-      add_rollout(first + text.first_start + s, texts_[i].first_query + s,
-                  texts_[i].first_query + n_starts - 1);
-    for (const Branch& b : text.branches) {
-      const auto root = static_cast<int32_t>(token.size());  // its root, a second time
-      const auto queries = static_cast<int64_t>(query_token.size());
-      for (int32_t a = 0; a < steps_; ++a) {
-        token.push_back(a == 0 ? text.tokens[static_cast<size_t>(b.start + 1)]
-                               : b.tokens[std::min(static_cast<size_t>(a), b.tokens.size()) - 1]);
-        for (int32_t j = a - 2; j <= a; ++j)
-          trigram.push_back(
-              j >= 0 ? root + j
-                     : static_cast<int32_t>(first + std::max<int64_t>(b.start + 1 + j, 0)));
-        add_query(root + a, b.start + 1 + a);
-      }
-      add_rollout(first + b.start, queries, queries + steps_ - 1);
-    }
-  }
-  g_tokens_ = static_cast<int64_t>(token.size());
-  ops_.put(token, &token_);
-  ops_.put(rope, &rope_at_);
-  ops_.put(next, &next_);
-  ops_.put(query_token, &query_token_);
-  ops_.put(query_at, &query_at_);
-  ops_.put(start, &start_);
-  ops_.put(ahead, &ahead_);
-  ops_.put(query, &query_);
-  ops_.put(own, &own_at_);
+  p_ = rollouts_.n_positions();
+  g_tokens_ = rollouts_.n_tokens();
+  q_rows_ = rollouts_.n_queries();
+  n_ = rollouts_.size();
+  ops_.put(rollouts_.token, &token_);
+  ops_.put(rollouts_.position, &position_);
+  ops_.put(rollouts_.next, &next_);
+  ops_.put(rollouts_.query_token, &query_token_);
+  ops_.put(rollouts_.query_position, &query_position_);
+  ops_.put(rollouts_.start, &start_);
+  ops_.put(rollouts_.ahead, &ahead_);
+  ops_.put(rollouts_.query, &query_);
+  ops_.put(rollouts_.ahead_position, &ahead_position_);
 
   ops_.need(&h_, p_ * d);
   for (size_t i = 0; i < texts.size(); ++i) {
-    T* to = h_.data() + texts_[i].first_slot * d;
+    T* to = h_.data() + rollouts_.texts[i].first_slot * d;
     if constexpr (std::is_same_v<T, float>) {
       ops_.upload(to, texts[i]->states.data(), texts[i]->states.size() * sizeof(T));
     } else {
@@ -170,7 +103,7 @@ void DraftGradient<T>::gather(std::span<const TrainingText* const> texts, int n_
   ops_.need(&e_, g_tokens_ * d);
   ops_.embed(g_tokens_, d, static_cast<T>(kEmbeddingEps), embedding_, token_.data(), e_.data());
   if (!config_.trigram) return;
-  ops_.put(trigram, &trigram_at_);
+  ops_.put(rollouts_.trigram, &trigram_at_);
   ops_.need(&trigram_, g_tokens_ * 3 * d);
   ops_.gather_rows(g_tokens_ * 3, d, e_.data(), trigram_at_.data(), trigram_.data());
 }
@@ -230,7 +163,7 @@ void DraftGradient<T>::own_slot(const T* w, int j) {
            f_inverse_.data() + block);
   for (const Part part : {kKeys, kValues}) project(w, own_slots(part, j));
   T* k = own_slots_[kKeys].out.data() + block * kv;
-  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
+  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, ahead_position_.data() + block,
               config_.rope_base, 1, T{1}, k);
   attention_.own_k[j] = k;
   attention_.own_v[j] = own_slots_[kValues].out.data() + block * kv;
@@ -239,7 +172,7 @@ void DraftGradient<T>::own_slot(const T* w, int j) {
 template <typename T>
 void DraftGradient<T>::own_slot_grad(const T* w, int j, T* dw) {
   const int64_t d = config_.hidden_size, kv = config_.kv_size(), block = (j - 1) * n_;
-  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, own_at_.data() + block,
+  ops_.rotate(n_, kv, config_.rope_kv_heads, config_.head_dim, ahead_position_.data() + block,
               config_.rope_base, -1, T{1}, own_slots_[kKeys].grad.data() + block * kv);
   zeros(&narrow_, n_ * d);  // gradient of rms(f)
   for (const Part part : {kKeys, kValues}) project_grad(w, own_slots(part, j), dw, narrow_.data());
@@ -278,7 +211,7 @@ void DraftGradient<T>::forward(const T* w) {
   ops_.scale(q_rows_, d, q_rms_.data(), w + layout_.attn_norm.offset, q_in_.data());
   ops_.product(q_rows_, q, d, q_in_.data(), w + layout_.wq.offset, q_.data());
   const int group = config_.n_heads / config_.n_kv_heads;
-  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_at_.data(),
+  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_position_.data(),
               config_.rope_base, 1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)), q_.data());
   const int64_t rows = steps_ * n_;
   for (const Part part : {kKeys, kValues}) {
@@ -291,12 +224,12 @@ void DraftGradient<T>::forward(const T* w) {
     project(w, slots(part));
   }
   T* k = slots_[kKeys].out.data();
-  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
+  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, position_.data(), config_.rope_base,
               1, T{1}, k);
   attention_.shape = {config_.n_heads, config_.n_kv_heads, config_.head_dim};
-  attention_.texts = texts_;
+  attention_.texts = rollouts_.texts;
   attention_.query = query_.data();
-  attention_.seen = own_at_.data();  // of step 0: 0..n
+  attention_.seen = ahead_position_.data();  // of step 0: 0..n
   attention_.n_rows = n_;
   attention_.q = q_.data();
   attention_.k = k;
@@ -419,7 +352,7 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   // Queries and slots of the positions.
   ops_.attention_end_grad(attention_);
   const int group = config_.n_heads / config_.n_kv_heads;
-  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_at_.data(),
+  ops_.rotate(q_rows_, q, config_.rope_kv_heads * group, config_.head_dim, query_position_.data(),
               config_.rope_base, -1, T{1} / std::sqrt(static_cast<T>(config_.head_dim)),
               dq_.data());
   ops_.grad_weight(q_rows_, q, d, dq_.data(), q_in_.data(), dw + layout_.wq.offset);
@@ -428,7 +361,7 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
   ops_.scale_grad(q_rows_, d, q_rms_.data(), w + layout_.attn_norm.offset, narrow_.data(),
                   narrow_.data(), dw + layout_.attn_norm.offset);
   ops_.add_rows(q_rows_, d, narrow_.data(), d, query_token_.data(), dg_rms_.data());
-  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, rope_at_.data(), config_.rope_base,
+  ops_.rotate(p_, kv, config_.rope_kv_heads, config_.head_dim, position_.data(), config_.rope_base,
               -1, T{1}, attention_.dk);
   for (const Part part : {kKeys, kValues}) project_grad(w, slots(part), dw, nullptr);
   ops_.rms_grad(g_tokens_, d, g_rms_.data(), g_inverse_.data(), dg_rms_.data(), dg_.data(), true);
@@ -445,44 +378,18 @@ void DraftGradient<T>::backward(const T* w, T* dw) {
 
 // The loss of the rows u, and its gradient du.
 template <typename T>
-void DraftGradient<T>::loss(std::span<const TrainingText* const> texts, double step_weight,
-                            bool want_gradient) {
+void DraftGradient<T>::loss(double step_weight, bool want_gradient) {
   const int64_t rows = steps_ * n_;
-  std::vector<SoftTarget> targets;
-  // A rollout's target of step k is the one `first` + k, if that is below `end` and k >= from.
-  struct Rollout {
-    int64_t first, from, end;
-  };
-  std::vector<Rollout> rollouts;
-  const auto add = [&](const std::vector<SoftTarget>& more) {
-    targets.insert(targets.end(), more.begin(), more.end());
-    return static_cast<int64_t>(targets.size());
-  };
-  for (const TrainingText* t : texts) {
-    const auto first = static_cast<int64_t>(targets.size()), end = add(t->targets);
-    for (int64_t s = 0; s < t->n_starts(); ++s) rollouts.push_back({first + s, 0, end});
-    for (const Branch& b : t->branches) {
-      const int64_t at_end = add(b.targets);
-      const auto n_tokens = static_cast<int64_t>(b.tokens.size());
-      rollouts.push_back(
-          {at_end - n_tokens - 1, n_tokens + 1 - static_cast<int64_t>(b.targets.size()), at_end});
-    }
-  }
+  std::vector<SoftTarget> targets = rollouts_.targets;
   for (SoftTarget& t : targets) {
     for (int32_t& token : t.token) token = token < 0 ? -1 : index_of_[static_cast<size_t>(token)];
   }
-  std::vector<int32_t> target_of;
   std::vector<T> weights;
-  double weight = 1.0 / static_cast<double>(std::max<int64_t>(n_starts(texts), 1));
-  for (int k = 0; k < steps_; ++k, weight *= step_weight) {
-    for (const Rollout& r : rollouts) {
-      const bool known = k >= r.from && r.first + k < r.end;
-      target_of.push_back(known ? static_cast<int32_t>(r.first + k) : -1);
-      weights.push_back(known ? static_cast<T>(weight) : T{0});
-    }
-  }
+  double weight = 1.0 / static_cast<double>(std::max<int64_t>(rollouts_.n_starts, 1));
+  for (int k = 0; k < steps_; ++k, weight *= step_weight)
+    weights.insert(weights.end(), static_cast<size_t>(n_), static_cast<T>(weight));
   ops_.put(targets, &targets_);
-  ops_.put(target_of, &target_of_);
+  ops_.put(rollouts_.target_of, &target_of_);
   ops_.put(weights, &row_weight_);
   ops_.need(&du_, rows * config_.hidden_size);
   ops_.need(&loss_, rows);
@@ -498,14 +405,14 @@ Score DraftGradient<T>::run(const T* parameters, std::span<const TrainingText* c
   gather(texts, n_steps);
   choose_vocabulary(texts);
   forward(parameters);
-  loss(texts, step_weight, gradient != nullptr);
+  loss(step_weight, gradient != nullptr);
   if (gradient != nullptr) backward(parameters, gradient);
 
   // (Only now, when all is on its way: this waits.)
   const std::vector<T> loss = ops_.get(loss_);
   const std::vector<int32_t> correct = ops_.get(correct_);
   Score score;
-  score.starts = n_starts(texts);
+  score.starts = rollouts_.n_starts;
   for (size_t r = 0; r < loss.size(); ++r) {
     if (correct[r] >= 0)
       score.step[r / static_cast<size_t>(n_)] += {static_cast<double>(loss[r]), 1, correct[r]};

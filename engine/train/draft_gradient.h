@@ -1,11 +1,9 @@
 // The draft model's loss over a batch of texts, and its gradient. The formulas are those of
 // engine/chimera/draft_tensors.h; T is float, or double for checking.
 //
-// Every start n of a text shares the text's slots and queries: they are functions of the position
-// alone, so they are made once a position; only what a rollout adds (its own slots) is made for
-// each rollout. Rows of step k are the rollouts of the whole batch: for each text those along it,
-// from every start, then those along its branches. Buffers over all steps hold step 0, then step 1,
-// ...
+// What depends on the position of a text alone, slots and queries, is made once a position, and
+// only what a rollout adds (its own slots) for each rollout. Rows of step k are the batch's
+// rollouts (rollouts.h); buffers over all steps hold step 0, then step 1, ...
 #pragma once
 
 #include <array>
@@ -14,31 +12,9 @@
 
 #include "engine/train/ops.h"
 #include "engine/train/parameters.h"
+#include "engine/train/rollouts.h"
 
 namespace chimera::training {
-
-// Where a draft would have gone from a text and the target did not: a path of candidates below a
-// root. What the target says there is learnt as well.
-struct Branch {
-  int64_t start;                // n, of which the root is the token x_{n + 1}
-  std::vector<int32_t> tokens;  // after the root, one at least
-  // The target's answers after the last ones of them. After those before, the text or another
-  // branch, which go along, have them.
-  std::vector<SoftTarget> targets;
-};
-
-// One text to learn from: tokens x_0..x_{L-1}, of which x_{first_start + 2}.. are to be predicted.
-struct TrainingText {
-  std::vector<int32_t> tokens;      // L
-  int64_t first_start = 0;          // the first n: the last known state of a rollout
-  std::vector<float> states;        // (L - 1, d)  the target's final states h_0..h_{L-2}
-  std::vector<SoftTarget> targets;  // row i: the target's answer at position first_start + 1 + i
-  std::vector<Branch> branches;
-
-  int64_t n_positions() const { return static_cast<int64_t>(tokens.size()) - 1; }
-  // Starts whose first prediction is known.
-  int64_t n_starts() const { return n_positions() - 1 - first_start; }
-};
 
 struct StepScore {
   double loss = 0;  // summed cross entropy, unweighted
@@ -88,7 +64,7 @@ class DraftGradient {
   void gather(std::span<const TrainingText* const> texts, int n_steps);
   void choose_vocabulary(std::span<const TrainingText* const> texts);
   void forward(const T* w);
-  void loss(std::span<const TrainingText* const> texts, double step_weight, bool want_gradient);
+  void loss(double step_weight, bool want_gradient);
   void backward(const T* w, T* dw);
 
   // The keys of slots, or their values.
@@ -123,24 +99,14 @@ class DraftGradient {
   Index vocabulary_at_;              // vocabulary_, for the ops
   Buffer<T> head_rows_;              // (vocabulary_, d)
 
-  // Of the batch: P positions of the texts; G tokens, which have a feature each: those of the
-  // positions, then K of each branch, from its root on; Q queries: of each text the tokens that its
-  // rollouts go along; N rollouts, K steps.
-  int64_t p_ = 0, g_tokens_ = 0, q_rows_ = 0, n_ = 0;
-  int steps_ = 0;
-  std::vector<AttentionText> texts_;
-  Index token_;        // (G)
-  Index trigram_at_;   // (G, 3) tokens of a trigram
-  Index rope_at_;      // (P) position in the text
-  Index next_;         // (P) the next position, at most the last one
-  Index query_token_;  // (Q) of G
-  Index query_at_;     // (Q) and its position in the text
-  Index start_;        // (N) position n
-  Index ahead_;        // (K, N) row a - 1: the token a after position n, of G. Behind the end
-                       // of a text, or of a branch, its last one
-  Index query_;        // (K, N) the same, of Q
-  Index own_at_;       // (K, N) and its position in the text
-  Buffer<T> h_, e_, trigram_;  // (P, d), (G, d), (G, 3 d)
+  // Of the batch: its lists, and in the memory of the ops the same, (P, d) states, (G, d)
+  // embeddings and (G, 3 d) trigrams.
+  Rollouts rollouts_;
+  int64_t p_ = 0, g_tokens_ = 0, q_rows_ = 0, n_ = 0;  // P, G, Q, N
+  int steps_ = 0;                                      // K
+  Index token_, trigram_at_, position_, next_, query_token_, query_position_, start_, ahead_,
+      query_, ahead_position_;
+  Buffer<T> h_, e_, trigram_;
   const int32_t* ahead(int a) const { return ahead_.data() + (a - 1) * n_; }
 
   // Kept from forward for backward. (G, ...) first, h_rms_ (P, d), then of the queries:

@@ -14,7 +14,7 @@
 #include <span>
 #include <vector>
 
-#include "engine/sampler.h"
+#include "engine/train/training_text.h"
 
 namespace chimera::training {
 
@@ -22,9 +22,6 @@ inline constexpr int kMaxSteps = 8;  // of a rollout
 
 // What products round their elements to; sums are f32.
 enum class Precision : uint8_t { kF32, kBF16 };
-
-// What the target answered at a position.
-using SoftTarget = LikelyTokens;
 
 // One text's part of the rollout's attention: rows [first_slot, ... + n_slots) of k and v are its
 // slots, rows [first_query, ... + n_queries) of q ask for it, in the rollouts that are rows
