@@ -25,7 +25,7 @@ TrainingText OnPolicyFeatures::read(std::span<const int32_t> tokens, int64_t fir
   ++texts_read_;
   Step& step = pass_.session.edit_step();
   const int64_t d = pass_.session.model().config().hidden_size;
-  // Everything before `root` is committed, and learnt from.
+  // Everything before `root` has been gone through.
   for (int64_t root = 0; root < text.n_positions();) {
     const int64_t first = root, end = std::min(first + kTextRows, text.n_positions());
     pass_.add_text(text, first, end);
@@ -61,7 +61,6 @@ TrainingText OnPolicyFeatures::read(std::span<const int32_t> tokens, int64_t fir
       pass_.run();
       add_branches(pass_.likely(), &text);
     }
-    step.sequences[0].committed = static_cast<int32_t>(root);
   }
   return text;
 }
