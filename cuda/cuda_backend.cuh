@@ -146,15 +146,15 @@ class CudaBackend final : public Backend, public TreeOps {
     return matrix;
   }
 
-  // Packs the row's own tile (or F32 panel) anew: what it holds besides the row is in the tensor
-  // too.
-  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
+  // Packs the rows' own tiles (or F32 panels) anew: what they hold besides is in the tensor too.
+  void replace_rows(Matrix& matrix, const TensorView& tensor, int64_t first, int64_t n) override {
     const int64_t height = tensor.type == DType::kF32 ? kF32PanelRows : kTileRows,
-                  first = row / height * height;
+                  end = std::min(tensor.rows, ceil_div(first + n, height) * height);
+    first = first / height * height;
     TensorView rows = tensor;
-    rows.rows = std::min(height, tensor.rows - first);
+    rows.rows = end - first;
     std::vector<std::byte> file;
-    for (int64_t r = first; r < first + rows.rows; ++r)
+    for (int64_t r = first; r < end; ++r)
       file.insert(file.end(), tensor.row(r), tensor.row(r) + row_bytes(tensor.type, tensor.cols));
     rows.data = file.data();
     rows.interleaved_head_dim = 0;

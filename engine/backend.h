@@ -151,8 +151,9 @@ class Backend {
   // backend takes weights from large blocks, which it gives back when it goes itself.
   virtual std::unique_ptr<Matrix> prepare(std::span<const TensorView> stacked,
                                           const Consumed& consumed) = 0;
-  // Row `row` of a tensor that was prepared alone has changed: brings it into the matrix.
-  virtual void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) = 0;
+  // Rows [first, first + n) of a tensor that was prepared alone have changed: brings them into the
+  // matrix.
+  virtual void replace_rows(Matrix& matrix, const TensorView& tensor, int64_t first, int64_t n) = 0;
   virtual size_t kv_bytes(const KvShape& shape) const = 0;
   // memory: kv_bytes() of it, zeroed.
   virtual KvCache bind_kv(const KvShape& shape, void* memory) const = 0;

@@ -491,11 +491,13 @@ TEST(CudaBackend, ReplacesARow) {
       for (size_t i = 0; i < values.size(); ++i) put(i);
       const TensorView view{"rows", type, 40, 64, file.data(), 0};
       const auto matrix = backend->prepare({&view, 1}, nullptr);
-      for (size_t i = 37 * 64; i < 38 * 64; ++i) {
-        values[i] += 1;
-        put(i);
+      for (const auto& [first, n] : {std::pair<int64_t, int64_t>{37, 1}, {5, 29}}) {
+        for (int64_t i = first * 64; i < (first + n) * 64; ++i) {
+          values[static_cast<size_t>(i)] += 1;
+          put(static_cast<size_t>(i));
+        }
+        backend->replace_rows(*matrix, view, first, n);
       }
-      backend->replace_row(*matrix, view, 37);
       const auto memory = backend->allocate(sizeof(Step) + 40 * 64 * 4);
       auto* step = static_cast<Step*>(memory.get());
       auto* out = reinterpret_cast<float*>(step + 1);

@@ -31,30 +31,38 @@ struct Yield {
 // worth a pass. An account in plain steps: tokens accepted come in, the time that they took goes
 // out. Luck alone must not empty it, and it holds no more than that takes, so that drafting which
 // pays no longer is found out: then it rests, and is tried again, after longer and longer rests as
-// long as it does not pay. (It needs no account to see that where the draft itself finds nothing
-// worth proposing, step after step.)
+// long as it does not pay. Nor does it hold more than the next rest could lose: where the trees
+// themselves promise little more than they cost, little is risked to find out.
 class Worth {
  public:
   bool rests() const { return resting_ > 0; }
-  void observe(double gained, double spent, bool proposed) {
+  // promised: tokens, of which `gained` came.
+  void observe(double gained, double spent, double promised) {
     if (resting_ > 0) {
-      if (--resting_ == 0) balance_ = kAgain;
+      if (--resting_ > 0) return;
+      balance_ = std::min(kAgain, most());
+      earned_ = 0;
       return;
     }
-    balance_ = std::min(kMost, balance_ + gained - spent);
-    silent_ = proposed ? 0 : silent_ + 1;
-    if (balance_ >= kStart && silent_ == 0) next_rest_ = kShortest;
-    if (balance_ >= 0 && silent_ < kSilent) return;
-    silent_ = 0;
+    mean_ += (promised - spent - mean_) / ++n_;
+    n_ = std::min(n_, kMemory - 1);
+    earned_ += gained - spent;
+    balance_ = std::min(most(), balance_ + gained - spent);
+    if (earned_ >= kStart) next_rest_ = kShortest;
+    if (balance_ >= 0) return;
     resting_ = next_rest_;
-    next_rest_ = std::min(2 * next_rest_, kLongest);
+    next_rest_ = std::min((mean_ < 0 ? 4 : 2) * next_rest_, kLongest);
   }
 
  private:
-  static constexpr double kStart = 4, kAgain = 1.5, kMost = 6;
-  static constexpr int kShortest = 8, kLongest = 128, kSilent = 4;  // steps
-  double balance_ = kStart;
-  int resting_ = 0, next_rest_ = kShortest, silent_ = 0;
+  double most() const { return std::clamp(next_rest_ * mean_, kLeast, kMost); }
+
+  static constexpr double kStart = 4, kAgain = 1.5, kLeast = 0.3, kMost = 6;
+  static constexpr int kShortest = 8, kLongest = 64, kMemory = 8;  // steps
+  double balance_ = kStart, earned_ = 0;
+  double mean_ = kStart / kShortest;  // of what the trees of the last steps promised to earn
+  int n_ = 1;                         // of how many
+  int resting_ = 0, next_rest_ = kShortest;
 };
 
 class GrowingDrafter final : public ChimeraDrafter {
@@ -104,7 +112,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     const Step::Sequence& rows = k.step->sequences[k.sequence];
     if (rows.root != rows.first_row) return;  // a prompt
     seq.trust.observe(k.n_kept - 1);
-    seq.worth.observe(k.n_kept - 1, seq.price, rows.n_rows > 1 || seq.price == 0);
+    if (rests || seq.price > 0) seq.worth.observe(k.n_kept - 1, seq.price, seq.promised);
     seq.price = 0;
     spent_.seconds += seconds_since(start);
     if (!rests) average(seconds_since(start), &observe_seconds_);
@@ -147,7 +155,8 @@ class GrowingDrafter final : public ChimeraDrafter {
     int expanded = 0;  // committed length that the model has seen; 0: nothing to draft from
     Trust trust{};
     Worth worth{};
-    double price = 0;  // of the last tree, in plain steps; 0 where costs are not known
+    double price = 0;     // of the last tree, in plain steps; 0 where costs are not known, ...
+    double promised = 0;  // ... and tokens that it promised
     std::vector<float> waiting{};
     int first_waiting = 0, n_waiting = 0;
 
@@ -227,6 +236,7 @@ class GrowingDrafter final : public ChimeraDrafter {
       const double plain = c.cost->seconds(1),
                    pass = c.cost->seconds(1 + static_cast<int>(tree_.chosen().size()));
       seq.price = (seconds_since(start) + pass - plain) / plain;
+      seq.promised = tree_.expected_tokens() - 1;
     }
     return tree_;
   }
@@ -243,7 +253,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     for (size_t i = n_static_; i < vocabulary_.size(); ++i)
       known_[static_cast<size_t>(vocabulary_[i])] = 0;
     vocabulary_.resize(n_static_);
-    oldest_ = 0;
+    learnt_ = written_ = 0;
   }
 
   size_t row_bytes() const { return static_cast<size_t>(hidden_) * 4; }
@@ -271,17 +281,24 @@ class GrowingDrafter final : public ChimeraDrafter {
   void learn(int32_t token) {
     if (known_[static_cast<size_t>(token)]) return;
     known_[static_cast<size_t>(token)] = 1;
-    const size_t n = vocabulary_.size() - n_static_;
-    size_t row = n;
-    if (n < DraftModel::kMaxDynamic) {
+    const size_t at = n_static_ + learnt_++ % DraftModel::kMaxDynamic;
+    if (at == vocabulary_.size()) {
       vocabulary_.push_back(token);
     } else {
-      row = oldest_;
-      oldest_ = (oldest_ + 1) % DraftModel::kMaxDynamic;
-      known_[static_cast<size_t>(vocabulary_[n_static_ + row])] = 0;
-      vocabulary_[n_static_ + row] = token;
+      known_[static_cast<size_t>(vocabulary_[at])] = 0;
+      vocabulary_[at] = token;
     }
-    model_.set_dynamic(static_cast<int>(row), token);
+  }
+  // The head learns them when it is next needed: neighbours together, and in a rest none.
+  void write_vocabulary() {
+    size_t n = std::min<size_t>(learnt_ - written_, DraftModel::kMaxDynamic);
+    for (written_ = learnt_; n > 0;) {
+      const size_t row = (learnt_ - n) % DraftModel::kMaxDynamic,
+                   run = std::min(n, DraftModel::kMaxDynamic - row);
+      model_.set_dynamic(static_cast<int>(row),
+                         std::span(vocabulary_).subspan(n_static_ + row, run));
+      n -= run;
+    }
   }
 
   // Where a token stands in the logits, -1: it cannot be proposed.
@@ -349,6 +366,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   const float* expand_root(const DraftContext& c, const Sequence& seq) {
     ++spent_.steps;
     ++spent_.depths;
+    write_vocabulary();
     Step& step = model_.step();
     std::memcpy(model_.f(0), seq.root.f, row_bytes());
     std::memcpy(model_.feature(0), seq.root.feature, feature_bytes());
@@ -488,9 +506,11 @@ class GrowingDrafter final : public ChimeraDrafter {
   DraftModel model_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
-  std::vector<int32_t> vocabulary_;   // what can be proposed: n_static_ tokens, then dynamic ones
-  size_t n_static_ = 0, oldest_ = 0;  // oldest_: of the dynamic ones
-  std::vector<uint8_t> known_;        // by token: in the vocabulary
+  std::vector<int32_t> vocabulary_;  // what can be proposed: n_static_ tokens, then dynamic ones
+  size_t n_static_ = 0;
+  size_t learnt_ = 0,
+         written_ = 0;          // dynamic ones, of which the last ones are there; into the head
+  std::vector<uint8_t> known_;  // by token: in the vocabulary
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;
   std::vector<int> order_;

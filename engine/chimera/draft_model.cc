@@ -229,10 +229,11 @@ void DraftModel::round_head_rows(int first, std::span<const int32_t> tokens, Ste
   }
 }
 
-void DraftModel::set_dynamic(int index, int32_t token) {
-  const int row = static_cast<int>(vocabulary_.size()) + index;
-  round_head_rows(row, {&token, 1}, pass_.trigrams, x_);
-  backend_.replace_row(*head_, view(head_type_, head_rows_, head_->rows, config_.hidden_size), row);
+void DraftModel::set_dynamic(int first, std::span<const int32_t> tokens) {
+  const int row = static_cast<int>(vocabulary_.size()) + first;
+  round_head_rows(row, tokens, pass_.trigrams, x_);
+  backend_.replace_rows(*head_, view(head_type_, head_rows_, head_->rows, config_.hidden_size), row,
+                        static_cast<int64_t>(tokens.size()));
 }
 
 void DraftModel::fill_features(int first, int n, const int32_t* trigrams) {

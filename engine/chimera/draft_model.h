@@ -99,9 +99,10 @@ class DraftModel {
   float* f(int row) { return f_ + int64_t{row} * config_.hidden_size; }
   const float* logits(int row) const { return logits_ + row * logits_stride(); }
 
-  // The dynamic part of the vocabulary: up to kMaxDynamic tokens, replaced oldest first.
+  // The dynamic part of the vocabulary: up to kMaxDynamic tokens, of which these are the ones from
+  // number `first` on.
   static constexpr int kMaxDynamic = DraftState::kMostDynamic;
-  void set_dynamic(int index, int32_t token);  // index <= number of dynamic tokens
+  void set_dynamic(int first, std::span<const int32_t> tokens);
 
   // Slots of the draft's own cache.
   int committed(int sequence) { return step().sequences[sequence].committed; }
@@ -142,7 +143,7 @@ class DraftModel {
   std::unique_ptr<Matrix> wo_, gate_up_, down_;
   std::vector<std::unique_ptr<Matrix>> head_down_, head_up_;
   std::unique_ptr<Matrix> head_;      // (static + kMaxDynamic, d), from the target's head
-  std::vector<std::byte> head_rows_;  // the same in rows, for replace_row(); host only
+  std::vector<std::byte> head_rows_;  // the same in rows, for replace_rows(); host only
   std::vector<float> head_scale_;
   const float *ones_, *ffn_norm_, *out_norm_;
   std::vector<std::shared_ptr<void>> memory_;

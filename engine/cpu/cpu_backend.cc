@@ -242,15 +242,16 @@ class CpuBackend final : public Backend {
     return matrix;
   }
 
-  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
+  void replace_rows(Matrix& matrix, const TensorView& tensor, int64_t first, int64_t n) override {
     Segment& s = static_cast<CpuMatrix&>(matrix).segments.front();
-    if (s.panels != nullptr)
-      pack_panel(
-          tensor, row / kPanelRows,
-          s.panels + static_cast<size_t>(row / kPanelRows) * panel_bytes(tensor.type, tensor.cols));
-    else if (s.file.row(row) != tensor.row(row))
-      std::memcpy(const_cast<std::byte*>(s.file.row(row)), tensor.row(row),
-                  row_bytes(tensor.type, tensor.cols));
+    if (s.panels != nullptr) {
+      for (int64_t p = first / kPanelRows; p <= (first + n - 1) / kPanelRows; ++p)
+        pack_panel(tensor, p,
+                   s.panels + static_cast<size_t>(p) * panel_bytes(tensor.type, tensor.cols));
+    } else if (s.file.row(first) != tensor.row(first)) {
+      std::memcpy(const_cast<std::byte*>(s.file.row(first)), tensor.row(first),
+                  static_cast<size_t>(n) * row_bytes(tensor.type, tensor.cols));
+    }
   }
 
   // Layout: k (sequence, capacity / kChunk, layer, kv_head, kChunk / 16, head_dim, 16), then

@@ -56,8 +56,8 @@ class TimedBackend final : public Backend {
                                   const Consumed& consumed) override {
     return backend_->prepare(stacked, consumed);
   }
-  void replace_row(Matrix& matrix, const TensorView& tensor, int64_t row) override {
-    backend_->replace_row(matrix, tensor, row);
+  void replace_rows(Matrix& matrix, const TensorView& tensor, int64_t first, int64_t n) override {
+    backend_->replace_rows(matrix, tensor, first, n);
   }
   size_t kv_bytes(const KvShape& shape) const override { return backend_->kv_bytes(shape); }
   KvCache bind_kv(const KvShape& shape, void* memory) const override {
