@@ -8,6 +8,7 @@
 #include "engine/chimera/chimera_drafter.h"
 #include "engine/train/cpu_ops.h"
 #include "engine/train/draft_gradient.h"
+#include "engine/worth.h"
 #include "loader/draft_file.h"
 #include "tests/allocation_counter.h"
 #include "tests/prototype.h"
@@ -268,6 +269,49 @@ TEST(Draft, RestsWhereItDoesNotPay) {
   }
   EXPECT_NEAR(last_steps[true], last_steps[false], 5);
   EXPECT_LT(last_steps[true], 60) << "for 80 tokens";
+}
+
+// Steps until it rests, or 1,000; `every` of them gives a token.
+int steps_until_rest(Worth* worth, double spent, double promised, int every) {
+  int step = 0;
+  for (; step < 1000 && !worth->rests(); ++step)
+    worth->observe(step % every == every - 1 ? 1 : 0, spent, promised);
+  return step;
+}
+int steps_of_rest(Worth* worth) {
+  int step = 0;
+  for (; worth->rests(); ++step) worth->observe(0, 0, 0);
+  return step;
+}
+
+TEST(Draft, WorthRisksWhatARestCouldLose) {
+  constexpr int kNever = 5000;
+  Worth hopeless;  // finds nothing to propose
+  for (const int rest : {8, 32, 64, 64}) {
+    EXPECT_LE(steps_until_rest(&hopeless, 0.1, 0, kNever), 8);
+    EXPECT_EQ(steps_of_rest(&hopeless), rest);
+  }
+  Worth wrong;  // promises much, and nothing comes of it: that may be bad luck
+  EXPECT_GE(steps_until_rest(&wrong, 0.4, 1.2, kNever), 10);
+  for (const int rest : {8, 16, 32, 64, 64}) {
+    EXPECT_EQ(steps_of_rest(&wrong), rest);
+    EXPECT_LE(steps_until_rest(&wrong, 0.4, 1.2, kNever), 4);
+  }
+  Worth good;
+  EXPECT_EQ(steps_until_rest(&good, 0.4, 1, 2), 1000);
+  // What paid until now is given up as soon as what never did, and tried again soon.
+  EXPECT_LE(steps_until_rest(&good, 0.4, 1, kNever), 16);
+  EXPECT_EQ(steps_of_rest(&good), 8);
+  Worth scarce;  // one token in five for a price of a tenth, and it is known to be so
+  EXPECT_EQ(steps_until_rest(&scarce, 0.1, 0.2, 5), 1000);
+  Worth late;  // pays from the third try on: its rests are short again
+  for (int i = 0; i < 2; ++i) {
+    steps_until_rest(&late, 0.4, 1, kNever);
+    steps_of_rest(&late);
+  }
+  EXPECT_EQ(steps_until_rest(&late, 0.4, 1, 1), 1000);
+  steps_until_rest(&late, 0.4, 1, kNever);
+  EXPECT_EQ(steps_of_rest(&late), 8);
 }
 
 TEST(Draft, CalibrationByStepAndTemperature) {
