@@ -4,7 +4,9 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <random>
 
+#include "engine/candidate_tree.h"
 #include "engine/chimera/chimera_drafter.h"
 #include "engine/train/cpu_ops.h"
 #include "engine/train/draft_gradient.h"
@@ -269,6 +271,64 @@ TEST(Draft, RestsWhereItDoesNotPay) {
   }
   EXPECT_NEAR(last_steps[true], last_steps[false], 5);
   EXPECT_LT(last_steps[true], 60) << "for 80 tokens";
+}
+
+// More tokens than the dynamic vocabulary holds, learnt at once or piece by piece with a tree
+// drafted after each: the last ones can be proposed, with the same probabilities.
+TEST(Draft, DynamicVocabularyGoesRound) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  DraftTensors tensors = load_draft(kDraft);
+  tensors.vocabulary.resize(1);
+  constexpr int kTokens = 1400, kPiece = 350;
+  std::vector<int32_t> text(kTokens + 1);
+  for (int i = 0; i <= kTokens; ++i) text[static_cast<size_t>(i)] = 1000 + 7 * i;
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal(0, 1);
+  std::vector<float> states(size_t{kTokens} * 576);
+  for (float& x : states) x = normal(random);
+  const auto step = std::make_unique<Step>();
+  const auto tree_after = [&](int piece) {
+    const auto drafter = make_chimera_drafter(*target.model, tensors,
+                                              {.nodes = 16, .ngrams = false}, 1, kTokens + 1);
+    std::vector<std::pair<int32_t, float>> tree;
+    for (int first = 0; first < kTokens; first += piece) {
+      step->n_sequences = 1;
+      for (int done = 0; done < piece; done += 70) {
+        step->clear();
+        step->sequences[0].committed = first + done;
+        step->begin_sequence(0);
+        for (int r = 0; r < 70; ++r)
+          step->kept_at[step->add_row(text[static_cast<size_t>(first + done + r)], r - 1, false)] =
+              first + done + r;
+        drafter->observe(
+            {*target.backend, 0, 1, std::span(text).first(static_cast<size_t>(first + done + 71)),
+             70, first + done + 70, states.data() + static_cast<size_t>(first + done) * 576,
+             step.get(), nullptr, 0});
+      }
+      const CandidateTree& t =
+          drafter->candidates({*target.backend,
+                               0,
+                               1,
+                               std::span(text).first(static_cast<size_t>(first + piece + 1)),
+                               0,
+                               16,
+                               8,
+                               nullptr,
+                               {}});
+      tree.clear();
+      for (const int i : t.chosen()) tree.emplace_back(t[i].token, t[i].probability);
+    }
+    return tree;
+  };
+  const auto at_once = tree_after(kTokens);
+  EXPECT_EQ(at_once.size(), 16u);
+  EXPECT_EQ(tree_after(kPiece), at_once);
+  EXPECT_EQ(tree_after(70), at_once);
+  for (const auto& [token, probability] : at_once)
+    EXPECT_TRUE(token == tensors.vocabulary[0] ||
+                token > 1000 + 7 * (kTokens - DraftState::kMostDynamic))
+        << token;
 }
 
 // Steps until it rests, or 1,000; `every` of them gives a token.
