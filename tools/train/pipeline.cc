@@ -89,7 +89,7 @@ int train_all(const std::vector<std::string>& args) {
           {0, "positions", "N", "positions to learn from; 0: each once",
            integer(&o.positions, 0, 2'000'000'000)},
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
-          {0, "on-policy", "", "then a third as long at what it would itself propose as well",
+          {0, "on-policy", "", "then learn from the draft's own trees, a third as long",
            on(&o.on_policy)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
            on(&o.strict)},
@@ -157,7 +157,7 @@ int train_all(const std::vector<std::string>& args) {
     if (code == 0) code = fit("the draft learns", first, 1, {});
   }
   if (code == 0 && o.on_policy)
-    code = fit("the draft learns from what it would propose", second, 3,
+    code = fit("the draft learns from its own trees", second, 3,
                {"--init", draft, "--lr", "0.0005", "--on-policy", "8"});
   if (code == 0)
     code = stage(train_eval, "how good it is, and how its probabilities are to be read",
