@@ -471,8 +471,8 @@ class GrowingDrafter final : public ChimeraDrafter {
   std::vector<NgramIndex> indexes_;
   std::vector<int32_t> vocabulary_;  // what can be proposed: n_static_ tokens, then dynamic ones
   size_t n_static_ = 0;
-  size_t learnt_ = 0,
-         written_ = 0;          // dynamic ones, of which the last ones are there; into the head
+  size_t learnt_ = 0;           // dynamic ones of this text; the last kMaxDynamic are there, ...
+  size_t written_ = 0;          // ... and those up to this one in the model's head
   std::vector<uint8_t> known_;  // by token: in the vocabulary
   std::vector<float> noise_, noisy_;  // (vocabulary)
   CandidateTree tree_;

@@ -64,9 +64,8 @@ Command command(Options* o) {
         integer(&o->micro_batches, 1, 1024)},
        {0, "steps", "K", "steps of a rollout", integer(&o->steps, 1, training::kMaxSteps)},
        {0, "on-policy", "N",
-        "decode the texts with the draft, in trees of N nodes, and\nlearn where the target rejects "
-        "them "
-        "as well; 0: do not",
+        "decode the texts with the draft, in trees of N nodes, and\n"
+        "learn where the target rejects them as well; 0: do not",
         integer(&o->on_policy, 0, training::OnPolicyFeatures::kMostNodes)},
        {0, "device", "NAME", "cpu, cuda, or auto: cuda where it can be had",
         choice(&o->device, {"cpu", "cuda", "auto"})},
