@@ -45,7 +45,7 @@ TrainingText OnPolicyFeatures::read(std::span<const int32_t> tokens, int64_t fir
                                   /*cost=*/nullptr, Sampling{}}),
             root, text);
       }
-      observe(text, first, root, n_kept, is_prompt);
+      observe(text, first, root, n_kept);
       root += n_kept;
     }
     text.states.insert(text.states.end(), pass_.states(), pass_.states() + (root - first) * d);
@@ -89,14 +89,13 @@ int OnPolicyFeatures::verify(const CandidateTree& tree, int64_t root, const Trai
   return static_cast<int>(last_kept - root) + 1;
 }
 
-void OnPolicyFeatures::observe(const TrainingText& text, int64_t first, int64_t root, int n_kept,
-                               bool is_prompt) {
+void OnPolicyFeatures::observe(const TrainingText& text, int64_t first, int64_t root, int n_kept) {
   const Session& session = pass_.session;
   *kept_ = session.last_step();
   Step::Sequence& s = kept_->sequences[0];
   s.first_row = static_cast<int32_t>(root - first);
   s.n_rows = s.n_kept = n_kept;
-  s.root = is_prompt ? -1 : s.first_row;
+  s.root = -1;  // as of a prompt: how much was accepted matters only where passes have costs
   s.committed = static_cast<int32_t>(root) + n_kept;
   for (int r = 0; r < kept_->n_rows; ++r) kept_->kept_at[r] = static_cast<int32_t>(first) + r;
   const LlamaConfig& config = session.model().config();

@@ -42,7 +42,7 @@ class OnPolicyFeatures {
   };
   // Tokens that a pass at this root accepts, its own included. Those it rejects join guesses_.
   int verify(const CandidateTree& tree, int64_t root, const TrainingText& text);
-  void observe(const TrainingText& text, int64_t first, int64_t root, int n_kept, bool is_prompt);
+  void observe(const TrainingText& text, int64_t first, int64_t root, int n_kept);
   // From guesses_, and what the target says after each of them.
   void add_branches(const LikelyTokens* answers, TrainingText* text);
 
