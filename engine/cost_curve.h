@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <utility>
 
 namespace chimera {
@@ -26,33 +27,65 @@ class CostCurve {
     interpolate();
   }
 
-  // A pass over `rows` rows of a text has taken this long. Two factors are fitted to such passes:
-  // of the first row and of the further ones,
-  //   seconds(m) = first * s(1) + further * (s(m) - s(1)),   s: as measured,
-  // since memory and arithmetic change apart from each other: with the context, with what else runs
-  // here. Trees alone cannot tell the two apart, so a plain pass is needed now and then. The fit is
-  // slow (normalised least mean squares), and its gradient is that of relative error: one pass that
-  // was interrupted changes little.
+  // A pass over `rows` rows of a text has taken this long. Three factors are fitted to such passes:
+  //   seconds(m) = first * s(1) + further * (s(m) - s(1)) + tree * s(1) if m > 1,
+  // where s is what was measured. Memory and arithmetic change apart from each other, with the
+  // context and with what else runs here; and a pass over a tree comes after drafting, which has
+  // filled the caches with other things, and was measured without.
   void learn(int rows, double seconds) {
     if (!known_ || rows > kMaxRows) return;
+    // Least squares of the relative error, in which a pass counts less the longer it is ago. Trees
+    // alone hardly tell the factors apart, so a plain pass is needed now and then, and counts for
+    // many. One that was interrupted changes little.
+    constexpr double kMemory = 64, kPlain = 16;  // passes
     const double expected = this->seconds(rows);
-    const double error = std::clamp(seconds / expected, 0.5, 2.0) - 1;
-    const double x = at(1) / at(rows), y = 1 - x;  // shares of the first row and of the others
-    const double step = (rows == 1 ? 0.25 : 0.0625) * error * expected / at(rows) / (x * x + y * y);
-    first_ = std::clamp(first_ + step * x, 0.1, 10.0);
-    further_ = std::clamp(further_ + step * y, 0.1, 10.0);
-    // Where no tree pays, none is timed: a price that rose for a while falls back to what was
-    // measured, until one is tried again.
-    if (rows == 1) further_ += (1 - further_) / 64;
+    const double found = std::clamp(seconds, 0.8 * expected, 1.25 * expected) / at(rows);
+    const double kept = std::pow(1 - 1 / kMemory, rows == 1 ? kPlain : 1);
+    const Factors x = shares(rows);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double weight = kMemory * (1 - kept) * x[i];
+      for (size_t j = 0; j < x.size(); ++j) squares_[i][j] = kept * squares_[i][j] + weight * x[j];
+      products_[i] = kept * products_[i] + weight * found;
+    }
+    fit();
   }
 
   // Of a pass over `rows` rows, 1 or more.
-  double seconds(int rows) const { return first_ * at(1) + further_ * (at(rows) - at(1)); }
+  double seconds(int rows) const {
+    const Factors x = shares(rows);
+    return at(rows) * (x[0] * factors_[0] + x[1] * factors_[1] + x[2] * factors_[2]);
+  }
 
   // The same where it was measured, 0 elsewhere.
   double measured(int rows) const { return measured_[static_cast<size_t>(rows)]; }
 
  private:
+  using Factors = std::array<double, 3>;  // first, further, tree
+
+  // What a factor is multiplied by in seconds(rows), as a share of what was measured.
+  Factors shares(int rows) const {
+    const double first = at(1) / at(rows);
+    return {first, 1 - first, rows > 1 ? first : 0};
+  }
+  // A little weight holds `further` near `first` and `tree` near 0: where no tree pays, none is
+  // timed, and a price that rose for a while falls back, until one is tried again.
+  void fit() {
+    constexpr double kTogether = 0.05, kNoTree = 4;
+    auto a = squares_;
+    a[0][0] += kTogether, a[0][1] -= kTogether, a[1][0] -= kTogether, a[1][1] += kTogether;
+    a[2][2] += kNoTree;
+    Factors b = products_;
+    for (size_t i = 0; i < b.size(); ++i)
+      for (size_t r = 0; r < b.size(); ++r) {
+        if (r == i) continue;
+        const double q = a[r][i] / a[i][i];
+        for (size_t j = 0; j < b.size(); ++j) a[r][j] -= q * a[i][j];
+        b[r] -= q * b[i];
+      }
+    for (size_t i = 0; i < b.size(); ++i) factors_[i] = b[i] / a[i][i];
+    factors_ = {std::clamp(factors_[0], 0.1, 10.0), std::clamp(factors_[1], 0.1, 10.0),
+                std::max(factors_[2], 0.0)};
+  }
   double at(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
   void interpolate() {
     std::array<double, kMaxRows + 1> least = measured_;  // 0 where nothing was measured
@@ -78,7 +111,10 @@ class CostCurve {
   }
 
   bool known_ = false;
-  double first_ = 1, further_ = 1;
+  Factors factors_{1, 1, 0};
+  // Sums over the passes learnt from, beginning as if a few had been what was measured.
+  std::array<Factors, 3> squares_{{{16, 0, 0}, {0, 0.05, 0}, {0, 0, 0.05}}};
+  Factors products_{16, 0.05, 0};
   std::array<double, kMaxRows + 1> measured_{}, seconds_{};
 };
 

@@ -292,10 +292,15 @@ double Session::plain_seconds() {
 void Session::measure_cost() {
   const Clock::time_point start = Clock::now();
   // All of the range first, then what lies between: a slow model's passes are too long for more.
-  for (const int rows : {1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 9, 12, 24, 48}) {
-    if (rows > std::min(options_.max_nodes + 1, options_.context)) continue;
-    if (cost_.known() && seconds_since(start) > std::max(0.4, 10 * cost_.measured(1))) break;
-    cost_.set(rows, time_pass(rows));
+  // And once more as far as time allows, so that a disturbed while is not all that is known of a
+  // size.
+  for (int round = 0; round < 2; ++round) {
+    for (const int rows : {1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 9, 12, 24, 48}) {
+      if (rows > std::min(options_.max_nodes + 1, options_.context)) continue;
+      if (cost_.known() && seconds_since(start) > std::max(0.4, 10 * cost_.measured(1))) return;
+      const double before = cost_.measured(rows), seconds = time_pass(rows);
+      cost_.set(rows, before > 0 ? std::min(before, seconds) : seconds);
+    }
   }
 }
 

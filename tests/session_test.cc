@@ -173,6 +173,12 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
       EXPECT_NEAR(curve.seconds(rows) / truly(rows), 1, 0.03) << first << " " << rows;
     EXPECT_EQ(curve.measured(8), 1.2) << "what is kept in a file is what was measured";
   }
+  CostCurve flat;  // a tree's pass after drafting is not what it was without
+  for (const int rows : {1, 4}) flat.set(rows, 1.0);
+  for (int i = 0; i < 200; ++i) flat.learn(i % 48 == 0 ? 1 : 4, i % 48 == 0 ? 1.0 : 1.2);
+  EXPECT_NEAR(flat.seconds(1), 1.0, 0.04);
+  EXPECT_NEAR(flat.seconds(4), 1.2, 0.04);
+
   CostCurve curve;  // one pass that took for ever
   curve.set(1, 1.0);
   curve.set(8, 2.0);

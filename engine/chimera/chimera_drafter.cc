@@ -160,15 +160,17 @@ class GrowingDrafter final : public ChimeraDrafter {
         step.add_row(tokens[static_cast<size_t>(p + i)], i == 1 ? -1 : i - 1, false);
         model_.link(i, i - 1, i - 1);
       }
-      model_.forward(model_.pass(), states + int64_t{done} * hidden_);
-      model_.set_committed(sequence, p + n);
+      model_.append(model_.pass(), states + int64_t{done} * hidden_);
       done += n;
       if (done == n_kept) {
+        step.first_new = n;  // nobody asks for the f of the others
+        model_.encode(model_.pass());
         std::memcpy(seq.root.h, states + int64_t{done - 1} * hidden_, row_bytes());
         std::memcpy(seq.root.f, model_.f(n), row_bytes());
         std::memcpy(seq.root.feature, model_.feature(n), feature_bytes());
         seq.expanded = first + n_kept;
       }
+      model_.set_committed(sequence, p + n);
     }
   }
 

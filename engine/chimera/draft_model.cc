@@ -292,19 +292,29 @@ void DraftModel::compute_features(const DraftPass& pass, float* out) {
 }
 
 void DraftModel::forward(const DraftPass& pass, const float* states) {
+  append(pass, states);
+  encode(pass);
+}
+
+void DraftModel::append(const DraftPass& pass, const float* states) {
   using Input = Linear::Input;
   const Step* step = pass.rows;
   const int64_t d = config_.hidden_size, q = config_.q_size(), kv = config_.kv_size(), size = feature_size();
-  const Heads heads{config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
   // A row's own feature asks and gives its value; the feature of the token before it gives the key.
   backend_.copy_rows(step, {features_ + d, qkv_size(), qkv_, nullptr, size});
   backend_.copy_rows(step, {features_ + d + q, kv, qkv_ + q, pass.links->feature, size, qkv_size()});
   backend_.copy_rows(step, {states, d, state_, pass.links->state});
   backend_.linear(step, {.weights = wkv_state_.get(), .x = state_, .y = qkv_ + q, .y_stride = qkv_size(),
                          .input = Input::kRmsNorm, .norm_weight = ones_, .eps = kEps, .accumulate = true});
-  backend_.rope_append(step, qkv_, heads, rope_, kv_, 0);
-  backend_.attention(step, qkv_, heads, kv_, 0, attended_);
-  backend_.copy_rows(step, {features_, d, x_, nullptr, size});
+  backend_.rope_append(step, qkv_, heads(), rope_, kv_, 0);
+}
+
+void DraftModel::encode(const DraftPass& pass) {
+  using Input = Linear::Input;
+  const Step* step = pass.rows;
+  const int64_t d = config_.hidden_size;
+  backend_.attention(step, qkv_, heads(), kv_, 0, attended_);
+  backend_.copy_rows(step, {features_, d, x_, nullptr, feature_size()});
   backend_.linear(step, {.weights = wo_.get(), .x = attended_, .y = x_, .accumulate = true});
   backend_.linear(step, {.weights = gate_up_.get(), .x = x_, .y = gated_,
                           .input = Input::kRmsNorm, .norm_weight = ffn_norm_, .eps = kEps});

@@ -56,6 +56,10 @@ class DraftModel {
   // are in features(); what else they read comes by pass.links, from there and from states: the
   // target's, or f() itself.
   void forward(const DraftPass& pass, const float* states);
+  // Its two halves, for rows of which only some need their f: the slots, then f of rows whose slots
+  // are there.
+  void append(const DraftPass& pass, const float* states);
+  void encode(const DraftPass& pass);
   // logits() of head `k` for the new rows; h: (d) the last known state of the target.
   void run_head(const DraftPass& pass, int k, const float* h);
   // After forward() over kept rows: the last of them is the next root. Its f and feature row go to
@@ -124,6 +128,9 @@ class DraftModel {
   T* allocate(size_t n);
   int64_t qkv_size() const { return qkv_size(config_); }
   static int64_t qkv_size(const DraftConfig& c) { return c.q_size() + 2 * c.kv_size(); }
+  Heads heads() const {
+    return {config_.n_heads, config_.n_kv_heads, config_.head_dim, config_.rope_kv_heads};
+  }
   static KvShape kv_shape(const DraftConfig& c, DType type, int n_sequences, int context) {
     return {type, 1, c.n_kv_heads, c.head_dim, n_sequences, context + kMaxRows};
   }
