@@ -70,7 +70,7 @@ class CostCurve {
   // A little weight holds `further` near `first` and `tree` near 0: where no tree pays, none is
   // timed, and a price that rose for a while falls back, until one is tried again.
   void fit() {
-    constexpr double kTogether = 0.05, kNoTree = 4;
+    constexpr double kTogether = 0.05, kNoTree = 2;
     auto a = squares_;
     a[0][0] += kTogether, a[0][1] -= kTogether, a[1][0] -= kTogether, a[1][1] += kTogether;
     a[2][2] += kNoTree;
