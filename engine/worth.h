@@ -36,7 +36,7 @@ class Worth {
   double most() const { return std::clamp(next_rest_ * mean_, kLeast, kMost); }
 
   static constexpr double kStart = 4, kAgain = 3, kLeast = 0.3, kMost = 6;
-  static constexpr int kShortest = 16, kLongest = 128, kMemory = 16;  // steps
+  static constexpr int kShortest = 16, kLongest = 64, kMemory = 16;  // steps
   double balance_ = kStart, earned_ = 0;
   double mean_ = 1;  // of what the trees of the last steps promised to earn
   int n_ = 1;        // of how many
