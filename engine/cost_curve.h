@@ -75,6 +75,7 @@ class CostCurve {
     a[0][0] += kTogether, a[0][1] -= kTogether, a[1][0] -= kTogether, a[1][1] += kTogether;
     a[2][2] += kNoTree;
     Factors b = products_;
+    // a x = b by Gauss and Jordan; no pivoting, since a is symmetric and positive definite.
     for (size_t i = 0; i < b.size(); ++i)
       for (size_t r = 0; r < b.size(); ++r) {
         if (r == i) continue;
