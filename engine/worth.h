@@ -35,11 +35,11 @@ class Worth {
  private:
   double most() const { return std::clamp(next_rest_ * mean_, kLeast, kMost); }
 
-  static constexpr double kStart = 4, kAgain = 3, kLeast = 0.3, kMost = 6;
-  static constexpr int kShortest = 16, kLongest = 64, kMemory = 16;  // steps
+  static constexpr double kStart = 4, kAgain = 1.5, kLeast = 0.3, kMost = 6;
+  static constexpr int kShortest = 8, kLongest = 64, kMemory = 8;  // steps
   double balance_ = kStart, earned_ = 0;
-  double mean_ = 1;  // of what the trees of the last steps promised to earn
-  int n_ = 1;        // of how many
+  double mean_ = kStart / kShortest;  // of what the trees of the last steps promised to earn
+  int n_ = 1;                         // of how many
   int resting_ = 0, next_rest_ = kShortest;
 };
 

@@ -347,21 +347,21 @@ int steps_of_rest(Worth* worth) {
 TEST(Draft, WorthRisksWhatARestCouldLose) {
   constexpr int kNever = 5000;
   Worth hopeless;  // finds nothing to propose
-  for (const int rest : {16, 64, 64}) {
-    EXPECT_LE(steps_until_rest(&hopeless, 0.1, 0, kNever), 16);
+  for (const int rest : {8, 32, 64, 64}) {
+    EXPECT_LE(steps_until_rest(&hopeless, 0.1, 0, kNever), 8);
     EXPECT_EQ(steps_of_rest(&hopeless), rest);
   }
   Worth wrong;  // promises much, and nothing comes of it: that may be bad luck
   EXPECT_GE(steps_until_rest(&wrong, 0.4, 1.2, kNever), 10);
-  for (const int rest : {16, 32, 64, 64}) {
+  for (const int rest : {8, 16, 32, 64, 64}) {
     EXPECT_EQ(steps_of_rest(&wrong), rest);
-    EXPECT_LE(steps_until_rest(&wrong, 0.4, 1.2, kNever), 8);
+    EXPECT_LE(steps_until_rest(&wrong, 0.4, 1.2, kNever), 4);
   }
   Worth good;
   EXPECT_EQ(steps_until_rest(&good, 0.4, 1, 2), 1000);
   // What paid until now is given up as soon as what never did, and tried again soon.
   EXPECT_LE(steps_until_rest(&good, 0.4, 1, kNever), 16);
-  EXPECT_EQ(steps_of_rest(&good), 16);
+  EXPECT_EQ(steps_of_rest(&good), 8);
   Worth scarce;  // one token in five for a price of a tenth, and it is known to be so
   EXPECT_EQ(steps_until_rest(&scarce, 0.1, 0.2, 5), 1000);
   Worth late;  // pays from the third try on: its rests are short again
@@ -371,7 +371,7 @@ TEST(Draft, WorthRisksWhatARestCouldLose) {
   }
   EXPECT_EQ(steps_until_rest(&late, 0.4, 1, 1), 1000);
   steps_until_rest(&late, 0.4, 1, kNever);
-  EXPECT_EQ(steps_of_rest(&late), 16);
+  EXPECT_EQ(steps_of_rest(&late), 8);
 }
 
 TEST(Draft, CalibrationByStepAndTemperature) {
