@@ -178,6 +178,8 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
   for (int i = 0; i < 200; ++i) flat.learn(i % 48 == 0 ? 1 : 4, i % 48 == 0 ? 1.0 : 1.2);
   EXPECT_NEAR(flat.seconds(1), 1.0, 0.04);
   EXPECT_NEAR(flat.seconds(4), 1.2, 0.04);
+  for (int i = 0; i < 200; ++i) flat.learn(i % 48 == 0 ? 1 : 4, i % 48 == 0 ? 1.0 : 0.8);
+  EXPECT_GE(flat.seconds(4), flat.seconds(1)) << "more rows never cost less";
 
   CostCurve curve;  // one pass that took for ever
   curve.set(1, 1.0);
@@ -187,7 +189,8 @@ TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
   EXPECT_LT(curve.seconds(8), 2.4);
 }
 
-// A while in which trees were dear must not end drafting: plain passes alone bring their price back.
+// A while in which trees were dear must not end drafting: plain passes alone bring their price
+// back.
 TEST(CostCurve, ForgetsADearWhile) {
   CostCurve curve;
   curve.set(1, 1.0);
