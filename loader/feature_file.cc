@@ -1,7 +1,5 @@
 #include "loader/feature_file.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -34,16 +32,6 @@ struct Record {
 
 }  // namespace
 
-FeatureFile::Descriptor::Descriptor(const std::string& path)
-    : number(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
-  if (number < 0)
-    throw Error(printable(path, 4096), "a file that can be written", std::strerror(errno));
-}
-
-FeatureFile::Descriptor::~Descriptor() {
-  close(number);
-}
-
 FeatureFile::FeatureFile(const std::string& path, const std::string& fingerprint, int hidden_size)
     : name_(printable(path, 4096)), hidden_(hidden_size), descriptor_(path) {
   file_.open(path, std::ios::in | std::ios::out | std::ios::binary);
@@ -64,7 +52,7 @@ FeatureFile::FeatureFile(const std::string& path, const std::string& fingerprint
 }
 
 void FeatureFile::scan() {
-  const int64_t size = lseek(descriptor_.number, 0, SEEK_END);
+  const int64_t size = lseek(descriptor_.number(), 0, SEEK_END);
   for (;;) {
     Record record{};
     file_.seekg(end_);
@@ -79,13 +67,11 @@ void FeatureFile::scan() {
 }
 
 void FeatureFile::lock() {
-  // Some file systems have no locks: there it is up to the user.
-  if (flock(descriptor_.number, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-    throw Error(name_, "no other run that adds to it", "one", "wait until that has ended");
+  descriptor_.lock();
   locked_ = true;
   scan();  // another may have added in the meantime
   // What is behind the last whole record must not be taken for one once there is less of it.
-  if (ftruncate(descriptor_.number, end_) != 0)
+  if (ftruncate(descriptor_.number(), end_) != 0)
     throw Error(name_, "a file that can be cut to its last record", std::strerror(errno));
 }
 

@@ -18,6 +18,7 @@
 #include <unordered_map>
 
 #include "engine/train/draft_gradient.h"
+#include "loader/descriptor.h"
 
 namespace chimera {
 
@@ -34,19 +35,13 @@ class FeatureFile {
   void append(int64_t text, const training::TrainingText& features);
 
  private:
-  // Of the same file as the stream, which can be neither locked nor cut.
-  struct Descriptor {
-    explicit Descriptor(const std::string& path);
-    ~Descriptor();
-    int number;
-  };
   void scan();                                 // finds the records from end_ on
   void lock();                                 // for adding, until the file is closed
   void write(const void* data, size_t bytes);  // at end_, on the disk at once
 
   std::string name_;
   int64_t hidden_;
-  Descriptor descriptor_;
+  Descriptor descriptor_;  // of the same file as the stream
   bool locked_ = false;
   std::fstream file_;
   int64_t end_ = 0;

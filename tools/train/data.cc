@@ -190,7 +190,7 @@ class Answerer {
 
   void answer(int s, std::span<const Message> prompt) {
     const std::vector<int32_t> ids = encode(model_, prompt, chat_);
-    if (ids.size() > static_cast<size_t>(o_.max_prompt))
+    if (ids.empty() || ids.size() > static_cast<size_t>(o_.max_prompt))
       leave_out(s);
     else
       write(s, /*asks=*/false, ids);

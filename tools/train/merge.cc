@@ -1,6 +1,7 @@
 // chimera train merge: joins the shards of train data into one, ordered by the prompts' numbers.
 #include <map>
 #include <set>
+#include <sstream>
 
 #include "engine/error.h"
 #include "loader/output_file.h"
@@ -36,8 +37,10 @@ void read(const std::string& path, Shards* shards) {
   expect_same_settings(
       name, shards->header, header,
       "merge shards of one model and the same settings only, here those of " + shards->first);
-  if (!shards->parts.insert(part).second)
-    throw Error(name, "each shard once", "shard " + printable(part) + " again");
+  std::istringstream joined(part);  // by an earlier merge: "0/4+1/4"
+  for (std::string one; std::getline(joined, one, '+');)
+    if (!shards->parts.insert(one).second)
+      throw Error(name, "each shard once", "shard " + printable(one) + " again");
 
   while (reader.next())
     if (!shards->answers.emplace(reader.prompt(), reader.line()).second)

@@ -63,10 +63,17 @@ bool ShardReader::next() {
   return true;
 }
 
+// A FIFO would wait for a writer, and forever.
+static const std::string& no_special_file(const std::string& path) {
+  const std::string special = special_file(path);
+  if (!special.empty())
+    throw Error(printable(path, 4096), "a file that can be read and written", special);
+  return path;
+}
+
 ShardFile::ShardFile(const std::string& path, const ordered_json& header)
-    : name_(printable(path, 4096)) {
-  const std::string special = special_file(path);  // a FIFO would wait for a writer, and forever
-  if (!special.empty()) throw Error(name_, "a file that can be read and written", special);
+    : name_(printable(path, 4096)), descriptor_(no_special_file(path)) {
+  descriptor_.lock();
   file_.open(path, std::ios::in | std::ios::out | std::ios::app | std::ios::binary);
   if (!file_) throw Error(name_, "a file that can be read and written", std::strerror(errno));
   const std::string first = header.dump();

@@ -9,6 +9,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "loader/descriptor.h"
 #include "tools/prompts.h"
 
 namespace chimera {
@@ -53,7 +54,8 @@ class ShardReader {
   bool cut_short_ = false;
 };
 
-// A shard that is written: what an earlier run left, which must have the same header, goes on.
+// A shard that is written, by one process at a time: what an earlier run left, which must have the
+// same header, goes on.
 class ShardFile {
  public:
   ShardFile(const std::string& path, const nlohmann::ordered_json& header);
@@ -65,6 +67,7 @@ class ShardFile {
   void write(const std::string& line);
 
   std::string name_;
+  Descriptor descriptor_;  // of the same file as the stream
   std::fstream file_;
   std::unordered_set<size_t> answered_;
 };
