@@ -80,7 +80,8 @@ DraftCalibration take_calibration(nlohmann::json* config, const char* name,
                 !(*found)[key].empty() && (*found)[key].size() <= 32;
     for (size_t i = 0; good && i < (*found)[key].size(); ++i) {
       const nlohmann::json& value = (*found)[key][i];
-      good = value.is_number() && value.get<float>() >= 0.01f && value.get<float>() <= most;
+      good = value.is_number() && value.get<float>() >= DraftCalibration::kLeast &&
+             value.get<float>() <= most;
       if (good) values->push_back(value.get<float>());
     }
     if (!good)

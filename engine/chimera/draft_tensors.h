@@ -52,6 +52,7 @@ namespace chimera {
 // samples with its noise (sampler.h) in the logits. Coverage is the share of true tokens that are
 // in its vocabulary at all.
 struct DraftCalibration {
+  static constexpr float kLeast = 0.01f;     // that one of them is
   std::vector<float> temperature, coverage;  // by step, as long as each other; further steps are
                                              // like the last; empty: both are 1
   struct Reading {

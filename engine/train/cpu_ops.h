@@ -76,7 +76,7 @@ class CpuOps final : public Ops<T> {
   std::vector<GemmScratch> scratch_;  // by thread
   std::vector<T> logits_;
   // Attention, for each (text, head): scores (n_queries, n_slots), their gradient, and for each
-  // step probabilities (n_starts, n_slots + kMaxSteps).
+  // step probabilities (n_rows, n_slots + kMaxSteps).
   std::vector<T> scores_, dscores_, work_;
   std::vector<T> probabilities_[kMaxSteps];
 };

@@ -62,7 +62,6 @@ class TargetFeatures {
   // Texts up to `context` tokens.
   TargetFeatures(const Llama& target, int context);
 
-  int context() const { return pass_.session.options().context; }
   // Runs the text through the target, teacher-forced; first_start: the last position before the
   // root of the first rollout, which is the last token of a prompt. The text has more than
   // first_start + 2 tokens.

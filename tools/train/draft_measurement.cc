@@ -101,7 +101,7 @@ DraftCalibration calibration(const std::vector<DepthAccuracy>& depths) {
   for (const DepthAccuracy& depth : depths) {
     if (depth.known == 0) break;
     c.temperature.push_back(static_cast<float>(depth.best_temperature()));
-    c.coverage.push_back(static_cast<float>(depth.coverage()));
+    c.coverage.push_back(std::max(DraftCalibration::kLeast, static_cast<float>(depth.coverage())));
   }
   return c;
 }

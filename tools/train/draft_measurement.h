@@ -121,8 +121,8 @@ struct Measurement {
 // What makes the draft's probabilities true on such texts.
 DraftCalibration calibration(const std::vector<DepthAccuracy>& depths);
 
-// Decodes the prompts, up to `tokens` each, with the sampling's seed counted up from one to the
-// next. progress(share done, from 0 to 1). generation.cancelled ends it early, anywhere.
+// Decodes the prompts, up to generation.max_tokens each, with the sampling's seed counted up from
+// one to the next. progress(share done, from 0 to 1). generation.cancelled ends it early, anywhere.
 // trees: also of the trees that grow by probabilities, which takes most of the time.
 Measurement measure_draft(Session& session, const DraftTensors& draft, ChimeraOptions options,
                           bool trees, const std::vector<std::vector<int32_t>>& prompts,

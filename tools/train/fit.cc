@@ -4,6 +4,7 @@
 #include <cstring>
 #include <filesystem>
 #include <future>
+#include <set>
 
 #include "engine/error.h"
 #include "engine/train/batch_gradient.h"
@@ -28,12 +29,14 @@ using nlohmann::ordered_json;
 
 constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
 constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
+constexpr int kVocabulary = 2048;
 
 struct Options {
   std::optional<std::string> model, output, checkpoint, resume, init, licence;
   std::vector<std::string> data;
   int positions = 0, stop_after = 0, batch = 384, micro_batches = 2, steps = 4, on_policy = 0,
-      vocabulary = 2048, ffn = 512, rank = 64, context = 1024;
+      ffn = 512, rank = 64, context = 1024;
+  std::optional<int> vocabulary;
   int save_seconds = 300;
   float rate = 2e-3f, minutes = 0;
   std::string device = "cpu", precision = "auto", encoder = "both", slots = "features";
@@ -77,7 +80,7 @@ Command command(Options* o) {
        heading("The draft"),
        {0, "vocabulary", "N",
         "tokens to choose from besides those of the context and\nthe target's best: the "
-        "most frequent of the answers",
+        "most frequent of the answers (default: 2048, or those of\n--init)",
         integer(&o->vocabulary, 1, 1 << 24)},
        {0, "ffn", "N", "width of its feed-forward layer", integer(&o->ffn, 1, 1 << 18)},
        {0, "rank", "N", "of the heads' correction; 0: none", integer(&o->rank, 0, 1 << 14)},
@@ -322,7 +325,7 @@ Compute choose_compute(const Options& o) {
   return c;
 }
 
-void check_given(const Options& o) {
+void check_given(const Options& o, const std::set<std::string>& given) {
   const std::string see_help = "see chimera train fit --help";
   if (!o.model) throw UsageError("train fit", "-m MODEL", "none", see_help);
   if (o.data.empty()) throw UsageError("train fit", "--data FILES", "none", see_help);
@@ -330,6 +333,9 @@ void check_given(const Options& o) {
   if (o.on_policy > 0 && o.steps < 2)
     throw UsageError("--steps", "2 at least, where --on-policy learns after the draft's tokens",
                      std::to_string(o.steps));
+  for (const std::string flag : {"ffn", "rank", "encoder", "slots"})
+    if (o.init && given.contains(flag))
+      throw UsageError("--" + flag, "no --init, whose draft has its form already", "both");
 }
 
 // What the run starts from: a draft that was there, or random weights.
@@ -343,8 +349,10 @@ DraftTensors first_draft(const Options& o, const LlamaTensors& target,
       throw Error(printable(*o.init, 4096), "a draft for " + target_name,
                   "one for " + printable(draft.target_name), "train one from scratch");
     }
-    if (draft.vocabulary.size() > static_cast<size_t>(o.vocabulary))
-      draft.vocabulary.resize(static_cast<size_t>(o.vocabulary));  // most frequent first
+    // It was calibrated with the weights that it had.
+    draft.config.greedy = draft.config.sampled = {};
+    if (o.vocabulary && draft.vocabulary.size() > static_cast<size_t>(*o.vocabulary))
+      draft.vocabulary.resize(static_cast<size_t>(*o.vocabulary));  // most frequent first
   } else {
     DraftConfig c = training::config_for(target.config);
     c.ffn_size = o.ffn;
@@ -357,7 +365,8 @@ DraftTensors first_draft(const Options& o, const LlamaTensors& target,
     const TensorView& view = target.output_norm;
     dequantize_row(view.type, view.data, view.cols, norm.data());
     draft = training::initial_draft(c, norm, o.seed);
-    draft.vocabulary = frequent_tokens(texts, target.config.vocab_size, o.vocabulary);
+    draft.vocabulary =
+        frequent_tokens(texts, target.config.vocab_size, o.vocabulary.value_or(kVocabulary));
   }
   draft.target_name = target_name;
   draft.target_fingerprint = target_fingerprint;
@@ -414,11 +423,11 @@ void save(Run* run) {
   save_checkpoint(run->checkpoint, run->ops, run->state, run->at, run->draft.vocabulary,
                   run->settings);
   training::unpack_parameters(averaged, &run->draft);
-  run->draft.training = ordered_json{{"positions", run->at.starts}, {"of", run->total},
-                                     {"texts", run->at.texts},      {"steps", run->state.step},
-                                     {"seconds", run->at.seconds},  {"held_out", validated},
-                                     {"settings", run->settings}}
-                            .dump();
+  ordered_json record{{"positions", run->at.starts}, {"texts", run->at.texts},
+                      {"steps", run->state.step},    {"seconds", run->at.seconds},
+                      {"held_out", validated},       {"settings", run->settings}};
+  if (run->o.minutes == 0) record["of"] = run->total;
+  run->draft.training = record.dump();
   save_draft(run->draft, *run->o.output);
   note("held out: " + validated + "; saved at " + std::to_string(run->at.starts) + " positions");
 }
@@ -492,8 +501,9 @@ void learn(Run* run, const std::function<Batch()>& read, bool ahead, const Inter
 
 int train_fit(const std::vector<std::string>& args) {
   Options o;
-  if (!parse(command(&o), args)) return 0;
-  check_given(o);
+  std::set<std::string> given;
+  if (!parse(command(&o), args, &given)) return 0;
+  check_given(o, given);
   const Compute compute = choose_compute(o);
   const std::string checkpoint = o.checkpoint.value_or(*o.output + ".checkpoint");
   for (const std::string& path : {*o.output, checkpoint}) {

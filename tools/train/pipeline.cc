@@ -89,7 +89,8 @@ int train_all(const std::vector<std::string>& args) {
           {0, "positions", "N", "positions to learn from; 0: each once",
            integer(&o.positions, 0, 2'000'000'000)},
           {0, "minutes", "M", "end learning after this time instead", number(&o.minutes, 0, 1e6f)},
-          {0, "on-policy", "", "then learn from the draft's own trees, a third as long",
+          {0, "on-policy", "",
+           "then learn from the draft's own trees, for a third of\n--positions or --minutes",
            on(&o.on_policy)},
           {0, "strict", "", "stop at a broken line of the file instead of leaving it out",
            on(&o.strict)},
@@ -103,6 +104,13 @@ int train_all(const std::vector<std::string>& args) {
                      "see chimera train -m MODEL --help");
   if (o.output->find(',') != std::string::npos)
     throw UsageError("--output", "a name without a comma", in_quotes(*o.output));
+  const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
+                    answers = draft + ".answers.jsonl", first = draft + ".checkpoint",
+                    second = draft + ".on-policy.checkpoint";
+  if (!o.on_policy && std::filesystem::exists(second))
+    throw UsageError("train", "--on-policy, with which an earlier run was stopped", "none",
+                     "give it, or remove " + printable(second, 4096) + " and " +
+                         printable(first, 4096) + " to begin anew");
   if (const std::string special = special_file(*o.prompts); !special.empty())
     throw Error(printable(*o.prompts, 4096), "a regular file, which is read more than once",
                 special);
@@ -111,8 +119,6 @@ int train_all(const std::vector<std::string>& args) {
   if (prompts.size() < 2)
     throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
                 std::to_string(prompts.size()));
-  const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
-                    answers = draft + ".answers.jsonl";
   for (const std::string& path : {draft, held_out, answers}) {
     expect_other_file(path, {o.model, o.prompts});
     expect_writable(path);
@@ -141,7 +147,6 @@ int train_all(const std::vector<std::string>& args) {
     return code;
   };
 
-  const std::string first = draft + ".checkpoint", second = draft + ".on-policy.checkpoint";
   int code = 0;
   if (!std::filesystem::exists(second)) {
     std::vector<std::string> flags = {"--prompts",   *o.prompts,
