@@ -64,7 +64,8 @@ void run(std::FILE* json) {
   KernelBench bench(size_t{256} << 20, 5);
   for (const ModelShape& m : kModelShapes) {
     if (m.name == kTinyShape.name) continue;
-    // As a step launches them; each size once.
+    // The matrices of a layer and the head, each size once. (A step launches those that share their
+    // input as one.)
     const std::set<std::pair<int, int>> products = {{m.heads * m.head_dim(), m.hidden},
                                                     {m.kv_heads * m.head_dim(), m.hidden},
                                                     {m.hidden, m.heads * m.head_dim()},
@@ -90,11 +91,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
+    const std::string path = json ? argv[2] : "", part = path + ".part";
     std::FILE* file = nullptr;
-    if (json && (file = std::fopen(argv[2], "w")) == nullptr)
-      throw chimera::Error(argv[2], "a file that can be written", "none");
+    if (json && (file = std::fopen(part.c_str(), "w")) == nullptr)
+      throw chimera::Error(part, "a file that can be written", "none");
     chimera::cuda::run(file);
-    if (file != nullptr) std::fclose(file);
+    if (file != nullptr && (std::fclose(file) != 0 || std::rename(part.c_str(), path.c_str()) != 0))
+      throw chimera::Error(path, "room to write", "none");
     return 0;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "bench_cuda: %s\n", e.what());

@@ -173,31 +173,39 @@ class CudaBackend final : public Backend, public TreeOps {
 
   void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
                int64_t /*vocab*/) override {
-    scratch_rows_ = std::max(scratch_rows_, max_rows);
-    scratch_cols_ = std::max(scratch_cols_, max_cols);
-    max_chunks_ = std::max(max_chunks_, capacity / kChunk + 1);
-    partial_heads_ =
-        std::max<int64_t>(partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
-    const auto rows = static_cast<size_t>(scratch_rows_);
+    const int most_rows = std::max(scratch_rows_, max_rows),
+              chunks = std::max(max_chunks_, capacity / kChunk + 1);
+    const int64_t cols = std::max(scratch_cols_, max_cols),
+                  partials = std::max<int64_t>(
+                      partial_heads_, heads.n_heads * (2 + round_up(heads.head_dim, kKvTile)));
+    const auto rows = static_cast<size_t>(most_rows);
     const std::array<size_t, 6> sizes = {
-        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),    // f16
-        static_cast<size_t>(fragment_bytes(scratch_rows_, scratch_cols_)),    // bf16
-        rows * static_cast<size_t>(scratch_cols_) * 4,                        // f32
+        static_cast<size_t>(fragment_bytes(most_rows, cols)),                 // f16
+        static_cast<size_t>(fragment_bytes(most_rows, cols)),                 // bf16
+        rows * static_cast<size_t>(cols) * 4,                                 // f32
         round_up<size_t>(rows, 8) * static_cast<size_t>(most_partials_) * 4,  // products
-        rows * static_cast<size_t>(partial_heads_ * max_chunks_) * 4,         // attention
+        rows * static_cast<size_t>(partials * chunks) * 4,                    // attention
         static_cast<size_t>(most_counters_) * 4};
+    std::array<size_t, 6> at;
+    size_t bytes = 0;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      at[i] = bytes;
+      bytes += round_up<size_t>(sizes[i], 256);
+    }
+    synchronize(stream_);
+    clear_graphs();
+    // There may not be room for both: what was reserved before is gone, even if this one fails.
+    scratch_rows_ = 0;
+    reserved_ = 0;
+    scratch_.reset();
+    scratch_.reset(allocate_device(bytes));
+    reserved_ = bytes;
+    scratch_rows_ = most_rows;
+    scratch_cols_ = cols;
+    max_chunks_ = chunks;
+    partial_heads_ = partials;
     scratch_partials_ = most_partials_;
     scratch_counters_ = most_counters_;
-    synchronize(stream_);
-    reserved_ = 0;
-    std::array<size_t, 6> at;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      at[i] = reserved_;
-      reserved_ += round_up<size_t>(sizes[i], 256);
-    }
-    clear_graphs();
-    scratch_.reset();
-    scratch_.reset(allocate_device(reserved_));
     auto* p = static_cast<std::byte*>(scratch_.get());
     f16_ = p + at[0];
     bf16_ = p + at[1];

@@ -599,7 +599,8 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
   p.splits = static_cast<int>(n_splits(p.stacked_rows, p.cols));
   p.run_slabs =
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
-  p.clustered = p.splits > 1 && p.splits <= largest_cluster();
+  p.clustered = p.splits > 1 && p.splits <= largest_cluster() &&
+                resident_blocks(kernel, kMostTiles * kLanes, kShared, p.splits) > 0;
   const int cluster = p.clustered ? p.splits : 1;
   const auto row_blocks = [&](int tiles) {
     int64_t blocks = 0;

@@ -1,5 +1,6 @@
 // The ops that work on rows one by one: embedding, norm, RoPE and append, copies, keep. All of them
-// are short; a block has a row (and a head), its threads stride over it.
+// are short; a block has a row or a part of one (`keep`: a head of a layer), over which its threads
+// stride.
 #pragma once
 
 #include "cuda/kv.cuh"

@@ -51,7 +51,7 @@ inline bool is_sm_90_or_later() {
 }
 inline int largest_cluster() { return is_sm_90_or_later() ? kLargestCluster : 1; }
 
-// A kernel must ask for more shared memory than this.
+// A kernel must ask for more than 48 KiB of shared memory.
 template <typename Params>
 void allow_shared(void (*kernel)(Params), size_t bytes, const char* name) {
   if (bytes > 48 * 1024)
@@ -60,7 +60,8 @@ void allow_shared(void (*kernel)(Params), size_t bytes, const char* name) {
           name);
 }
 
-// Blocks of a kernel that the device has room for at once. cluster_y: as in its grid.
+// Blocks of a kernel that the device has room for at once; of clusters none, where none fits (on a
+// slice of a GPU). cluster_y: as in its grid.
 template <typename Params>
 int64_t resident_blocks(void (*kernel)(Params), int threads, size_t shared_bytes, int cluster_y) {
   allow_shared(kernel, shared_bytes, "occupancy");
@@ -83,7 +84,7 @@ int64_t resident_blocks(void (*kernel)(Params), int threads, size_t shared_bytes
   config.attrs = &cluster;
   config.numAttrs = 1;
   check(cudaOccupancyMaxActiveClusters(&n, kernel, &config), "occupancy");
-  return int64_t{most(n, 1)} * cluster_y;
+  return int64_t{n} * cluster_y;
 }
 
 // Are launches into this stream captured, on a device that can start a kernel before the last one

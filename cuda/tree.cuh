@@ -155,7 +155,7 @@ KERNEL(kDraftThreads, 1) void learn_vocabulary_kernel(VocabularyParams p) {
   }
 }
 
-// Row `to_row` of an F32 or Q8_0 tape = f(row), as prepare() would have packed it. A warp has 32
+// Row `row` of an F32 or Q8_0 tape = f(row), as prepare() would have packed it. A warp has 32
 // columns; for Q8_0 they are a block (engine/dtype.h).
 template <typename Value>
 DEVICE void store_tape_row(DType type, std::byte* tape, int64_t cols, int64_t row,
