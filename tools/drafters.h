@@ -42,9 +42,10 @@ struct DrafterFlags {
 // both. To be called before the target's weights are prepared, while its file is open.
 std::optional<DraftTensors> load_draft_for(const Model& target, const DrafterFlags& flags);
 
-// For a session of one sequence. Where the backend can draft, all but "static" do so there
-// (resident_drafter.h), "none" too. Else: "none" (nullptr), "ngram", "chimera" (the draft model
-// alone), "hybrid" (both in one tree) or "static" (the draft model's guesses in the shape of
+// For a session of one sequence. Where the backend can draft, they do so there
+// (resident_drafter.h), "none" too, but for trees that are too large for it. Else: "none"
+// (nullptr), "ngram", "chimera" (the draft model alone), "hybrid" (both in one tree) or "static"
+// (the draft model's guesses in the shape of
 // --tree).
 std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlags& flags,
                                       const std::optional<DraftTensors>& draft, const Llama& target,

@@ -1,5 +1,7 @@
 #include "tools/interrupt.h"
 
+#include <utility>
+
 namespace chimera {
 namespace {
 
@@ -12,8 +14,12 @@ Interrupt::Interrupt() {
   struct sigaction action = {};
   action.sa_handler = [](int signal) { signalled = signal; };
   action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-  sigaction(SIGINT, &action, &interrupt_);
-  sigaction(SIGTERM, &action, &terminate_);
+  // What the parent ignores for us (a script's job in the background: Ctrl-C is the script's) stays
+  // so.
+  for (const auto& [signal, before] : {std::pair{SIGINT, &interrupt_}, {SIGTERM, &terminate_}}) {
+    sigaction(signal, &action, before);
+    if (before->sa_handler == SIG_IGN) sigaction(signal, before, nullptr);
+  }
 }
 
 Interrupt::~Interrupt() {

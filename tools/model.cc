@@ -1,8 +1,5 @@
 #include "tools/model.h"
 
-#if defined(__GLIBC__)
-#endif
-
 #include <algorithm>
 
 #include "engine/error.h"

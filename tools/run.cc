@@ -128,7 +128,9 @@ std::string read_prompt(const Options& o) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(o.file->c_str(), "rb"),
                                                                std::fclose);
     if (!file) throw Error(printable(*o.file, 4096), "a readable file", std::strerror(errno));
-    return read_all(file.get(), printable(*o.file, 4096));
+    std::string text = read_all(file.get(), printable(*o.file, 4096));
+    if (text.empty()) throw Error(printable(*o.file, 4096), "a prompt", "nothing");
+    return text;
   }
   if (isatty(STDIN_FILENO)) note("The prompt, please; Ctrl-D on a line of its own ends it.");
   std::string text = read_all(stdin, "standard input");
@@ -245,7 +247,7 @@ int run(const std::vector<std::string>& args) {
       note("The context of " + std::to_string(context) +
            " tokens is full; --ctx N makes room for more.");
     }
-    note(figures(g, plain ? 0 : session.plain_seconds()));
+    note(figures(g, plain || g.ids.empty() ? 0 : session.plain_seconds()));
   }
   return g.stop == Stop::kCancelled ? interrupt.exit_code() : 0;
 }

@@ -444,7 +444,11 @@ int bench(const std::vector<std::string>& args) {
   std::set<std::string> given;
   if (!parse(command(&o), args, &given)) return 0;
   check_together(o, given);
-  if (o.svg) expect_writable(*o.svg);
+  if (o.svg) {
+    expect_other_file(*o.svg, {o.model, o.drafting.draft});
+    expect_other_file(*o.svg, o.prompts);
+    expect_writable(*o.svg);
+  }
 
   const int threads = o.threads.value_or(cpu::physical_cores());
   auto device = make_backend(o.device, {.threads = threads});
