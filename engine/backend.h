@@ -181,7 +181,7 @@ class Backend {
     return 0;
   }
   virtual void wait(uint64_t /*ticket*/) {}
-  // A key that no other list has: for lists that no Step's address stands for.
+  // A number that it gives only once: a key for lists that no Step's address stands for.
   uint64_t new_key() { return ++last_key_; }
 
   // Ops that grow candidate trees in the device's memory (tree_ops.h); nullptr: here the host grows

@@ -87,7 +87,10 @@ class CostCurve {
     factors_ = {std::clamp(factors_[0], 0.1, 10.0), std::clamp(factors_[1], 0.1, 10.0),
                 std::max(factors_[2], 0.0)};
   }
-  double at(int rows) const { return seconds_[static_cast<size_t>(std::min(rows, kMaxRows))]; }
+  double at(int rows) const {
+    if (rows <= kMaxRows) return seconds_[static_cast<size_t>(rows)];
+    return seconds_[kMaxRows] + (rows - kMaxRows) * (seconds_[kMaxRows] - seconds_[kMaxRows - 1]);
+  }
   void interpolate() {
     std::array<double, kMaxRows + 1> least = measured_;  // 0 where nothing was measured
     double lowest = 0;                                   // of those with as many rows or more

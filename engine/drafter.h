@@ -27,7 +27,6 @@ struct DraftContext {
 
 // What a pass of the target left for one sequence: n_kept rows, whose states follow each other.
 struct KeptRows {
-  Backend& backend;
   int sequence;
   int64_t text;  // as above
   // The text, up to and including the token after the last kept row.
@@ -46,8 +45,8 @@ class Drafter {
  public:
   virtual ~Drafter() = default;
   virtual std::string name() const = 0;
-  // Appends ops that write candidates below the root into the step: rows of the same sequence,
-  // parents before children, siblings with different tokens, all wanting logits.
+  // Writes candidates below the root into the step, before its list of ops: rows of the same
+  // sequence, parents before children, siblings with different tokens, all wanting logits.
   virtual void draft(const DraftContext& context, Step* step) = 0;
   // Called after every step, prompt's included, for each sequence that kept rows.
   virtual void observe(const KeptRows& /*kept*/) {}

@@ -7,7 +7,7 @@
 namespace chimera {
 
 Llama::Llama(Backend& backend, const LlamaTensors& t, const Consumed& consumed)
-    : backend_(backend), config_(t.config), name_(t.name) {
+    : backend_(backend), config_(t.config) {
   const auto hidden = static_cast<size_t>(config_.hidden_size);
   norms_ = backend.allocate((2 * t.layers.size() + 1) * hidden * 4, Memory::kDevice);
   auto* next_norm = static_cast<float*>(norms_.get());

@@ -35,7 +35,6 @@ class Llama {
 
   Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }
-  const std::string& name() const { return name_; }
   Heads heads() const { return {config_.n_heads, config_.n_kv_heads, config_.head_dim}; }
   // (vocab, hidden), rows to be read with Backend::embed().
   const Matrix& embedding() const { return embedding_ ? *embedding_ : *head_; }
@@ -54,7 +53,6 @@ class Llama {
 
   Backend& backend_;
   LlamaConfig config_;
-  std::string name_;
   std::unique_ptr<Matrix> embedding_;  // (vocab, hidden); null: rows are read from the head
   std::vector<Layer> layers_;
   const float* output_norm_ = nullptr;  // (hidden)

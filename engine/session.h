@@ -1,6 +1,6 @@
 // A session: the texts of one or more sequences, and everything that changes while they grow - KV
-// cache, activations, the Step. The weights (Llama) are shared; nothing is global. Sessions over one
-// backend take turns: see Backend.
+// cache, activations, the Step. The weights (Llama) are shared; nothing is global. Sessions over
+// one backend take turns: see Backend.
 //
 // One function advances it. Tokens that are known but not yet in the KV cache are the sequence's
 // pending tokens: a prompt, or the one token sampled last. step() runs as many of them as fit;
@@ -78,18 +78,19 @@ class Session {
   }
 
   // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer of them if that
-  // would take longer than some 0.4 s, or than ten plain passes; drafters then choose the size of their trees by it. (Where trees are
-  // drafted on the device: what passes over its own Step cost.) To be called before
-  // the first start(). set_cost(): the same from a curve that was measured before. From then on the
-  // curve learns from every step. Without one trees have max_nodes nodes if there are as many
-  // candidates, and a run can be repeated step by step.
+  // would take longer than some 0.4 s, or than ten plain passes; drafters then choose the size of
+  // their trees by it. (Where trees are drafted on the device: what passes over its own Step cost.)
+  // To be called before the first start(). set_cost(): the same from a curve that was measured
+  // before. From then on the curve learns from every step. Without one trees have max_nodes nodes
+  // if there are as many candidates, and a run can be repeated step by step.
   void measure_cost();
   // Seconds of a pass over so many rows at the start of a text, the best of a few. As above.
   double time_pass(int rows);
   void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
-  // Seconds of a plain step at this point of the text: the median of a few that are run for it and
-  // add nothing.
+  // Seconds of a plain step at the end of the text: its last token, which must have been decoded,
+  // is decoded again and again for 0.1 s, and the median taken. It comes out the same each time.
+  // For a session of one sequence and a text no longer than the context.
   double plain_seconds();
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
@@ -124,11 +125,6 @@ class Session {
   void fill_step(Drafter* drafter, int most_rows);
   void read_back(int sequence);
   bool step_resident(ResidentDrafter& drafter);
-  // Runs passes over `rows` rows behind the committed ones, accepts nothing, and says how long each
-  // took, without the first one or two, which warm up caches or make a graph. `most` passes, fewer
-  // where they are long, two at least. step: the Session's own, or one of the device that the rows
-  // are sent to. key: as submit() has it.
-  std::vector<double> time_passes(Step* step, uint64_t key, int rows, int most);
 
   const Llama& model_;
   SessionOptions options_;
@@ -136,7 +132,6 @@ class Session {
   CostCurve cost_;
   int until_plain_ = kFirstPlain;
   std::vector<Text> texts_;
-  int64_t texts_started_ = 0;
   std::shared_ptr<void> device_memory_, shared_memory_;
   std::shared_ptr<Step> step_memory_;
   Step* step_ = nullptr;

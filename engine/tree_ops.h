@@ -46,8 +46,8 @@ class TreeOps {
   virtual void top_k(const DraftPass& draft, const float* logits, int64_t stride, int depth,
                      DraftState* state) = 0;
   // Adds these below the nodes of the new rows, `depth` below the root. Then the most probable
-  // candidates of the next depth get rows, `width` at most; none if it is the last. Of a tree of one
-  // shape, its nodes are added, and those that have children get rows.
+  // candidates of the next depth get rows, `width` at most; none if it is the last. Of a tree of
+  // one shape, its nodes are added, and those that have children get rows.
   virtual void grow(int depth, DraftState* state, const DraftPass& draft) = 0;
   // Writes the root and the most probable candidates into `step`; no rows if the text is full.
   virtual void choose(DraftState* state, Step* step) = 0;

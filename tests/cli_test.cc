@@ -21,6 +21,7 @@
 
 #include "engine/backend.h"
 #include "engine/generate.h"
+#include "loader/descriptor.h"
 #include "loader/draft_file.h"
 #include "loader/feature_file.h"
 #include "loader/gguf.h"
@@ -29,6 +30,7 @@
 #include "tests/tiny_model.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/unicode.h"
+#include "tools/interrupt.h"
 #include "tools/train/training_texts.h"
 
 using chimera::cuda_available;
@@ -290,6 +292,8 @@ TEST_F(CliTest, PromptErrors) {
   expect_error({"run", "-m", kStories}, 2, "standard input: expected a prompt, found nothing");
   expect_error({"run", "-m", kStories, "-f", "/no/such"}, 1, "/no/such: expected a readable file");
   expect_error({"run", "-m", kStories, "-f", "/"}, 1, "/: expected a readable file");
+  expect_error({"run", "-m", kStories, "-f", write("empty", "")}, 1,
+               "empty: expected a prompt, found nothing");
   expect_error({"run", "-m", kStories, "-p", "Once upon a time", "--ctx", "5"}, 1,
                "prompt: expected fewer than 5 tokens (the context), found 5");
   std::string words;
@@ -437,6 +441,18 @@ std::pair<int, std::string> CliTest::interrupted(int stream, const Args& args,
   close(ends[0]);
   EXPECT_TRUE(sent) << text;
   return {finish(pid).code, text};
+}
+
+TEST(Interrupt, WhatIsIgnoredStaysSo) {
+  const auto before = std::signal(SIGINT, SIG_IGN);  // as for a script's job in the background
+  {
+    const chimera::Interrupt interrupt;
+    std::raise(SIGINT);
+    EXPECT_FALSE(interrupt.asked());
+    std::raise(SIGTERM);
+    EXPECT_TRUE(interrupt.asked());
+  }
+  std::signal(SIGINT, before);
 }
 
 // What the program shows on standard error if that is a terminal.
@@ -774,7 +790,7 @@ TEST_F(CliTest, OutputsThatWouldDestroySomething) {
   ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
   const auto refused = [&](const std::string& command, const Args& more, const std::string& found) {
     Args args = {"train"};
-    if (command == "tune-tree") args.clear();
+    if (command == "tune-tree" || command == "bench") args.clear();
     args.push_back(command);
     args.insert(args.end(), more.begin(), more.end());
     expect_error(args, 1, found);
@@ -808,6 +824,8 @@ TEST_F(CliTest, OutputsThatWouldDestroySomething) {
     refused("eval", {"-m", a, "--draft", b, "--prompts", b, "--calibrate", same}, found);
     refused("eval", {"-m", b, "--draft", a, "--prompts", b, "--svg", same}, found);
     refused("tune-tree", {"-m", b, "--draft", b, "--prompts", a, "-o", same}, found);
+    refused("bench", {"-m", a, "--svg", same}, found);
+    refused("bench", {"-m", b, "--prompts", b + "," + a, "--svg", same}, found);
     expect_error({"train", "-m", a, "--prompts", write("p", "one\ntwo\n"), "-o", same}, 1, found);
   }
   refused("fit", {"-m", a, "--data", b, "-o", x, "--checkpoint", x}, "the same file as");
@@ -978,6 +996,26 @@ TEST_F(CliTest, TrainData) {
   const Output half = chimera({"train", "merge", "--data", odd, "-o", folder_ / "half"});
   EXPECT_EQ(half.err, "note: 1 of 2 shards not given\n2 answers of 1 shard\n");
   EXPECT_NE(read("half").find("\"shard\":\"1/2\""), std::string::npos);
+  // ... in more than one go as well.
+  for (const char* part : {"0/3", "1/3", "2/3"})
+    data(std::string("third") + part[0], {"--shard", part});
+  const std::string third = folder_ / "third", most = folder_ / "most";
+  EXPECT_EQ(chimera({"train", "merge", "--data", third + "0," + third + "2", "-o", most}).err,
+            "note: 1 of 3 shards not given\n3 answers of 2 shards\n");
+  EXPECT_EQ(chimera({"train", "merge", "--data", most + "," + third + "1", "-o", joined}).err,
+            "4 answers of 2 shards\n");
+  EXPECT_TRUE(read("joined") == read("whole"));
+  expect_error({"train", "merge", "--data", most + "," + third + "2", "-o", joined}, 1,
+               "each shard once, found shard 2/3 again");
+  // One run at a time adds to a shard.
+  {
+    chimera::Descriptor other(odd);
+    other.lock();
+    const std::string before = read("odd");
+    expect_error({"train", "data", "-m", kStories, "--prompts", prompts, "-o", odd}, 1,
+                 "odd: expected no other run that adds to it");
+    EXPECT_TRUE(read("odd") == before);
+  }
   data("other", {"--shard", "0/2", "--seed", "2"});
   expect_error({"train", "merge", "--data", odd + "," + (folder_ / "other").string(), "-o", joined},
                1, "merge shards of one model and the same settings only");
@@ -1210,8 +1248,12 @@ TEST_F(CliTest, TrainEveryStage) {
   EXPECT_EQ(read("d.safetensors.answers.jsonl"), before);
   EXPECT_NE(again.err.find("d.safetensors.on-policy.checkpoint, at "), std::string::npos);
   EXPECT_EQ(again.err.find(" positions/s"), std::string::npos) << again.err;
-  expect_error({"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", draft}, 1,
-               "one.txt: expected two prompts at least");
+  Args without = args;
+  std::erase(without, "--on-policy");
+  expect_error(without, 2, "train: expected --on-policy, with which an earlier run was stopped");
+  expect_error(
+      {"train", "-m", kStories, "--prompts", write("one.txt", "alone\n"), "-o", folder_ / "new"}, 1,
+      "one.txt: expected two prompts at least");
   expect_error({"train", "-m", kStories, "-o", draft}, 2, "--prompts FILE");
 
   // What a later stage would refuse is refused before the first.
@@ -1300,16 +1342,11 @@ class FitTest : public CliTest {
     write("shard", lines);
   }
   Args fit(const Args& more = {}, const std::string& draft = "d") {
-    Args args = {"train",        "fit",
-                 "-m",           model_,
-                 "--data",       folder_ / "shard",
-                 "-o",           folder_ / draft,
-                 "--positions",  "100",
-                 "--batch",      "20",
-                 "--threads",    "1",
-                 "--vocabulary", "30",
-                 "--ffn",        "32",
-                 "--rank",       "32"};
+    Args args = {
+        "train",         "fit",         "-m",  model_,    "--data", folder_ / "shard", "-o",
+        folder_ / draft, "--positions", "100", "--batch", "20",     "--threads",       "1"};
+    if (std::ranges::find(more, "--init") == more.end())
+      args.insert(args.end(), {"--vocabulary", "30", "--ffn", "32", "--rank", "32"});
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
@@ -1385,8 +1422,17 @@ TEST_F(FitTest, FormsOfADraft) {
   EXPECT_FALSE(draft.config.slot_features);
   ASSERT_EQ(chimera(fit({"--encoder", "token"}, "token")).code, 0) << read("err");
   EXPECT_FALSE(chimera::load_draft(folder_ / "token").config.trigram);
+  // It was calibrated with other weights; and its form is not for flags to say.
+  chimera::DraftTensors calibrated = draft;
+  calibrated.config.greedy = {{1.5f}, {0.5f}};
+  chimera::save_draft(calibrated, folder_ / "paper");
   ASSERT_EQ(chimera(fit({"--init", folder_ / "paper"}, "second")).code, 0) << read("err");
-  EXPECT_FALSE(chimera::load_draft(folder_ / "second").config.slot_features);
+  const chimera::DraftTensors second = chimera::load_draft(folder_ / "second");
+  EXPECT_FALSE(second.config.slot_features);
+  EXPECT_TRUE(second.config.greedy.temperature.empty());
+  EXPECT_EQ(second.vocabulary, draft.vocabulary);
+  expect_error(fit({"--init", folder_ / "paper", "--slots", "states"}, "third"), 2,
+               "--slots: expected no --init, whose draft has its form already, found both");
 
   const Args run = {"run", "-m", model_, "-p", "ab", "-n", "12", "--json"};
   const json plain = object(run);

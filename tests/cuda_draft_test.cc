@@ -675,6 +675,28 @@ TEST(CudaDraft, TextsAreTheSame) {
   }
 }
 
+// A drafter knows its text from one of another session that is as long.
+TEST(CudaDraft, SessionsHaveTextsOfTheirOwn) {
+  SKIP_WITHOUT(kStories);
+  const Loaded l = load_on(devices().front(), kStories);
+  const auto drafter = drafter_of(kWays[3], *l.model, 24);
+  const SessionOptions options{.context = 24, .max_nodes = 6};
+  Session plain(*l.model, {.context = 24});
+  for (const int n : {2, 3, 4}) {
+    std::vector<int32_t> text = kPrompt;
+    {
+      Session first(*l.model, options);
+      generate(first, drafter.get(), kPrompt, {n, {}, {}});
+      const auto whole = first.tokens(0);
+      text.assign(whole.begin(), whole.end());
+    }
+    text[1] = 5;  // as long, but another
+    Session second(*l.model, options);
+    EXPECT_EQ(generate(second, drafter.get(), text, {}).ids, generate(plain, nullptr, text, {}).ids)
+        << n;
+  }
+}
+
 // A kernel that fails, with a pass under way: the next wait throws, op by op the kernel's name
 // comes with it, and everything can be let go.
 TEST(CudaDraft, AFaultIsAnError) {

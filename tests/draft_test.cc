@@ -232,6 +232,27 @@ TEST(Draft, TheOneThatShips) {
   }
 }
 
+// While the draft model rests, n-grams go on: many rows at once may end its waiting, but not its
+// rest.
+TEST(Draft, InARestTheDraftModelDoesNothing) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  const DraftTensors tensors = load_draft(kDraft);
+  std::vector<int32_t> prompt;  // a text that repeats itself
+  for (int i = 0; i < 120; ++i) prompt.push_back(1000 + i % 12);
+  Session session(*target.model, {.context = 700, .max_nodes = 8});
+  CostCurve cost;
+  for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1e-9);
+  const auto drafter =
+      make_chimera_drafter(*target.model, tensors, {.nodes = 8, .ngrams = true}, 1, 700);
+  session.start(0, prompt, {});
+  session.set_cost(cost);
+  int steps = 0;
+  while (session.tokens(0).size() < 600) steps += session.step(drafter.get()) ? 1 : 0;
+  EXPECT_LT(steps, 300) << "the n-grams are right";
+  EXPECT_LT(drafter->spent().steps, 20);
+}
+
 // Beside a plain step that takes no time drafting is never worth its own, and rests but for a step
 // now and then. Beside one that takes ever so long it always is: it catches up with what was
 // written meanwhile, and guesses as well as if it had seen each step.
@@ -301,10 +322,10 @@ TEST(Draft, DynamicVocabularyGoesRound) {
         for (int r = 0; r < 70; ++r)
           step->kept_at[step->add_row(text[static_cast<size_t>(first + done + r)], r - 1, false)] =
               first + done + r;
-        drafter->observe(
-            {*target.backend, 0, 1, std::span(text).first(static_cast<size_t>(first + done + 71)),
-             70, first + done + 70, states.data() + static_cast<size_t>(first + done) * 576,
-             step.get(), nullptr, 0});
+        drafter->observe({0, 1, std::span(text).first(static_cast<size_t>(first + done + 71)), 70,
+                          first + done + 70,
+                          states.data() + static_cast<size_t>(first + done) * 576, step.get(),
+                          nullptr, 0});
       }
       const CandidateTree& t =
           drafter->candidates({*target.backend,

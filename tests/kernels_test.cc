@@ -193,6 +193,11 @@ TEST(RowKernels, ExpAndArgmax) {
   ties[40] = ties[77] = 2.0f;
   for (const Kernels* k : fast_kernels()) EXPECT_EQ(k->sampling.argmax(ties.data(), 100), 40);
   EXPECT_EQ(kScalarKernels.sampling.argmax(ties.data(), 100), 40);
+  std::vector<float> none(100, -std::numeric_limits<float>::infinity());  // nothing is larger
+  for (const size_t at : {size_t{0}, size_t{17}, size_t{99}}) none[at] = std::nanf("");
+  for (const Kernels* k : fast_kernels())
+    EXPECT_EQ(k->sampling.argmax(none.data(), 100), 0) << k->name;
+  EXPECT_EQ(kScalarKernels.sampling.argmax(none.data(), 100), 0);
 }
 
 TEST(RowKernels, TopKIsWhatSortingGives) {

@@ -400,14 +400,15 @@ void check_smollm2(const std::string& file, size_t prompts, int tokens) {
 }
 TEST(Lossless, SmolLm2WholeTexts) {
   SKIP_WITHOUT(kSmolLm2);
-  SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
+  for (const char* set : {"mt_bench", "gsm8k_80"})
+    SKIP_WITHOUT(shared("prompts/" + std::string(set) + ".jsonl"));
   check_smollm2("mt_bench.jsonl", 6, 48);
   check_smollm2("gsm8k_80.jsonl", 1, 48);
 }
 class WholeTextsFull : public testing::TestWithParam<std::string> {};
 TEST_P(WholeTextsFull, OfSmolLm2) {
   SKIP_WITHOUT(kSmolLm2);
-  SKIP_WITHOUT(shared("prompts/mt_bench.jsonl"));
+  SKIP_WITHOUT(shared("prompts/" + GetParam() + ".jsonl"));
   check_smollm2(GetParam() + ".jsonl", 80, 128);
 }
 INSTANTIATE_TEST_SUITE_P(Prompts, WholeTextsFull,

@@ -202,6 +202,12 @@ TEST(CostCurve, ForgetsADearWhile) {
 }
 
 // A measurement that was disturbed must not make the next larger tree look as cheap.
+TEST(CostCurve, RowsBeyondTheLastMeasuredCostAsMuchAgain) {
+  CostCurve curve;
+  for (const int rows : {1, 32, 64}) curve.set(rows, 1 + 0.1 * rows);
+  for (const int rows : {48, 65, 100, 255}) EXPECT_NEAR(curve.seconds(rows), 1 + 0.1 * rows, 1e-9);
+}
+
 TEST(CostCurve, FewerRowsNeverCostMore) {
   CostCurve curve;
   for (const auto& [rows, seconds] : {std::pair{1, 2.2}, {2, 3.0}, {3, 1.8}, {4, 2.0}, {8, 3.6}})
@@ -257,19 +263,24 @@ TEST_F(SessionTest, PlainStepsOfABatchNowAndThen) {
     drafting += drafter.calls > calls;
   EXPECT_GT(steps, 60);
   EXPECT_GT(drafting, steps - 6);
+  EXPECT_LT(drafting, steps - 1);  // the prompts' step apart
 }
 
 TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   const std::vector<int32_t> prompt(40, 100);
-  Session plain(model(), {.context = 100}), timed(model(), {.context = 100});
-  plain.start(0, prompt, {});
-  timed.start(0, prompt, {});
-  while (!plain.full(0)) {
-    plain.step(nullptr);
+  const Sampling sampling{.temperature = 1, .seed = 3};
+  Session plain(model(), {.context = 50}), timed(model(), {.context = 50});
+  plain.start(0, prompt, sampling);
+  timed.start(0, prompt, sampling);
+  while (plain.step(nullptr)) {
     timed.step(nullptr);
     EXPECT_GT(timed.plain_seconds(), 0);
     ASSERT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
   }
+  EXPECT_FALSE(timed.step(nullptr));
+  timed.stop(0);
+  EXPECT_GT(timed.plain_seconds(), 0);
+  EXPECT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
 }
 
 // The states that a draft model reads: after a step they belong to the rows kept, in order; a
@@ -368,7 +379,7 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
       int row = -1;
       for (int i = 0; i < rows; ++i) row = step->add_row(7, row, i + 1 == rows);
       step->set_root(row);
-      drafter->observe({*backend, 0, 1, text, rows, rows, nullptr, step.get(), nullptr, 16});
+      drafter->observe({0, 1, text, rows, rows, nullptr, step.get(), nullptr, 16});
     };
     observe(prompt_rows);
     for (int i = 0;; ++i) {

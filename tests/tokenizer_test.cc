@@ -874,6 +874,13 @@ const std::vector<BadVocabulary> kBadOfAnyKind = {
     {"type 0", [](Vocabulary& v) { v.types[7] = static_cast<TokenType>(0); }, "type of token 7"},
     {"type 7", [](Vocabulary& v) { v.types[7] = static_cast<TokenType>(7); }, "found 7"},
     {"huge token", [](Vocabulary& v) { v.tokens[9].assign(65537, 'x'); }, "token 9: expected"},
+    {"huge special token",
+     [](Vocabulary& v) {
+       v.types.assign(v.tokens.size(), TokenType::kNormal);
+       v.types[9] = TokenType::kUserDefined;
+       v.tokens[9].assign(513, 'x');
+     },
+     "token 9: expected at most 512 bytes, as it is a control or user-defined one, found 513"},
 };
 
 TEST(Tokenizer, RefusesBadByteBpe) {

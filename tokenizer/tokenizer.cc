@@ -9,8 +9,9 @@
 namespace chimera {
 namespace {
 
-// Far above any real token, and low enough that no search for one in a text takes long.
-constexpr size_t kMaxTokenBytes = 65536;
+// Far above any real token, and low enough that no search for one in a text takes long: those that
+// are cut out of a text are looked for at every place.
+constexpr size_t kMaxTokenBytes = 65536, kMaxSpecialBytes = 512;
 
 // Symbols hold 32-bit places, and SentencePiece puts a space in front.
 constexpr size_t kMaxTextBytes = std::numeric_limits<int32_t>::max() - 1;
@@ -42,9 +43,17 @@ void check(const Vocabulary& vocabulary) {
                 std::to_string(types.size()));
   }
   for (size_t id = 0; id < types.size(); ++id) {
-    if (types[id] >= TokenType::kNormal && types[id] <= TokenType::kByte) continue;
-    throw Error("tokenizer: type of token " + std::to_string(id), "1 to 6",
-                std::to_string(static_cast<int>(types[id])));
+    const TokenType type = types[id];
+    if (type < TokenType::kNormal || type > TokenType::kByte)
+      throw Error("tokenizer: type of token " + std::to_string(id), "1 to 6",
+                  std::to_string(static_cast<int>(type)));
+    const size_t length = vocabulary.tokens[id].size();
+    if (length > kMaxSpecialBytes && (type == TokenType::kControl || type == TokenType::kUnknown ||
+                                      type == TokenType::kUserDefined))
+      throw Error("tokenizer: token " + std::to_string(id),
+                  "at most " + std::to_string(kMaxSpecialBytes) +
+                      " bytes, as it is a control or user-defined one",
+                  std::to_string(length));
   }
 
   const std::pair<const char*, int32_t> named_ids[] = {

@@ -15,19 +15,26 @@ enum class TokenizerModel : uint8_t {
 enum class PreTokenizer : uint8_t { kNone, kGpt2, kSmolLm, kLlama3 };
 
 // GGUF's tokenizer.ggml.token_type.
-enum class TokenType : uint8_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
+enum class TokenType : uint8_t {
+  kNormal = 1,
+  kUnknown = 2,
+  kControl = 3,
+  kUserDefined = 4,
+  kUnused = 5,
+  kByte = 6
+};
 
 struct Vocabulary {
   TokenizerModel model = TokenizerModel::kByteBpe;
   PreTokenizer pre = PreTokenizer::kNone;
   std::vector<std::string> tokens;
-  std::vector<float> scores;       // SentencePiece only; as long as tokens
-  std::vector<TokenType> types;    // as long as tokens; empty: all normal
-  std::vector<std::string> merges; // byte BPE only: "left right", most important first
+  std::vector<float> scores;             // SentencePiece only; as long as tokens
+  std::vector<TokenType> types;          // as long as tokens; empty: all normal
+  std::vector<std::string> merges;       // byte BPE only: "left right", most important first
   int32_t bos = -1, eos = -1, unk = -1;  // -1: none
   bool add_bos = false;
-  bool add_space_prefix = true;    // SentencePiece only
-  std::string chat_template;       // Jinja source from the file: matched against known ones, never run
+  bool add_space_prefix = true;  // SentencePiece only
+  std::string chat_template;  // Jinja source from the file: matched against known ones, never run
 };
 
 }  // namespace chimera

@@ -36,10 +36,12 @@ class GrowingDrafter final : public ChimeraDrafter {
         hidden_(tensors.config.hidden_size),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
+    const auto waiting = static_cast<size_t>(DraftModel::kMaxRows * hidden_);
+    waiting_ = target.backend().allocate(sequences_.size() * waiting * 4);
     for (int s = 0; s < n_sequences; ++s) {
-      sequences_[static_cast<size_t>(s)].root = model_.root(s);
-      sequences_[static_cast<size_t>(s)].waiting.resize(
-          static_cast<size_t>(DraftModel::kMaxRows * hidden_));
+      Sequence& seq = sequences_[static_cast<size_t>(s)];
+      seq.root = model_.root(s);
+      seq.waiting = static_cast<float*>(waiting_.get()) + static_cast<size_t>(s) * waiting;
     }
     if (options.ngrams)
       indexes_.assign(static_cast<size_t>(n_sequences),
@@ -118,14 +120,14 @@ class GrowingDrafter final : public ChimeraDrafter {
     int expanded = 0;  // committed length that the model has seen; 0: nothing to draft from
     Trust trust{};
     Worth worth{};
-    double price = 0;     // of the last tree, in plain steps; 0 where costs are not known, ...
-    double promised = 0;  // ... and tokens that it promised
-    std::vector<float> waiting{};
+    double price = 0;          // of the last tree, in plain steps; 0 where costs are not known, ...
+    double promised = 0;       // ... and tokens that it promised
+    float* waiting = nullptr;  // states of the rows that wait, which an op will read
     int first_waiting = 0, n_waiting = 0;
 
     void wait(const KeptRows& k, int first, int64_t width) {
       if (n_waiting == 0) first_waiting = first;
-      std::copy_n(k.states, k.n_kept * width, waiting.data() + n_waiting * width);
+      std::copy_n(k.states, k.n_kept * width, waiting + n_waiting * width);
       n_waiting += k.n_kept;
     }
     // The text goes on from position `first`, behind all that waits if it was not cut.
@@ -135,8 +137,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   // What the target has computed while drafting rested.
   void catch_up(int sequence, std::span<const int32_t> tokens) {
     Sequence& seq = sequences_[static_cast<size_t>(sequence)];
-    absorb(sequence, tokens, seq.waiting.data(), seq.first_waiting,
-           std::exchange(seq.n_waiting, 0));
+    absorb(sequence, tokens, seq.waiting, seq.first_waiting, std::exchange(seq.n_waiting, 0));
   }
 
   // Kept rows, n from position `first` on, bring a slot each; the last one also belongs to the next
@@ -193,7 +194,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     if (options_.ngrams)
       propose_ngrams(indexes_[static_cast<size_t>(c.sequence)], c.text, c.tokens, kHybridMinMatch,
                      kHybridMaxMatch, c.sampling.temperature, &tree_);
-    if (ready(c, seq)) grow(c, seq, budget, start);
+    if (!rests && ready(c, seq)) grow(c, seq, budget, start);
     tree_.choose(budget, c.max_depth, c.cost, seconds_since(start), seq.trust.share());
     seq.trust.promised += tree_.promised();
     learn_yields();
@@ -312,7 +313,9 @@ class GrowingDrafter final : public ChimeraDrafter {
       if (!wanted(i)) continue;
       const float p =
           above * others * read.coverage * std::exp((logits[best[i]] - largest) * scale) / sum;
-      added(i, tree_.add_drafted(parent, vocabulary_[static_cast<size_t>(best[i])], p));
+      // A damaged target's states may be no numbers; trees are sorted by probability.
+      added(i, tree_.add_drafted(parent, vocabulary_[static_cast<size_t>(best[i])],
+                                 std::isnan(p) ? 0.0f : p));
     }
   }
   void propose(int parent, int depth, const DraftContext& c, const float* logits) {
@@ -469,6 +472,7 @@ class GrowingDrafter final : public ChimeraDrafter {
   const SamplingOps& ops_ = sampling_ops();
   int hidden_;
   DraftModel model_;
+  std::shared_ptr<void> waiting_;
   std::vector<Sequence> sequences_;
   std::vector<NgramIndex> indexes_;
   std::vector<int32_t> vocabulary_;  // what can be proposed: n_static_ tokens, then dynamic ones

@@ -193,7 +193,7 @@ class CpuBackend final : public Backend {
       Segment s{w, nullptr, matrix->rows, matrix->n_panels, (w.rows + kPanelRows - 1) / kPanelRows};
       const size_t panel = panel_bytes(w.type, w.cols);
       if (w.lasting) {
-        scratch_panel_bytes_ = std::max(scratch_panel_bytes_, panel);
+        most_panel_bytes_ = std::max(most_panel_bytes_, panel);
         matrix->bytes += w.bytes();
       } else if (product_for(w.type) != nullptr) {
         std::byte* panels = arena_.take(panel * static_cast<size_t>(s.n_panels));
@@ -269,32 +269,39 @@ class CpuBackend final : public Backend {
   void reserve(int max_rows, int capacity, int64_t max_cols, const Heads& heads,
                int64_t vocab) override {
     const int padded = static_cast<int>(round_up(heads.head_dim, 16));
-    max_chunks_ = std::max(max_chunks_, capacity / kChunk + 1);
-    partial_size_ = std::max(partial_size_, partial_size(padded));
-    scratch_rows_ = std::max(scratch_rows_, max_rows);
-    scratch_cols_ = std::max(scratch_cols_, max_cols);
-    vocab_ = std::max(vocab_, vocab);
+    const int chunks = std::max(max_chunks_, capacity / kChunk + 1),
+              partial = std::max(partial_size_, partial_size(padded)),
+              rows = std::max(scratch_rows_, max_rows);
+    const int64_t cols = std::max(scratch_cols_, max_cols),
+                  stride = round_up(std::max(vocab_, vocab), 16);
     const auto threads = static_cast<size_t>(pool_.size());
-    const size_t shared = InputScratch::bytes(scratch_rows_, scratch_cols_);
-    const int64_t own_cols = std::max(scratch_cols_, kOwnInput + kOwnInput / 4);
+    const size_t shared = InputScratch::bytes(rows, cols);
+    const int64_t own_cols = std::max(cols, kOwnInput + kOwnInput / 4);
     const size_t own = InputScratch::bytes(1, own_cols);  // one row, or several shorter ones
-    const size_t tile = size_t{kMaxQueries} * static_cast<size_t>(max_chunks_) *
-                        static_cast<size_t>(partial_size_) * 4;
-    wave_tiles_ = static_cast<int>(std::clamp<size_t>(kWaveBytes / tile, kFewTiles, kManyTiles));
-    const size_t partials = static_cast<size_t>(wave_tiles_) * tile;
-    const size_t sampler = static_cast<size_t>(round_up(vocab_, 16)) * 12;
-    const size_t panels = threads * scratch_panel_bytes_;
-    reserved_ = shared + threads * own + partials + sampler + panels;
-    memory_ = map_memory(reserved_);
+    const size_t tile =
+        size_t{kMaxQueries} * static_cast<size_t>(chunks) * static_cast<size_t>(partial) * 4;
+    const size_t wave = std::clamp<size_t>(kWaveBytes / tile, kFewTiles, kManyTiles);
+    const size_t partials = wave * tile, sampler = static_cast<size_t>(stride) * 12,
+                 panels = threads * most_panel_bytes_;
+    const size_t bytes = shared + threads * own + partials + sampler + panels;
+    own_input_.resize(threads);
+    memory_ = map_memory(bytes);
+    // From here on nothing throws: if there is no room, what was reserved before is as it was.
+    reserved_ = bytes;
+    max_chunks_ = chunks;
+    partial_size_ = partial;
+    scratch_rows_ = rows;
+    scratch_cols_ = cols;
+    vocab_ = std::max(vocab_, vocab);
+    wave_tiles_ = static_cast<int>(wave);
+    scratch_panel_bytes_ = most_panel_bytes_;
     auto* p = static_cast<std::byte*>(memory_.get());
-    shared_input_ = InputScratch::carve(p, scratch_rows_, scratch_cols_);
+    shared_input_ = InputScratch::carve(p, rows, cols);
     p += shared;
-    own_input_.clear();
     for (size_t t = 0; t < threads; ++t, p += own)
-      own_input_.push_back(InputScratch::carve(p, 1, own_cols));
+      own_input_[t] = InputScratch::carve(p, 1, own_cols);
     partials_ = reinterpret_cast<float*>(p);
     p += partials;
-    const int64_t stride = round_up(vocab_, 16);
     sampler_ = {reinterpret_cast<float*>(p), reinterpret_cast<float*>(p) + stride,
                 reinterpret_cast<int32_t*>(p) + 2 * stride};
     scratch_panels_ = p + sampler;
@@ -355,7 +362,7 @@ class CpuBackend final : public Backend {
         prepare_input(op, w, all ? step->first_new + i : step->logits_row[i], i, input);
       if (divide) pool_.barrier(thread);
 
-      const Activations x = activations(op, w, input);
+      const Activations x = activations(w, input);
       const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
       float* y = op.y + (all ? step->first_new * y_stride : 0);
       for (;;) {
@@ -695,7 +702,7 @@ class CpuBackend final : public Backend {
       kernels_.quantize_q8(y, n, s.q8 + to * n, s.scale + to * (n / 32), s.sum + to * (n / 32));
     if (w.needs_bf16) kernels_.round_bf16(y, n, s.bf16 + to * round_up(n, 32));
   }
-  static Activations activations(const Linear& /*op*/, const CpuMatrix& w, const InputScratch& s) {
+  static Activations activations(const CpuMatrix& w, const InputScratch& s) {
     Activations x;
     if (w.needs_f32) x.f32 = s.f32;
     if (w.needs_bf16) x.bf16 = s.bf16;
@@ -798,7 +805,8 @@ class CpuBackend final : public Backend {
   int wave_tiles_ = 0;
   float* partials_ = nullptr;  // (wave_tiles, kMaxQueries, max_chunks_, partial_size)
   SamplerScratch sampler_{};
-  size_t scratch_panel_bytes_ = 0;       // of the largest panel that is made anew for every pass
+  size_t most_panel_bytes_ = 0,  // of the largest panel that is made anew for every pass, and ...
+      scratch_panel_bytes_ = 0;  // ... of what a thread has for one
   std::byte* scratch_panels_ = nullptr;  // (threads, scratch_panel_bytes)
 };
 

@@ -81,7 +81,7 @@ using ProductFunction = void (*)(const Product&);
 void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
                        const Activations& x, int m, float* y, int64_t y_stride, bool accumulate);
 
-// The products over panels of one instruction set, by DType; nullptr where there is none (yet).
+// The products over panels of one instruction set, by DType; nullptr where there is none.
 extern const ProductFunction kProductsAvx2[kDTypeCount];
 extern const ProductFunction kProductsAvxVnni[kDTypeCount];
 extern const ProductFunction kProductsAvx512[kDTypeCount];
@@ -158,8 +158,9 @@ struct Kernels {
 
 extern const Kernels kScalarKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAmxKernels;
 
-// The best table that this machine can run, or the one that CHIMERA_ISA=scalar|avx2|avxvnni|avx512|amx asks
-// for. Throws Error if the name is unknown or the machine cannot run it.
+// The best table that this machine can run, or the one that
+// CHIMERA_ISA=scalar|avx2|avxvnni|avx512|amx asks for. Throws Error if the name is unknown or the
+// machine cannot run it.
 const Kernels& select_kernels();
 bool machine_has(Isa isa);
 

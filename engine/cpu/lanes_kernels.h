@@ -414,6 +414,7 @@ int32_t argmax(const float* x, int64_t n) {
   float largest = fold_max(best);
   for (; i < n; ++i)
     if (x[i] > largest) largest = x[i];
+  if (!(largest > -kInfinity)) return 0;
   for (i = 0; i + 16 <= n; i += 16) {
     const uint32_t equal = equal_mask(load(x + i), largest);
     if (equal != 0) return static_cast<int32_t>(i + __builtin_ctz(equal));
@@ -434,7 +435,7 @@ int top_k(const float* x, int64_t n, int k, int32_t* index) {
     if (found == k) least = x[index[k - 1]];
   };
   int64_t i = 0;
-  while (i < std::min<int64_t>(k, n)) take(i++);
+  while (i < n && i < k) take(i++);
   // Nearly all runs of 64 hold nothing that is large enough.
   for (; i + 64 <= n; i += 64) {
     const Lanes largest =
@@ -456,7 +457,7 @@ float sum_of_exp(const float* x, int64_t n, float shift, float scale) {
   if (i < n) {
     float last[16];
     store(last, broadcast(-kInfinity));
-    std::copy(x + i, x + n, last);
+    for (int64_t j = i; j < n; ++j) last[j - i] = x[j];
     sum = sum + exp((load(last) - from) * by);
   }
   return fold(sum);

@@ -12,7 +12,8 @@
 //   t = max(1 - w, 2^-25), lost = (1 - t) - w             what rounding took from t, exactly
 //   E = -(log(t) + lost)                                  exponential: -log(1 - w), exact near 0
 //   G = -log(E)
-// A large G comes of a w near 0, and that is where tokens win: there E = w, with 24 bits of its own.
+// A large G comes of a w near 0, and that is where tokens win: there E = w, with 24 bits of its
+// own.
 #pragma once
 
 #include <cstdint>

@@ -17,11 +17,11 @@ namespace {
 
 constexpr int kTile = 8;  // tokens: 8 f32 sums and 8 integer dots are 16 of the 32 registers
 
-// The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the bytes
-// that are this far ahead, which are those of the next panels. Where that tile is the only one they
-// are not wanted again before the next step, and should not drive keys and values out of the caches;
-// else they go to L2: L1 can wait for fewer lines at a time, and its own prefetcher fetches them from
-// there.
+// The hardware's prefetchers stop at the end of a page; the first tile of a panel asks for the
+// bytes that are this far ahead, which are those of the next panels. Where that tile is the only
+// one they are not wanted again before the next step, and should not drive keys and values out of
+// the caches; else they go to L2: L1 can wait for fewer lines at a time, and its own prefetcher
+// fetches them from there.
 constexpr int kPrefetchBytes = 8192;
 enum class Ahead { kNothing, kOnce, kAgain };
 
@@ -44,7 +44,7 @@ template <int kBytes>
 struct Tile {
   const Product& p;
   const std::byte* panel;
-  int token;       // the first
+  int token;  // the first
   Ahead ahead;
   __mmask16 rows;  // that exist
   float* y;        // of the first row and token
@@ -155,8 +155,12 @@ void quantised_tile(const Tile& tile) {
   store(tile, acc);
 }
 
-__m512 load_column(const float* p) { return _mm512_loadu_ps(p); }
-__m512 load_column(const uint16_t* p) { return load_halves(p); }
+__m512 load_column(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+__m512 load_column(const uint16_t* p) {
+  return load_halves(p);
+}
 
 // F32 and F16: a multiply-add for every column.
 template <typename Weight, int T>
@@ -180,7 +184,9 @@ void float_tile(const Tile& tile) {
 
 // A bf16 is the upper half of a float: of a pair, the odd one needs its neighbour masked away, the
 // even one a shift.
-__m512 even_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+__m512 even_of(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
 __m512 odd_of(__m512i pairs) {
   return _mm512_castsi512_ps(
       _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
@@ -280,8 +286,12 @@ void quantised(const Product& p) {
   over_panels<Quantised<Reader>>(p, static_cast<size_t>(p.cols / 32) * Reader::kBytes);
 }
 
-void f32(const Product& p) { over_panels<Float<float>>(p, static_cast<size_t>(p.cols) * 64); }
-void f16(const Product& p) { over_panels<Float<uint16_t>>(p, static_cast<size_t>(p.cols) * 32); }
+void f32(const Product& p) {
+  over_panels<Float<float>>(p, static_cast<size_t>(p.cols) * 64);
+}
+void f16(const Product& p) {
+  over_panels<Float<uint16_t>>(p, static_cast<size_t>(p.cols) * 32);
+}
 
 // The compiler does not know that the mode of the next function matters to the arithmetic in this
 // one; a call that it cannot look into keeps the two apart.

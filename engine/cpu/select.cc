@@ -50,7 +50,8 @@ const Kernels& select_kernels() {
                   "unset it to use the best one");
     }
   }
-  throw Error("CHIMERA_ISA", "scalar, avx2, avxvnni, avx512 or amx", std::string("'") + wanted + "'");
+  throw Error("CHIMERA_ISA", "scalar, avx2, avxvnni, avx512 or amx",
+              std::string("'") + wanted + "'");
 }
 
 }  // namespace chimera::cpu

@@ -99,7 +99,7 @@ void OnPolicyFeatures::observe(const TrainingText& text, int64_t first, int64_t 
   s.committed = static_cast<int32_t>(root) + n_kept;
   for (int r = 0; r < kept_->n_rows; ++r) kept_->kept_at[r] = static_cast<int32_t>(first) + r;
   const LlamaConfig& config = session.model().config();
-  drafter_->observe({session.model().backend(), 0, texts_read_,
+  drafter_->observe({0, texts_read_,
                      std::span(text.tokens).first(static_cast<size_t>(s.committed + 1)), n_kept,
                      s.committed, pass_.states() + (root - first) * config.hidden_size, kept_.get(),
                      session.logits(), config.vocab_size});
