@@ -11,8 +11,8 @@ namespace chimera {
 namespace {
 
 constexpr char kConvert[] = "convert the model again";
-// Of RoPE's frequencies. Real ones are 1 or more; smaller ones turn a head so fast that an angle is
-// no longer exact (rope.cc).
+// Of RoPE's frequencies. Real ones are 1 or more; much smaller ones turn a head so fast that an
+// angle is no longer exact (rope.cc).
 constexpr double kLeastDivisor = 0.001;
 
 int size_of(const GgufFile& file, const char* key, int64_t max) {
@@ -191,16 +191,15 @@ std::vector<float> read_rope_divisors(const GgufFile& file, TensorReader& tensor
     const TensorView view = tensors.vector(name, head_dim / 2);
     divisors.resize(static_cast<size_t>(view.cols));
     dequantize_row(view.type, view.data, view.cols, divisors.data());
-    for (const float d : divisors) {
-      if (d < static_cast<float>(kLeastDivisor)) {
-        throw Error(file.name() + ": tensor " + in_quotes(name), "factors of 0.001 or more",
-                    std::to_string(d), kConvert);
-      }
-    }
   } else if (factor != 1.0f) {
     divisors.assign(static_cast<size_t>(head_dim / 2), 1.0f);
   }
-  for (float& d : divisors) d *= factor;
+  for (float& d : divisors) {
+    d *= factor;
+    if (!(d >= static_cast<float>(kLeastDivisor)))
+      throw Error(file.name() + ": tensor " + in_quotes(name),
+                  "factors of 0.001 or more, RoPE's scaling included", std::to_string(d), kConvert);
+  }
   return divisors;
 }
 

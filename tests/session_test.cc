@@ -283,8 +283,9 @@ TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   EXPECT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
 }
 
-// The states that a draft model reads: after a step they belong to the rows kept, in order; a
-// tapped last layer, normed, is the final state.
+// The states that a draft model reads: after a step they belong to the rows kept, in order. A
+// tapped last layer is what the final norm has read, so that for each element the state is the
+// same multiple of the tap, over its root mean square, in all rows.
 TEST_F(SessionTest, StatesAndTaps) {
   const int last = model().config().n_layers - 1;
   Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});
@@ -294,13 +295,17 @@ TEST_F(SessionTest, StatesAndTaps) {
   EXPECT_EQ(session.last_step().sequences[0].n_kept, 4);
   EXPECT_EQ(session.emitted(0), 1);
   const float* tap = session.taps() + 64 * hidden;  // the second tap, rows of a capacity of 64
-  double norm = 0, dot = 0, state = 0;
-  for (size_t i = 0; i < hidden; ++i) norm += static_cast<double>(tap[i] * tap[i]);
-  for (size_t i = 0; i < hidden; ++i)
-    dot += static_cast<double>(tap[i] * session.states()[i]),
-        state += static_cast<double>(session.states()[i] * session.states()[i]);
-  EXPECT_GT(dot / std::sqrt(norm * state), 0.5);
-  EXPECT_GT(norm, 0);
+  const auto multiple = [&](size_t row, size_t i) {
+    const float* of_row = tap + row * hidden;
+    double squares = 0;
+    for (size_t j = 0; j < hidden; ++j) squares += static_cast<double>(of_row[j] * of_row[j]);
+    return static_cast<double>(session.states()[row * hidden + i] / of_row[i]) *
+           std::sqrt(squares / static_cast<double>(hidden));
+  };
+  for (const size_t row : {1, 2, 3})
+    for (size_t i = 0; i < hidden; ++i)
+      EXPECT_NEAR(multiple(row, i) / multiple(0, i), 1, 1e-3) << row << " " << i;
+  EXPECT_FALSE(std::equal(tap, tap + 4 * hidden, session.taps())) << "the first layer is another";
 }
 
 TEST_F(SessionTest, NothingIsAllocatedAfterTheFirstStep) {
@@ -315,7 +320,7 @@ TEST_F(SessionTest, NothingIsAllocatedAfterTheFirstStep) {
   EXPECT_EQ(allocation_count() - before, 0);
 }
 
-TEST_F(SessionTest, ThePlanIsWhatIsAllocated) {
+TEST_F(SessionTest, ThePlanAddsUp) {
   const SessionOptions options{.context = 100, .max_nodes = 4};
   LlamaConfig config = model().config();
   config.n_layers = 5, config.n_kv_heads = 4, config.head_dim = 8;

@@ -1,7 +1,6 @@
 // Apart from product_amx.cc because it runs on machines that cannot run a line of that file.
 #include "engine/cpu/product_amx.h"
 
-#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -32,8 +31,3 @@ bool amx_available() {
 }
 
 }  // namespace chimera::cpu
-#else
-namespace chimera::cpu {
-bool amx_available() { return false; }
-}  // namespace chimera::cpu
-#endif

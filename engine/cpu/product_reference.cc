@@ -1,11 +1,9 @@
 // The products of the arithmetic contract (kernels.h) as plain loops: what every fast product must
-// equal bit for bit. Slow on purpose; nothing here depends on the machine.
+// equal bit for bit. Slow on purpose; the only thing of the machine is how BF16 flushes denormals.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "engine/cpu/kernels.h"
 
