@@ -47,8 +47,8 @@ void check(const Sampling& sampling);
 // The parts of sampling, and of drafting from logits, that a CPU has faster ways to compute; each
 // has one definition.
 struct SamplingOps {
-  // Index of the largest value, lowest index first; NaN and -infinity never win; 0 if
-  // nothing does.
+  // Index of the largest value, lowest index first; NaN and -infinity never win; 0 if nothing
+  // does.
   int32_t (*argmax)(const float* x, int64_t n);
   // out[i] = exp(x[i] / divisor - max / divisor), rounded down to a multiple of 2^-34; NaN -> 0.
   void (*exp_scaled)(const float* x, int64_t n, float max, float divisor, float* out);

@@ -127,7 +127,8 @@ void Session::start(int sequence, std::span<const int32_t> prompt, const Samplin
                   std::to_string(id));
   Text& text = texts_[static_cast<size_t>(sequence)];
   text.tokens.assign(prompt.begin(), prompt.end());
-  text.number = static_cast<int64_t>(model_.backend().new_key());  // other Sessions' drafters too
+  // Not counted here: a drafter may go from one Session to another.
+  text.number = static_cast<int64_t>(model_.backend().new_key());
   text.active = true;
   text.emitted = text.drafted = 0;
   step_->sequences[sequence].committed = 0;

@@ -196,6 +196,10 @@ TEST(CudaLinear, RunsAreAddedAlike) {
           const auto other = run(m.view, x, tokens, Linear::Input::kPlain, {}, before);
           set_clusters(true);
           ASSERT_TRUE(same_bits(one.data(), other.data(), n)) << cols << " " << tokens;
+          set_resident_blocks(1);  // as on a slice of a GPU that has no room for a cluster
+          const auto small = run(m.view, x, tokens, Linear::Input::kPlain, {}, before);
+          set_resident_blocks(264);
+          ASSERT_TRUE(same_bits(one.data(), small.data(), n)) << cols << " " << tokens;
           ASSERT_TRUE(before != nullptr || same_sums(one.data(), expected.data(), n, false))
               << cols << " " << tokens;
         }

@@ -352,6 +352,27 @@ TEST(Draft, DynamicVocabularyGoesRound) {
         << token;
 }
 
+// A damaged target's states are no reason to sort by what cannot be compared.
+TEST(Draft, StatesThatAreNoNumbers) {
+  SKIP_WITHOUT(kSmolLm2);
+  const Loaded target = load(kSmolLm2, isas().back(), 2);
+  const auto drafter =
+      make_chimera_drafter(*target.model, load_draft(kDraft), {.nodes = 16, .ngrams = false}, 1, 8);
+  const std::vector<int32_t> text = {1, 2, 3, 4};
+  const std::vector<float> states(3 * 576, std::nanf(""));
+  const auto step = std::make_unique<Step>();
+  step->n_sequences = 1;
+  step->clear();
+  step->begin_sequence(0);
+  for (int r = 0; r < 3; ++r)
+    step->kept_at[step->add_row(text[static_cast<size_t>(r)], r - 1, false)] = r;
+  drafter->observe({0, 1, text, 3, 3, states.data(), step.get(), nullptr, 0});
+  const CandidateTree& tree =
+      drafter->candidates({*target.backend, 0, 1, text, 0, 16, 4, nullptr, {}});
+  EXPECT_GT(tree.size(), 0);
+  for (int i = 0; i < tree.size(); ++i) EXPECT_EQ(tree[i].probability, 0) << i;
+}
+
 // Steps until it rests, or 1,000; `every` of them gives a token.
 int steps_until_rest(Worth* worth, double spent, double promised, int every) {
   int step = 0;

@@ -541,5 +541,22 @@ void gumbel(const int32_t* ids, int64_t first, int64_t n, uint64_t seed, int64_t
   }
 }
 
+// All of the above with an instruction set's products.
+constexpr Kernels table(Isa isa, const char* name, const ProductFunction* products) {
+  return {isa,
+          name,
+          products,
+          rms_norm,
+          swiglu,
+          silu,
+          quantize_q8,
+          round_bf16,
+          round_f16,
+          rotate,
+          attention,
+          combine,
+          {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
+}
+
 }  // namespace
 }  // namespace chimera::cpu

@@ -6,31 +6,7 @@
 
 namespace chimera::cpu {
 
-const Kernels kAvx2Kernels = {Isa::kAvx2,
-                              "avx2",
-                              kProductsAvx2,
-                              rms_norm,
-                              swiglu,
-                              silu,
-                              quantize_q8,
-                              round_bf16,
-                              round_f16,
-                              rotate,
-                              attention,
-                              combine,
-                              {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
-const Kernels kAvxVnniKernels = {Isa::kAvxVnni,
-                                 "avxvnni",
-                                 kProductsAvxVnni,
-                                 rms_norm,
-                                 swiglu,
-                                 silu,
-                                 quantize_q8,
-                                 round_bf16,
-                                 round_f16,
-                                 rotate,
-                                 attention,
-                                 combine,
-                                 {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
+constinit const Kernels kAvx2Kernels = table(Isa::kAvx2, "avx2", kProductsAvx2);
+constinit const Kernels kAvxVnniKernels = table(Isa::kAvxVnni, "avxvnni", kProductsAvxVnni);
 
 }  // namespace chimera::cpu

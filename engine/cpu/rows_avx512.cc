@@ -5,31 +5,7 @@
 
 namespace chimera::cpu {
 
-const Kernels kAvx512Kernels = {Isa::kAvx512,
-                                "avx512",
-                                kProductsAvx512,
-                                rms_norm,
-                                swiglu,
-                                silu,
-                                quantize_q8,
-                                round_bf16,
-                                round_f16,
-                                rotate,
-                                attention,
-                                combine,
-                                {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
-const Kernels kAmxKernels = {Isa::kAmx,
-                             "amx",
-                             kProductsAmx,
-                             rms_norm,
-                             swiglu,
-                             silu,
-                             quantize_q8,
-                             round_bf16,
-                             round_f16,
-                             rotate,
-                             attention,
-                             combine,
-                             {argmax, exp_scaled, gumbel, top_k, sum_of_exp}};
+constinit const Kernels kAvx512Kernels = table(Isa::kAvx512, "avx512", kProductsAvx512);
+constinit const Kernels kAmxKernels = table(Isa::kAmx, "amx", kProductsAmx);
 
 }  // namespace chimera::cpu
