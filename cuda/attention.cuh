@@ -4,7 +4,8 @@
 // As in the products, keys and values are the tensor core's wide operand (16 positions, or 16
 // coordinates) and queries its 8 columns: one query and 32 run the same instructions, and a column
 // depends on nothing but itself. A query is a (row, query head) pair; those that share a KV head
-// share its keys. A block has one chunk of 256 positions of one KV head and up to 32 queries:
+// share its keys. A block has one chunk of 256 positions of one KV head and up to 32 queries (8,
+// with less code and memory, where there are no more):
 //
 //   1. S^T = K Q^T by tiles of 16 positions, a warp each; scores go to shared memory
 //   2. max, exp, sum for each query, a warp each                       (the CPU's definition)
@@ -157,7 +158,7 @@ KERNEL(kPlainThreads, 1) void attention_f32_kernel(AttentionParams p) {
 // ---- F16 cache ---------------------------------------------------------------------------------
 
 inline constexpr int kAttentionThreads = 256, kAttentionWarps = kAttentionThreads / kLanes;
-inline constexpr int kQueryTiles = 4, kQueries = 8 * kQueryTiles;  // of a block
+inline constexpr int kMostQueryTiles = 4;  // of a block, of 8 queries
 inline constexpr int kChunkTiles = kChunk / kKvTile;
 inline constexpr int kScoreStride =
     kChunk + 4;  // floats; + 4: the 32 lanes of a C fragment hit 32 banks
@@ -169,7 +170,7 @@ struct QueryTile {
   int first_row, end_row, first_new, committed;
 };
 // What it reads of the Step is on its way at once: no load waits for another.
-DEVICE QueryTile query_tile(const Step* step, int group, int index) {
+DEVICE QueryTile query_tile(const Step* step, int group, int index, int queries) {
   const int n_sequences = early(step->n_sequences), first_new = early(step->first_new);
   const auto read = [&](int s) {
     const Step::Sequence& of = step->sequences[s];
@@ -179,10 +180,10 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
   QueryTile t = read(0);
   for (int next = 1; next <= n_sequences; ++next) {
     t.first_new = most(t.first_row, first_new);
-    const int pairs = most(0, t.end_row - t.first_new) * group, n = ceil_div(pairs, kQueries);
+    const int pairs = most(0, t.end_row - t.first_new) * group, n = ceil_div(pairs, queries);
     if (index < n) {
-      t.first = index * kQueries;
-      t.count = least(kQueries, pairs - t.first);
+      t.first = index * queries;
+      t.count = least(queries, pairs - t.first);
       return t;
     }
     index -= n;
@@ -192,12 +193,12 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index) {
 }
 
 struct AttentionShared {
-  float* scores;  // (kQueries, kScoreStride); then e
+  float* scores;  // (queries, kScoreStride); then e
   uint16_t* v;    // ... and then, in the same place, as k
   uint32_t* e;    // B fragments: (position tile, query tile, lane, 2)
   uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
   uint16_t* k;    // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
-  int* row;       // (kQueries) row of the tile and head of the group that a query is
+  int* row;       // (queries) row of the tile and head of the group that a query is
   int* head;
   int* length;         // (rows of the tile) positions that a row sees
   int* direct;         // (rows of the tile) positions below stand in the slot of the same number
@@ -218,32 +219,34 @@ BOTH constexpr int tail_stride(int padded_dim) { return padded_dim + 8; }
 BOTH constexpr int tail_bytes(int padded_dim) {
   return (tail_slots(padded_dim) + 1) * tail_stride(padded_dim) * 2;
 }
-BOTH constexpr int score_bytes(int padded_dim) {
-  return most(kQueries * kScoreStride * 4, tail_bytes(padded_dim));
+BOTH constexpr int score_bytes(int queries, int padded_dim) {
+  return most(queries * kScoreStride * 4, tail_bytes(padded_dim));
 }
-BOTH constexpr size_t attention_shared_bytes(int padded_dim) {
+BOTH constexpr size_t attention_shared_bytes(int query_tiles, int padded_dim) {
+  const int queries = 8 * query_tiles;
   return static_cast<size_t>(
-      score_bytes(padded_dim) + kChunkTiles * kQueryTiles * kLanes * 8 +
-      kQueryTiles * padded_dim / kKvTile * kLanes * 8 + tail_bytes(padded_dim) + kQueries * 16 +
-      kChunkTiles * 4 + Step::kMaxRows * 3 + kQueries * (Step::kMaxRows + tail_slots(padded_dim)));
+      score_bytes(queries, padded_dim) + kChunkTiles * query_tiles * kLanes * 8 +
+      query_tiles * padded_dim / kKvTile * kLanes * 8 + tail_bytes(padded_dim) + queries * 16 +
+      kChunkTiles * 4 + Step::kMaxRows * 3 + queries * (Step::kMaxRows + tail_slots(padded_dim)));
 }
-static_assert(attention_shared_bytes(256) <= 99 * 1024);
-DEVICE AttentionShared carve_attention(int padded_dim) {
+static_assert(attention_shared_bytes(kMostQueryTiles, 256) <= 99 * 1024);
+DEVICE AttentionShared carve_attention(int query_tiles, int padded_dim) {
+  const int queries = 8 * query_tiles;
   AttentionShared s;
   s.scores = reinterpret_cast<float*>(shared_memory());
   s.v = reinterpret_cast<uint16_t*>(s.scores);
-  s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(padded_dim));
-  s.q = s.e + kChunkTiles * kQueryTiles * kLanes * 2;
-  s.k = reinterpret_cast<uint16_t*>(s.q + kQueryTiles * (padded_dim / kKvTile) * kLanes * 2);
+  s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(queries, padded_dim));
+  s.q = s.e + kChunkTiles * query_tiles * kLanes * 2;
+  s.k = reinterpret_cast<uint16_t*>(s.q + query_tiles * (padded_dim / kKvTile) * kLanes * 2);
   s.row = reinterpret_cast<int*>(s.k + tail_bytes(padded_dim) / 2);
-  s.head = s.row + kQueries;
-  s.length = s.head + kQueries;
-  s.direct = s.length + kQueries;
-  s.gathered = reinterpret_cast<uint32_t*>(s.direct + kQueries);
+  s.head = s.row + queries;
+  s.length = s.head + queries;
+  s.direct = s.length + queries;
+  s.gathered = reinterpret_cast<uint32_t*>(s.direct + queries);
   s.parent = reinterpret_cast<int16_t*>(s.gathered + kChunkTiles);
   s.slot = reinterpret_cast<uint8_t*>(s.parent + Step::kMaxRows);
   s.path = s.slot + Step::kMaxRows;
-  s.at = s.path + kQueries * Step::kMaxRows;
+  s.at = s.path + queries * Step::kMaxRows;
   return s;
 }
 
@@ -254,8 +257,10 @@ DEVICE AttentionShared carve_attention(int padded_dim) {
 //   all rows             read once     |                 |                  |
 //   direct rows                        read once         |                  |
 //   other rows                         gathered          gathered           |
+template <int kQueryTiles>
 class AttentionBlock {
  public:
+  static constexpr int kQueries = 8 * kQueryTiles;
   static constexpr int kEarlyDims = 8;             // of 16 coordinates
   static constexpr int kValues = kChunkTiles / 2;  // tiles of values that are loaded at once
 
@@ -266,7 +271,7 @@ class AttentionBlock {
         kv_head(block_y()),
         group(p.heads.n_heads / p.heads.n_kv_heads),
         dim_tiles(p.kv.padded_dim / kKvTile),
-        s(carve_attention(p.kv.padded_dim)),
+        s(carve_attention(kQueryTiles, p.kv.padded_dim)),
         g(lane_index() / 4),
         t(lane_index() % 4) {}
 
@@ -277,7 +282,7 @@ class AttentionBlock {
     const int own = least(thread_index(), Step::kMaxRows - 1);
     const int own_parent = early(step->parent[own]), own_slot = early(step->slot[own]),
               own_position = early(step->position[own]);
-    queries = query_tile(step, group, block_z());
+    queries = query_tile(step, group, block_z(), kQueries);
     committed = queries.committed;
     if (queries.count == 0 || begin >= committed + queries.end_row - queries.first_row)
       return false;
@@ -757,13 +762,16 @@ inline constexpr int kAttentionBlocks = 1;
 #else
 inline constexpr int kAttentionBlocks = 2;
 #endif
-KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParams p) {
-  AttentionBlock block(p);
+template <int kQueryTiles>
+KERNEL(kAttentionThreads, kAttentionBlocks)
+void attention_kernel(AttentionParams p) {
+  using Block = AttentionBlock<kQueryTiles>;
+  Block block(p);
   // Until its turn, only the Step is read, and what rope_append, just before, does not write. A
   // block without work waits as well: when a kernel is done, so must be all before it.
-  if (!block.find_queries() || !block.find_tiles()) return wait_for_previous();
+  if (!block.find_queries() || !block.find_tiles()) return leave();
   block.make_tables();
-  uint32_t keys[AttentionBlock::kEarlyDims][4];
+  uint32_t keys[Block::kEarlyDims][4];
   block.ask_ahead(keys);
   wait_for_previous();
 
@@ -772,7 +780,7 @@ KERNEL(kAttentionThreads, kAttentionBlocks) void attention_kernel(AttentionParam
   sync_threads();
   block.score_shared(keys);
   block.score_gathered();
-  uint32_t values[AttentionBlock::kValues][4];  // on their way meanwhile
+  uint32_t values[Block::kValues][4];  // on their way meanwhile
   block.load_values(warp_index(), 0, values);
   sync_threads();
   block.softmax();
@@ -791,7 +799,7 @@ KERNEL(kInputThreads, 1) void combine_kernel(AttentionParams p) {
   const int row = early(p.step->first_new) + block_x(), dim = p.heads.head_dim;
   const int head = (block_y() * kInputThreads + thread_index()) / dim,
             d = (block_y() * kInputThreads + thread_index()) % dim;
-  if (row >= early(p.step->n_rows) || head >= p.heads.n_heads) return wait_for_previous();
+  if (row >= early(p.step->n_rows) || head >= p.heads.n_heads) return leave();
   const int chunks = early(p.step->position[row]) / kChunk + 1;
   wait_for_previous();
   const float* c = p.partial(row, head, 0);
@@ -823,10 +831,12 @@ inline void attention(Stream stream, const AttentionParams& p, int max_rows, int
                       int n_sequences) {
   const int group = p.heads.n_heads / p.heads.n_kv_heads;
   if (p.kv.type == DType::kF16) {
+    // Each sequence's last block may be partly empty, but for one that the rest would fill.
+    const int queries = max_rows * group, tiles = queries <= 8 ? 1 : kMostQueryTiles;
     const Grid grid{n_chunks, p.heads.n_kv_heads,
-                    ceil_div(max_rows * group, kQueries) + n_sequences};
-    launch("attention", attention_kernel, stream, grid, kAttentionThreads,
-           attention_shared_bytes(p.kv.padded_dim), p);
+                    ceil_div(queries, 8 * tiles) + n_sequences - 1};
+    launch("attention", tiles == 1 ? attention_kernel<1> : attention_kernel<kMostQueryTiles>,
+           stream, grid, kAttentionThreads, attention_shared_bytes(tiles, p.kv.padded_dim), p);
   } else {
     launch("attention f32", attention_f32_kernel, stream, {n_chunks, p.heads.n_heads, max_rows},
            kPlainThreads, kChunk * 8, p);

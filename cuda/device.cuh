@@ -514,6 +514,12 @@ DEVICE void wait_for_previous() {
   let_next_begin();
 }
 
+// For a block that has nothing to do. When a kernel is done, so must be all before it: one block of
+// it waits for them, and the others need not stand in the way of those that work.
+DEVICE void leave() {
+  if (block_x() == 0 && block_y() == 0 && block_z() == 0) wait_alone();
+}
+
 DEVICE int lane_index() { return thread_index() % kLanes; }
 DEVICE int warp_index() { return thread_index() / kLanes; }
 

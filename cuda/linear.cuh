@@ -134,7 +134,8 @@ DEVICE void stage_row(const float* x, int64_t n, float* staged) {
   }
 }
 
-inline constexpr int kInputPart = 2048;  // k of a block: one block for all of a row would be slow
+// k of a block: one for all of a row would be slow, and code is read anew in each kernel.
+inline constexpr int kInputPart = 1024;
 inline constexpr int kInputPairs = kInputPart / 2 / kInputThreads;  // of a thread
 // Block (token, part). Shared memory: 16 bytes, then (cols) floats for kRmsNorm: every block of a
 // row computes its norm.
@@ -152,7 +153,7 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
   const int token = block_x();
-  if (token >= n_tokens(p.step, p.rows)) return wait_for_previous();
+  if (token >= n_tokens(p.step, p.rows)) return leave();
   const int64_t row =
       p.rows == Rows::kAll ? first_row(p.step, p.rows) + token : early(p.step->logits_row[token]);
   wait_for_previous();

@@ -50,13 +50,28 @@ DEVICE int32_t key_index(uint64_t key) {
 template <int kThreads, int kMost, typename Value>
 DEVICE void block_top(uint64_t* scratch, int n, const Value& value, uint64_t (&top)[kMost]) {
   uint64_t own[kMost] = {};
-  for (int i = thread_index(); i < n; i += kThreads) {
-    uint64_t key = order_key(value(i), static_cast<uint32_t>(i));
-    if (key <= own[kMost - 1]) continue;
-    UNROLLED_FOR (int j = 0; j < kMost; ++j) {  // the smaller one moves on
-      const uint64_t larger = most(own[j], key);
-      key = least(own[j], key);
-      own[j] = larger;
+  constexpr int kTogether = 8;  // numbers on their way at once
+  for (int first = thread_index(); first < n; first += kTogether * kThreads) {
+    float x[kTogether];
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+      if (first + i * kThreads < n) x[i] = value(first + i * kThreads);
+    const auto key_of = [&](int i) {
+      const int at = first + i * kThreads;
+      return at < n ? order_key(x[i], static_cast<uint32_t>(at)) : 0;
+    };
+    uint32_t larger = 0;  // a bit for each number that was, before any of them
+    UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+      larger |= key_of(i) > own[kMost - 1] ? 1u << i : 0u;
+    while (larger != 0) {  // as a rule there is none: the code that puts one in its place is long
+      uint64_t key = 0;
+      UNROLLED_FOR (int i = 0; i < kTogether; ++i)
+        if ((larger & (0u - larger)) == 1u << i) key = key_of(i);
+      larger &= larger - 1;
+      UNROLLED_FOR (int j = 0; j < kMost; ++j) {  // the smaller one moves on
+        const uint64_t greater = most(own[j], key);
+        key = least(own[j], key);
+        own[j] = greater;
+      }
     }
   }
   UNROLLED_FOR (int r = 0; r < kMost; ++r) {

@@ -78,7 +78,7 @@ KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
   const int head = (block_y() * kInputThreads + thread_index()) / half,
             i = (block_y() * kInputThreads + thread_index()) % half;
   if (row >= early(p.step->n_rows) || head >= p.heads.n_heads + p.heads.n_kv_heads)
-    return wait_for_previous();
+    return leave();
   float* x =
       p.qkv + (static_cast<int64_t>(row) * (p.heads.n_heads + 2 * p.heads.n_kv_heads) + head) * dim;
   const bool is_key = head >= p.heads.n_heads;
