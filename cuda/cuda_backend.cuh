@@ -358,7 +358,7 @@ class CudaBackend final : public Backend, public TreeOps {
       s.written = !s.on_device;
       cuda::accept(stream_, {s.device, logits, vocab, static_cast<uint64_t*>(sampled_.get())},
                    s.max_logits, s.n_sequences);
-      step_written_ = true;
+      early_written_ = true;
     });
   }
   void keep(const Step* step, const KvCache& kv) override {
@@ -379,7 +379,7 @@ class CudaBackend final : public Backend, public TreeOps {
   void advance(const Step* step, DraftState* state, const DraftPass& draft) override {
     op(step, [&](const Sight& s) {
       cuda::advance(stream_, {s.device, state, draft});
-      step_written_ = true;
+      early_written_ = true;
     });
   }
   void learn_matches(const Step* step, DraftState* state) override {
@@ -396,12 +396,13 @@ class CudaBackend final : public Backend, public TreeOps {
                              {s.device, logits, vocab, state, from.type, to.type, tape(from),
                               static_cast<std::byte*>(to.tape.get()), head->cols},
                              s.max_rows);
+      early_written_ = true;  // rows of the head
     });
   }
   void propose(DraftState* state, const DraftPass& draft) override {
     free_op([&] {
       cuda::propose(stream_, {state, draft});
-      step_written_ = true;
+      early_written_ = true;
     });
   }
   void top_k(const DraftPass& draft, const float* logits, int64_t stride, int depth,
@@ -413,13 +414,13 @@ class CudaBackend final : public Backend, public TreeOps {
   void grow(int depth, DraftState* state, const DraftPass& draft) override {
     free_op([&] {
       cuda::grow(stream_, {depth, state, draft});
-      step_written_ = true;
+      early_written_ = true;
     });
   }
   void choose(DraftState* state, Step* step) override {
     free_op([&] {
       cuda::choose(stream_, {state, step});
-      step_written_ = true;
+      early_written_ = true;
     });
   }
 
@@ -511,7 +512,7 @@ class CudaBackend final : public Backend, public TreeOps {
     try {
       ops();
     } catch (...) {
-      submitted_ = step_written_ = false;
+      submitted_ = early_written_ = false;
       steps_.clear();
       throw;
     }
@@ -525,21 +526,21 @@ class CudaBackend final : public Backend, public TreeOps {
     if (!capturing_) synchronize(stream_);
     last_steps_.assign(steps_.begin(), steps_.end());
     steps_.clear();
-    step_written_ = false;
+    early_written_ = false;
   }
 
-  // For an op whose kernels read the Step before the one ahead of them is done.
+  // For an op whose kernels read the Step, or weights, before the one ahead of them is done.
   void look_ahead() const {
     if (behind_writer_)
-      throw Error("an op that reads the Step early",
-                  "another one ahead of it than one that writes it", "such a one");
+      throw Error("an op that reads the Step and weights early",
+                  "another one ahead of it than one that writes them", "such a one");
   }
 
   template <typename F>
   void op(const Step* step, const F& f) {
     Sight& s = sight(step);
     if (s.max_rows > 0) {
-      behind_writer_ = std::exchange(step_written_, false);
+      behind_writer_ = std::exchange(early_written_, false);
       f(s);
     }
     if (!submitted_) finish();
@@ -599,8 +600,9 @@ class CudaBackend final : public Backend, public TreeOps {
   std::vector<Sight> steps_, last_steps_;  // of the submit() that runs, and of the last one
   std::map<uint64_t, std::vector<Recorded>> recorded_;
   bool submitted_ = false, capturing_ = false, bucketed_ = false;
-  bool step_written_ = false,
-       behind_writer_ = false;  // by the last op of the list; as an op begins
+  // Did the last op of the list write what ops read early: the Step, weights? As an op begins, of
+  // the one ahead of it.
+  bool early_written_ = false, behind_writer_ = false;
 };
 
 }  // namespace CHIMERA_CUDA_BODY

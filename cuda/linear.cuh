@@ -152,11 +152,12 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
+  let_next_begin();  // a product, which reads weights alone before its turn
   const int token = block_x();
   if (token >= n_tokens(p.step, p.rows)) return leave();
   const int64_t row =
       p.rows == Rows::kAll ? first_row(p.step, p.rows) + token : early(p.step->logits_row[token]);
-  wait_for_previous();
+  wait_alone();
   const bool gated = p.input == Linear::Input::kSwiGlu;
   const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
   float value[kInputPairs][2] = {}, up[kInputPairs][2] = {};
@@ -215,8 +216,8 @@ struct LinearSegment {
   int64_t rows;
   float* y;  // y[(first_row + token) * y_stride + row]
   // Set by linear():
-  int first_block = 0;        // of the launch
-  int64_t first_partial = 0;  // of p.partials
+  int first_block = 0, blocks = 0;  // of the launch; its row tiles are dealt out to them
+  int64_t first_partial = 0;        // of p.partials
 };
 inline constexpr int kMaxSegments = 3;
 
@@ -234,7 +235,6 @@ struct LinearParams {
   int n_segments;
   // Set by linear():
   int groups = 1;                 // of tokens
-  int block_tiles = 0;            // row tiles of a block: its height
   int splits = 1, run_slabs = 0;  // of K; divisions are long ways on a GPU
   bool clustered = false;         // the runs of a tile are a cluster
 };
@@ -397,7 +397,11 @@ void linear_kernel(LinearParams p) {
   const int64_t first_slab = static_cast<int64_t>(block_y()) * p.run_slabs;
   int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, p.run_slabs));
   const int n_stages = ceil_div(slabs_left, s.slabs);
-  const int64_t first_tile = static_cast<int64_t>(row_block - m.first_block) * p.block_tiles;
+  const auto tiles = static_cast<int>(ceil_div<int64_t>(m.rows, kTileRows));
+  const auto deal = [&](int block) {
+    return static_cast<int>(static_cast<int64_t>(block - m.first_block) * tiles / m.blocks);
+  };
+  const int first_tile = deal(row_block), end_tile = deal(row_block + 1);
   const SharedAddress ring = shared_address();
 
   // A loop that streams has few instructions to spare: what each thread copies in a stage is at the
@@ -405,10 +409,10 @@ void linear_kernel(LinearParams p) {
   //
   // Weights: a warp copies what it multiplies, its row tile, which is a run of bytes on the tape.
   constexpr int kTileBytes = s.slabs * l.bytes, kTileUnits = kTileBytes / 16;
-  const int64_t tile = first_tile + warp_index();
+  const int64_t tile = first_tile + warp_index();  // a block may have a warp more than tiles
   const std::byte* tape = m.tape + (tile * slabs + first_slab) * l.bytes + lane_index() * 16;
   // Of 16 bytes, from this lane's first one on.
-  int units_left = tile * kTileRows < m.rows ? slabs_left * (l.bytes / 16) - lane_index() : 0;
+  int units_left = tile < end_tile ? slabs_left * (l.bytes / 16) - lane_index() : 0;
   const SharedAddress weights = ring + warp_index() * kTileBytes + lane_index() * 16;
   const auto fetch_weights = [&](int slot) {
     UNROLLED_FOR (int u = 0; u < kTileUnits; u += kLanes)
@@ -438,7 +442,7 @@ void linear_kernel(LinearParams p) {
     }
   };
   if (group == 0) fetch_first();
-  wait_alone();
+  wait_for_previous();
   const int tokens = n_tokens(p.step, p.rows_of);
   const int first_token = group * kColumnTiles * 8;
   if (first_token >= tokens) {
@@ -532,12 +536,11 @@ void linear_kernel(LinearParams p) {
       end_stage();
     }
   }
-  let_next_begin();
 
   const LinearOutput out{m.y + first_row(p.step, p.rows_of) * p.y_stride,
                          p.y_stride,
-                         first_tile * kTileRows,
-                         m.rows,
+                         int64_t{first_tile} * kTileRows,
+                         least<int64_t>(m.rows, int64_t{end_tile} * kTileRows),
                          first_token,
                          tokens,
                          p.accumulate};
@@ -602,36 +605,48 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
   p.clustered = p.splits > 1 && p.splits <= largest_cluster() &&
                 resident_blocks(kernel, kMostTiles * kLanes, kShared, p.splits) > 0;
-  const int cluster = p.clustered ? p.splits : 1;
-  const auto row_blocks = [&](int tiles) {
-    int64_t blocks = 0;
-    for (int i = 0; i < p.n_segments; ++i)
-      blocks += ceil_div<int64_t>(p.segments[i].rows, tiles * kTileRows);
-    return blocks;
+  const auto tiles_of = [&](int i) { return ceil_div<int64_t>(p.segments[i].rows, kTileRows); };
+  int64_t tiles = 0;
+  for (int i = 0; i < p.n_segments; ++i) tiles += tiles_of(i);
+  const int repeats = p.groups * p.splits;  // of a row block
+  // Blocks of a height that the device has room for, at once and when each multiprocessor has one.
+  const auto room = [&](int height) {
+    return resident_blocks(kernel, height * kLanes, kShared, p.clustered ? p.splits : 1);
   };
-  // The height of a block that takes the fewest tiles' time: as many blocks as are there at once
-  // take that of one. Of equals the highest, for each block reads x. (Partial sums in memory lie by
-  // kBlockRows.)
-  p.block_tiles = kMostTiles;
-  int64_t best = 0;
-  for (int tiles = kMostTiles; tiles >= kLeastTiles && (p.splits == 1 || p.clustered); --tiles) {
-    const int64_t time =
-        tiles * ceil_div(row_blocks(tiles) * p.groups * p.splits,
-                         resident_blocks(kernel, tiles * kLanes, kShared, cluster));
-    if (best > 0 && time >= best) continue;
-    best = time;
-    p.block_tiles = tiles;
+  const auto room_alone = [&](int height) {
+    return most<int64_t>(1, room(height) / ceil_div<int64_t>(room(height), multiprocessors()));
+  };
+  // The least height with which the busiest multiprocessor has the fewest tiles: all get the same
+  // share of memory's bandwidth. (Partial sums in memory lie by kBlockRows.)
+  int height = kMostTiles;
+  int64_t least_time = 0, row_blocks = 0;
+  for (int h = kMostTiles; h >= kLeastTiles && (p.splits == 1 || p.clustered); --h) {
+    int64_t blocks = 0;
+    for (int i = 0; i < p.n_segments; ++i) blocks += ceil_div<int64_t>(tiles_of(i), h) * repeats;
+    // One multiprocessor's turns of blocks, and how many it has in each.
+    const int64_t turns = ceil_div(blocks, room(h)),
+                  together = least(ceil_div(blocks, room_alone(h)),
+                                   ceil_div(room(h), room_alone(h))),
+                  time = h * turns * together;
+    if (least_time > 0 && time > least_time) continue;
+    least_time = time;
+    height = h;
+    row_blocks = turns * together * room_alone(h) / repeats;
   }
+  // The tiles are dealt out evenly to as many blocks as cost no more time.
   int64_t first_block = 0, partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];
     m.first_block = static_cast<int>(first_block);
     m.first_partial = partials;
-    first_block += ceil_div<int64_t>(m.rows, p.block_tiles * kTileRows);
+    m.blocks = static_cast<int>(
+        most(ceil_div<int64_t>(tiles_of(i), height),
+             least(tiles_of(i) / (kLeastTiles - 1), row_blocks * tiles_of(i) / tiles)));
+    first_block += m.blocks;
     partials += partial_floats(kType, m.rows, p.stacked_rows, p.cols, p.partial_tokens);
   }
-  launch("linear", kernel, stream, {first_block * p.groups, p.splits, 1, cluster},
-         p.block_tiles * kLanes, kShared, p);
+  launch("linear", kernel, stream, {first_block * p.groups, p.splits, 1, p.clustered ? p.splits : 1},
+         height * kLanes, kShared, p);
 }
 template <DType kType>
 void launch_linear(Stream stream, const LinearParams& p, int max_rows) {

@@ -74,6 +74,7 @@ struct RopeAppendParams {
 // Block (row, part): pairs of coordinates of the query heads, then of the KV heads. Always behind a
 // product, which does not write the Step.
 KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
+  let_next_begin();  // attention
   const int row = early(p.step->first_new) + block_x(), dim = p.heads.head_dim, half = dim / 2;
   const int head = (block_y() * kInputThreads + thread_index()) / half,
             i = (block_y() * kInputThreads + thread_index()) % half;
@@ -90,7 +91,7 @@ KERNEL(kInputThreads, 1) void rope_append_kernel(RopeAppendParams p) {
       static_cast<int64_t>(early(p.step->position[row]) + (is_key ? 0 : p.rope.query_shift)) * half;
   const float cos = turns ? p.rope.cos[angle + i] : 1, sin = turns ? p.rope.sin[angle + i] : 0;
   const int slot = early(p.step->slot[row]), sequence = early(p.step->sequence[row]);
-  wait_for_previous();
+  wait_alone();
   const float a = x[i], b = x[half + i];
   float first = a, second = b;
   if (turns) {
