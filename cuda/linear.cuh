@@ -492,9 +492,10 @@ void linear_kernel(LinearParams p) {
   const auto multiply_slab = [&](SharedAddress stage, int slab) {
     const SharedAddress a_of = stage + (warp_index() * s.slabs + slab) * l.bytes;
     const SharedAddress b_of = stage + s.weight_bytes + slab * l.k * 16 + lane_index() * 16;
+    const LaneHeaders<kType> headers = lane_headers<kType>(a_of);
     UNROLLED_FOR (int k32 = 0; k32 < l.k / 32; ++k32) {
       uint32_t a[2][4];
-      load_fragments<kType>(a_of, k32, a);
+      load_fragments(a_of, headers, k32, a);
       multiply(a, b_of + k32 * 512);
     }
   };
