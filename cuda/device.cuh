@@ -244,12 +244,13 @@ DEVICE void load_matrices(const uint16_t* row, uint32_t (&r)[4]) {
 // launch): when all blocks of that have called let_next_begin(), or have ended. So its blocks are
 // there, and have done what they can, when their turn comes. Every kernel waits before it touches
 // anything that another one writes, or writes anything: behind it all that was launched before is
-// done and seen. A kernel lets the next one begin only when it has waited itself. So what the
-// kernel just ahead does not write may be read earlier: weights, and, by early(), the Step.
+// done and seen.
 //
-// Blocks begin where there is room. Those of a large kernel that begin while another large one ends
-// crowd on the multiprocessors that are free first, two on each, with others idle; so products
-// let the next one begin late.
+// When does a kernel let the next one begin? As a rule when it has waited itself: then all before it
+// are done, and the next one may read early what this one does not write: weights, and, by early(),
+// the Step. A few short kernels do so at once (the input of a product, RoPE, combine), so the kernel
+// behind them may run beside the one ahead of them, and neither of the two may write what it reads
+// early. CudaBackend sees to the order of ops.
 DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

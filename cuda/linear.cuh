@@ -35,30 +35,34 @@
 // are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
 // for the others.
 //
-// # How high a block is
-// 22016 rows are 172 blocks of 8 warps: two on 40 of 132 multiprocessors, and one on the others,
-// which then have nothing to do for half of the time. With 6 warps there are 230, and room for 264.
-// So the launch takes the height that is over first (launch_linear()). Nothing but x, which each
-// block reads, is lost with more blocks, and no bit depends on it. 22016 x 4096 on an H200, blocks
-// of 8, 6 and 4 warps: BF16, 64 tokens 74, 53 and 74 us; Q4_0, one token 23.7, 19.7 and 28.0.
+// # Who has which rows
+// Multiprocessors share memory's bandwidth evenly, whatever they have to do. With 344 blocks of 64
+// rows for 22016, three on some and two on others, the first were done after 33 us and the last after
+// 41 (BF16, one token, on an H200). So the row tiles are dealt out evenly to as many blocks as fill
+// all multiprocessors alike (launch_linear()): here 3 or 4 tiles each, to three blocks on each.
+// Nothing but x, which each block reads, is lost with more blocks, and no bit depends on it.
 //
 // # Few rows
-// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
-// of (rows, cols) only (contract.cuh), whose results are added in the order of the runs. On sm_90
-// the runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of
-// all. Elsewhere they go through memory, and the last one to arrive, found by an integer counter,
-// adds them. Either way all loads are begun before the first sum: the first form's loads waited for
-// one another, 0.6 to 0.9 us a token.
+// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, a block each, as a function of
+// (rows, cols) only (contract.cuh), whose results are added in the order of the runs. On sm_90 the
+// runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of all.
+// Elsewhere they go through memory, and the last one to arrive, found by an integer counter, adds
+// them. Either way all loads are begun before the first sum: the first form's loads waited for one
+// another, 0.6 to 0.9 us a token.
 //
 // # Between kernels
-// A step of LLaMA-2-7B is some 350 kernels, and one takes 2 us from the end of the one ahead of it
-// to its own, however little it does. So a product asks for the weights of its first stages before
-// its turn (let_next_begin()), and matrices that share x share a launch.
+// A step of LLaMA-2-7B is some 350 kernels, and memory should have something to do between them. So
+// a kernel lets the next one begin early (let_next_begin()), matrices that share x share a launch,
+// and a product asks for the weights of its first stages before its turn: two or three blocks on a
+// multiprocessor ask for 200 KiB of them as soon as they find room, while the product ahead ends
+// and x is made.
 //
 // Tried, and slower (H200): asking for the next product's weights from L2 while norms and attention
 // run: 1.311 ms for 8 layers became 1.334 (32 MB behind the attention), 1.365 (and 16 MB of each
-// product). Letting the next product begin when this one does: its blocks crowd on the
-// multiprocessors that are free first, 160 of them on 85 of 132.
+// product). One block on a multiprocessor, of up to 16 row tiles, so that the next product's blocks
+// find room beside it: the next one has its weights too early, and memory waits when x is made: 141
+// us a layer in BF16 instead of 132 for one token. With two row tiles a warp, which halves the reads
+// of x, 233 instead of 176 for 64: too few warps to wait with.
 #pragma once
 
 #include "cuda/contract.cuh"
