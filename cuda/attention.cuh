@@ -194,7 +194,7 @@ DEVICE QueryTile query_tile(const Step* step, int group, int index, int queries)
 
 struct AttentionShared {
   float* scores;  // (queries, kScoreStride); then e
-  uint16_t* v;    // as k; where there is no room, in the place of the scores, after them
+  uint16_t* v;    // ... and then, in the same place, as k
   uint32_t* e;    // B fragments: (position tile, query tile, lane, 2)
   uint32_t* q;    // B fragments: (query tile, dim tile, lane, 2)
   uint16_t* k;    // (tail_slots + 1, padded_dim + 8): what is gathered, a slot in a row; zeros
@@ -219,32 +219,26 @@ BOTH constexpr int tail_stride(int padded_dim) { return padded_dim + 8; }
 BOTH constexpr int tail_bytes(int padded_dim) {
   return (tail_slots(padded_dim) + 1) * tail_stride(padded_dim) * 2;
 }
-BOTH constexpr bool values_have_room(int query_tiles) { return query_tiles == 1; }
-BOTH constexpr int score_bytes(int query_tiles, int padded_dim) {
-  const int scores = 8 * query_tiles * kScoreStride * 4;
-  return values_have_room(query_tiles) ? scores : most(scores, tail_bytes(padded_dim));
+BOTH constexpr int score_bytes(int queries, int padded_dim) {
+  return most(queries * kScoreStride * 4, tail_bytes(padded_dim));
 }
 BOTH constexpr size_t attention_shared_bytes(int query_tiles, int padded_dim) {
   const int queries = 8 * query_tiles;
   return static_cast<size_t>(
-      score_bytes(query_tiles, padded_dim) + kChunkTiles * query_tiles * kLanes * 8 +
-      query_tiles * padded_dim / kKvTile * kLanes * 8 +
-      (values_have_room(query_tiles) ? 2 : 1) * tail_bytes(padded_dim) + queries * 16 +
+      score_bytes(queries, padded_dim) + kChunkTiles * query_tiles * kLanes * 8 +
+      query_tiles * padded_dim / kKvTile * kLanes * 8 + tail_bytes(padded_dim) + queries * 16 +
       kChunkTiles * 4 + Step::kMaxRows * 3 + queries * (Step::kMaxRows + tail_slots(padded_dim)));
 }
-static_assert(attention_shared_bytes(kMostQueryTiles, 256) <= 99 * 1024 &&
-              attention_shared_bytes(1, 256) <= 99 * 1024);
+static_assert(attention_shared_bytes(kMostQueryTiles, 256) <= 99 * 1024);
 DEVICE AttentionShared carve_attention(int query_tiles, int padded_dim) {
   const int queries = 8 * query_tiles;
   AttentionShared s;
   s.scores = reinterpret_cast<float*>(shared_memory());
-  s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(query_tiles, padded_dim));
+  s.v = reinterpret_cast<uint16_t*>(s.scores);
+  s.e = reinterpret_cast<uint32_t*>(shared_memory() + score_bytes(queries, padded_dim));
   s.q = s.e + kChunkTiles * query_tiles * kLanes * 2;
   s.k = reinterpret_cast<uint16_t*>(s.q + query_tiles * (padded_dim / kKvTile) * kLanes * 2);
-  uint16_t* const behind_k = s.k + tail_bytes(padded_dim) / 2;
-  const bool apart = values_have_room(query_tiles);
-  s.v = apart ? behind_k : reinterpret_cast<uint16_t*>(s.scores);
-  s.row = reinterpret_cast<int*>(behind_k + (apart ? tail_bytes(padded_dim) / 2 : 0));
+  s.row = reinterpret_cast<int*>(s.k + tail_bytes(padded_dim) / 2);
   s.head = s.row + queries;
   s.length = s.head + queries;
   s.direct = s.length + queries;
@@ -416,7 +410,7 @@ class AttentionBlock {
   // Lays out the tail of the keys, or of the values, a slot in a row, so that a fragment of any 16
   // slots is one load_matrices(). (From the cache itself it is 32 loads of 2 or 4 bytes, a sector
   // each: only for trees that are larger than the tail.) Values take the scores' place, and are
-  // there for all threads after the next barrier.
+  // there for all threads when this returns.
   DEVICE void stage_keys() const {
     if (!staged) return;
     stage(k_cache, s.k, [this](uint16_t* to, int r, uint32_t two) {
@@ -430,6 +424,7 @@ class AttentionBlock {
       to[0] = static_cast<uint16_t>(two);
       to[stride] = static_cast<uint16_t>(two >> 16);
     });
+    sync_threads();
   }
 
   // Scores of the tiles that stand in their own slots, for the rows for which they do.
@@ -782,7 +777,6 @@ void attention_kernel(AttentionParams p) {
 
   block.place_queries();
   block.stage_keys();
-  if (values_have_room(kQueryTiles)) block.stage_values();
   sync_threads();
   block.score_shared(keys);
   block.score_gathered();
@@ -791,10 +785,7 @@ void attention_kernel(AttentionParams p) {
   sync_threads();
   block.softmax();
   sync_threads();
-  if (!values_have_room(kQueryTiles)) {
-    block.stage_values();
-    sync_threads();
-  }
+  block.stage_values();
   block.add_values(values);
 }
 

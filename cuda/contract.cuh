@@ -43,20 +43,20 @@
 namespace chimera::cuda {
 inline namespace CHIMERA_CUDA_BODY {
 
-inline constexpr int kContractVersion = 4;
+inline constexpr int kContractVersion = 3;
 inline constexpr int kChunk = 256;
 inline constexpr int kSplitUnit =
     256;  // k; a run of a split is whole units (K-quants: blocks of 256)
 inline constexpr int kBlockRows = 128;  // weight rows of a thread block, the highest
-// Thread blocks that K is cut for, at most: an H100's SMs. Whole units may leave a product with
-// fewer (11008 rows with 86), and short columns with many fewer.
+// Thread blocks that K is cut for: an H100's SMs. Whole units may leave a product with fewer (4096
+// rows of 4096 with 128), and short columns with many fewer.
 inline constexpr int kSplitBlocks = 132;
 
 // Runs that K is cut into for a product of n rows, and the units of each but the last.
 BOTH constexpr int64_t split_units(int64_t n, int64_t k) {
   const int64_t row_blocks = ceil_div<int64_t>(n, kBlockRows),
                 units = ceil_div<int64_t>(k, kSplitUnit);
-  const int64_t wanted = most<int64_t>(1, least(units, kSplitBlocks / row_blocks));
+  const int64_t wanted = least(units, ceil_div<int64_t>(kSplitBlocks, row_blocks));
   // Below two units a run is over before its pipeline is full; only short rows are cut so far.
   return units <= 4 ? ceil_div(units, wanted) : most<int64_t>(2, ceil_div(units, wanted));
 }

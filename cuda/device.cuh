@@ -167,6 +167,9 @@ DEVICE SharedAddress shared_address() {
       : "l"(shared_memory()));
   return a;
 }
+DEVICE const std::byte* pointer_of(SharedAddress a) {
+  return static_cast<const std::byte*>(__cvta_shared_to_generic(a));
+}
 DEVICE Words4 load_shared_16(SharedAddress a) {
   Words4 w;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -390,6 +393,7 @@ DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 using SharedAddress = std::byte*;
 DEVICE SharedAddress shared_address() { return emulator::current.shared; }
+DEVICE const std::byte* pointer_of(SharedAddress a) { return a; }
 DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
 DEVICE void copy_async_16(void* shared, const void* global,

@@ -35,34 +35,39 @@
 // are neighbours in the grid, so they run side by side, and W comes from memory once and from L2
 // for the others.
 //
-// # Who has which rows
-// Multiprocessors share memory's bandwidth evenly, whatever they have to do. With 344 blocks of 64
-// rows for 22016, three on some and two on others, the first were done after 33 us and the last after
-// 41 (BF16, one token, on an H200). So the row tiles are dealt out evenly to as many blocks as fill
-// all multiprocessors alike (launch_linear()): here 3 or 4 tiles each, to three blocks on each.
-// Nothing but x, which each block reads, is lost with more blocks, and no bit depends on it.
+// # How high a block is
+// 22016 rows are 172 blocks of 8 warps: two on 40 of 132 multiprocessors, and one on the others,
+// which then have nothing to do for half of the time. With 6 warps there are 230, and room for 264.
+// So the launch takes the height that is over first (launch_linear()). Nothing but x, which each
+// block reads, is lost with more blocks, and no bit depends on it. 22016 x 4096 on an H200, blocks
+// of 8, 6 and 4 warps: BF16, 64 tokens 74, 53 and 74 us; Q4_0, one token 23.7, 19.7 and 28.0.
 //
 // # Few rows
-// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, a block each, as a function of
-// (rows, cols) only (contract.cuh), whose results are added in the order of the runs. On sm_90 the
-// runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of all.
-// Elsewhere they go through memory, and the last one to arrive, found by an integer counter, adds
-// them. Either way all loads are begun before the first sum: the first form's loads waited for one
-// another, 0.6 to 0.9 us a token.
+// 4096 rows are 32 blocks, a quarter of an H100. So K is cut in runs, one block each, as a function
+// of (rows, cols) only (contract.cuh), whose results are added in the order of the runs. On sm_90
+// the runs of a tile are a cluster: each lays its sums down in shared memory and adds its share of
+// all. Elsewhere they go through memory, and the last one to arrive, found by an integer counter,
+// adds them. Either way all loads are begun before the first sum: the first form's loads waited for
+// one another, 0.6 to 0.9 us a token.
 //
 // # Between kernels
 // A step of LLaMA-2-7B is some 350 kernels, and memory should have something to do between them. So
-// a kernel lets the next one begin early (let_next_begin()), matrices that share x share a launch,
-// and a product asks for the weights of its first stages before its turn: two or three blocks on a
-// multiprocessor ask for 200 KiB of them as soon as they find room, while the product ahead ends
-// and x is made.
+// matrices that share x share a launch, and a product asks for the weights of its first stages
+// before its turn: its blocks stand ready, and begin as those of the product ahead leave, while x is
+// still to be made (let_next_begin()). A layer's time on an H200 when products, their inputs, RoPE
+// and combine let the next kernel begin at once, before that and now: BF16 130 and 127 us for a
+// token, 183 and 175 for 64; Q4_0 77 and 73; SmolLM2 29.8 and 28.7.
 //
-// Tried, and slower (H200): asking for the next product's weights from L2 while norms and attention
-// run: 1.311 ms for 8 layers became 1.334 (32 MB behind the attention), 1.365 (and 16 MB of each
-// product). One block on a multiprocessor, of up to 16 row tiles, so that the next product's blocks
-// find room beside it: the next one has its weights too early, and memory waits when x is made: 141
-// us a layer in BF16 instead of 132 for one token. With two row tiles a warp, which halves the reads
-// of x, 233 instead of 176 for 64: too few warps to wait with.
+// Tried, and slower (H200, a layer of LLaMA-2-7B, BF16):
+// * asking for the next product's weights from L2 while norms and attention run: 164 us became 167
+//   (32 MB behind the attention) and 171 (and 16 MB of each product)
+// * one block of up to 16 row tiles on a multiprocessor, so that the next one's find room beside it:
+//   141 us instead of 132 for one token. Its weights are there too early, and memory waits while x is
+//   made. With two row tiles a warp, which halves the reads of x, 233 instead of 176 us for 64
+//   tokens: too few warps
+// * row tiles dealt out evenly, 3 or 4 to a block, since blocks that share a multiprocessor with two
+//   others are done 8 of 41 us after those that share it with one: 134 instead of 127, 199 instead of
+//   175 for 64
 #pragma once
 
 #include "cuda/contract.cuh"
@@ -138,21 +143,22 @@ DEVICE void stage_row(const float* x, int64_t n, float* staged) {
   }
 }
 
-// k of a block: one for all of a row would be slow, and code is read anew in each kernel.
-inline constexpr int kInputPart = 1024;
-inline constexpr int kInputPairs = kInputPart / 2 / kInputThreads;  // of a thread
-// Block (token, part). Shared memory: 16 bytes, then (cols) floats for kRmsNorm: every block of a
-// row computes its norm.
-KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
+// Block (token, part), kPairs pairs of k for each thread. One block for all of a row would be slow;
+// of few rows the parts are small, and so is the code, which is read anew in each kernel. Shared
+// memory: 16 bytes, then (cols) floats for kRmsNorm: every block of a row computes its norm.
+BOTH constexpr int input_part(int pairs) { return 2 * pairs * kInputThreads; }
+template <int kPairs>
+KERNEL(kInputThreads, 1)
+void input_kernel(InputParams p) {
   const int64_t n = p.cols;
   // Two neighbours in k share a register of the fragment.
-  const int64_t first_k = static_cast<int64_t>(block_y()) * kInputPart + 2 * thread_index(),
+  const int64_t first_k = static_cast<int64_t>(block_y()) * input_part(kPairs) + 2 * thread_index(),
                 end = fragment_k32(n) * 32;
   const auto k_of = [&](int i) { return first_k + i * 2 * kInputThreads; };
   const bool norm = p.input == Linear::Input::kRmsNorm;
-  float weight[kInputPairs][2] = {};
+  float weight[kPairs][2] = {};
   if (norm)
-    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+    UNROLLED_FOR (int i = 0; i < kPairs; ++i)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         if (k_of(i) + j < n) weight[i][j] = p.norm_weight[k_of(i) + j];
   // The Step is none of what the kernel ahead writes: CudaBackend sees to that.
@@ -164,8 +170,8 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
   wait_alone();
   const bool gated = p.input == Linear::Input::kSwiGlu;
   const float* x = p.x + row * (p.x_stride > 0 ? p.x_stride : gated ? 2 * n : n);
-  float value[kInputPairs][2] = {}, up[kInputPairs][2] = {};
-  UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+  float value[kPairs][2] = {}, up[kPairs][2] = {};
+  UNROLLED_FOR (int i = 0; i < kPairs; ++i)
     UNROLLED_FOR (int j = 0; j < 2; ++j) {
       const int64_t k = k_of(i) + j;
       if (k < n) value[i][j] = x[k];
@@ -177,16 +183,16 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
     stage_row(x, n, staged);
     sync_threads();
     const float scale = rms_scale(staged, n, p.eps, result);
-    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+    UNROLLED_FOR (int i = 0; i < kPairs; ++i)
       UNROLLED_FOR (int j = 0; j < 2; ++j) value[i][j] = (value[i][j] * scale) * weight[i][j];
   } else if (gated || p.input == Linear::Input::kSilu) {
-    UNROLLED_FOR (int i = 0; i < kInputPairs; ++i)
+    UNROLLED_FOR (int i = 0; i < kPairs; ++i)
       UNROLLED_FOR (int j = 0; j < 2; ++j) {
         value[i][j] = silu(value[i][j]);
         if (gated) value[i][j] = value[i][j] * up[i][j];
       }
   }
-  UNROLLED_FOR (int i = 0; i < kInputPairs; ++i) {
+  UNROLLED_FOR (int i = 0; i < kPairs; ++i) {
     const int64_t k = k_of(i);
     if (k >= end) break;
     const float a = value[i][0], b = value[i][1];  // 0 past the row
@@ -208,8 +214,10 @@ KERNEL(kInputThreads, 1) void input_kernel(InputParams p) {
 inline void prepare_input(Stream stream, const InputParams& p, int max_rows) {
   const size_t shared =
       16 + (p.input == Linear::Input::kRmsNorm ? static_cast<size_t>(p.cols) * 4 : 0);
-  const Grid grid{max_rows, ceil_div<int64_t>(fragment_k32(p.cols) * 32, kInputPart)};
-  launch("input", input_kernel, stream, grid, kInputThreads, shared, p);
+  const int pairs = max_rows <= 8 ? 2 : 4;
+  const Grid grid{max_rows, ceil_div<int64_t>(fragment_k32(p.cols) * 32, input_part(pairs))};
+  launch("input", pairs == 2 ? input_kernel<2> : input_kernel<4>, stream, grid, kInputThreads,
+         shared, p);
 }
 
 // ---- The product -------------------------------------------------------------------------------
@@ -220,8 +228,8 @@ struct LinearSegment {
   int64_t rows;
   float* y;  // y[(first_row + token) * y_stride + row]
   // Set by linear():
-  int first_block = 0, blocks = 0;  // of the launch; its row tiles are dealt out to them
-  int64_t first_partial = 0;        // of p.partials
+  int first_block = 0;        // of the launch
+  int64_t first_partial = 0;  // of p.partials
 };
 inline constexpr int kMaxSegments = 3;
 
@@ -239,6 +247,7 @@ struct LinearParams {
   int n_segments;
   // Set by linear():
   int groups = 1;                 // of tokens
+  int block_tiles = 0;            // row tiles of a block: its height
   int splits = 1, run_slabs = 0;  // of K; divisions are long ways on a GPU
   bool clustered = false;         // the runs of a tile are a cluster
 };
@@ -401,11 +410,7 @@ void linear_kernel(LinearParams p) {
   const int64_t first_slab = static_cast<int64_t>(block_y()) * p.run_slabs;
   int slabs_left = static_cast<int>(least<int64_t>(slabs - first_slab, p.run_slabs));
   const int n_stages = ceil_div(slabs_left, s.slabs);
-  const auto tiles = static_cast<int>(ceil_div<int64_t>(m.rows, kTileRows));
-  const auto deal = [&](int block) {
-    return static_cast<int>(static_cast<int64_t>(block - m.first_block) * tiles / m.blocks);
-  };
-  const int first_tile = deal(row_block), end_tile = deal(row_block + 1);
+  const int64_t first_tile = static_cast<int64_t>(row_block - m.first_block) * p.block_tiles;
   const SharedAddress ring = shared_address();
 
   // A loop that streams has few instructions to spare: what each thread copies in a stage is at the
@@ -413,10 +418,10 @@ void linear_kernel(LinearParams p) {
   //
   // Weights: a warp copies what it multiplies, its row tile, which is a run of bytes on the tape.
   constexpr int kTileBytes = s.slabs * l.bytes, kTileUnits = kTileBytes / 16;
-  const int64_t tile = first_tile + warp_index();  // a block may have a warp more than tiles
+  const int64_t tile = first_tile + warp_index();
   const std::byte* tape = m.tape + (tile * slabs + first_slab) * l.bytes + lane_index() * 16;
   // Of 16 bytes, from this lane's first one on.
-  int units_left = tile < end_tile ? slabs_left * (l.bytes / 16) - lane_index() : 0;
+  int units_left = tile * kTileRows < m.rows ? slabs_left * (l.bytes / 16) - lane_index() : 0;
   const SharedAddress weights = ring + warp_index() * kTileBytes + lane_index() * 16;
   const auto fetch_weights = [&](int slot) {
     UNROLLED_FOR (int u = 0; u < kTileUnits; u += kLanes)
@@ -496,10 +501,9 @@ void linear_kernel(LinearParams p) {
   const auto multiply_slab = [&](SharedAddress stage, int slab) {
     const SharedAddress a_of = stage + (warp_index() * s.slabs + slab) * l.bytes;
     const SharedAddress b_of = stage + s.weight_bytes + slab * l.k * 16 + lane_index() * 16;
-    const LaneHeaders<kType> headers = lane_headers<kType>(a_of);
     UNROLLED_FOR (int k32 = 0; k32 < l.k / 32; ++k32) {
       uint32_t a[2][4];
-      load_fragments(a_of, headers, k32, a);
+      load_fragments<kType>(a_of, k32, a);
       multiply(a, b_of + k32 * 512);
     }
   };
@@ -544,8 +548,8 @@ void linear_kernel(LinearParams p) {
 
   const LinearOutput out{m.y + first_row(p.step, p.rows_of) * p.y_stride,
                          p.y_stride,
-                         int64_t{first_tile} * kTileRows,
-                         least<int64_t>(m.rows, int64_t{end_tile} * kTileRows),
+                         first_tile * kTileRows,
+                         m.rows,
                          first_token,
                          tokens,
                          p.accumulate};
@@ -610,48 +614,36 @@ void launch_linear(Stream stream, LinearParams p, int max_rows) {
       static_cast<int>(split_units(p.stacked_rows, p.cols) * kSplitUnit / slab_layout(kType).k);
   p.clustered = p.splits > 1 && p.splits <= largest_cluster() &&
                 resident_blocks(kernel, kMostTiles * kLanes, kShared, p.splits) > 0;
-  const auto tiles_of = [&](int i) { return ceil_div<int64_t>(p.segments[i].rows, kTileRows); };
-  int64_t tiles = 0;
-  for (int i = 0; i < p.n_segments; ++i) tiles += tiles_of(i);
-  const int repeats = p.groups * p.splits;  // of a row block
-  // Blocks of a height that the device has room for, at once and when each multiprocessor has one.
-  const auto room = [&](int height) {
-    return resident_blocks(kernel, height * kLanes, kShared, p.clustered ? p.splits : 1);
-  };
-  const auto room_alone = [&](int height) {
-    return most<int64_t>(1, room(height) / ceil_div<int64_t>(room(height), multiprocessors()));
-  };
-  // The least height with which the busiest multiprocessor has the fewest tiles: all get the same
-  // share of memory's bandwidth. (Partial sums in memory lie by kBlockRows.)
-  int height = kMostTiles;
-  int64_t least_time = 0, row_blocks = 0;
-  for (int h = kMostTiles; h >= kLeastTiles && (p.splits == 1 || p.clustered); --h) {
+  const int cluster = p.clustered ? p.splits : 1;
+  const auto row_blocks = [&](int tiles) {
     int64_t blocks = 0;
-    for (int i = 0; i < p.n_segments; ++i) blocks += ceil_div<int64_t>(tiles_of(i), h) * repeats;
-    // One multiprocessor's turns of blocks, and how many it has in each.
-    const int64_t turns = ceil_div(blocks, room(h)),
-                  together = least(ceil_div(blocks, room_alone(h)),
-                                   ceil_div(room(h), room_alone(h))),
-                  time = h * turns * together;
-    if (least_time > 0 && time > least_time) continue;
-    least_time = time;
-    height = h;
-    row_blocks = turns * together * room_alone(h) / repeats;
+    for (int i = 0; i < p.n_segments; ++i)
+      blocks += ceil_div<int64_t>(p.segments[i].rows, tiles * kTileRows);
+    return blocks;
+  };
+  // The height of a block that takes the fewest tiles' time: as many blocks as are there at once
+  // take that of one. Of equals the highest, for each block reads x. (Partial sums in memory lie by
+  // kBlockRows.)
+  p.block_tiles = kMostTiles;
+  int64_t best = 0;
+  for (int tiles = kMostTiles; tiles >= kLeastTiles && (p.splits == 1 || p.clustered); --tiles) {
+    const int64_t time =
+        tiles * ceil_div(row_blocks(tiles) * p.groups * p.splits,
+                         resident_blocks(kernel, tiles * kLanes, kShared, cluster));
+    if (best > 0 && time >= best) continue;
+    best = time;
+    p.block_tiles = tiles;
   }
-  // The tiles are dealt out evenly to as many blocks as cost no more time.
   int64_t first_block = 0, partials = 0;
   for (int i = 0; i < p.n_segments; ++i) {
     LinearSegment& m = p.segments[i];
     m.first_block = static_cast<int>(first_block);
     m.first_partial = partials;
-    m.blocks = static_cast<int>(
-        most(ceil_div<int64_t>(tiles_of(i), height),
-             least(tiles_of(i) / (kLeastTiles - 1), row_blocks * tiles_of(i) / tiles)));
-    first_block += m.blocks;
+    first_block += ceil_div<int64_t>(m.rows, p.block_tiles * kTileRows);
     partials += partial_floats(kType, m.rows, p.stacked_rows, p.cols, p.partial_tokens);
   }
-  launch("linear", kernel, stream, {first_block * p.groups, p.splits, 1, p.clustered ? p.splits : 1},
-         height * kLanes, kShared, p);
+  launch("linear", kernel, stream, {first_block * p.groups, p.splits, 1, cluster},
+         p.block_tiles * kLanes, kShared, p);
 }
 template <DType kType>
 void launch_linear(Stream stream, const LinearParams& p, int max_rows) {

@@ -60,23 +60,19 @@ void allow_shared(void (*kernel)(Params), size_t bytes, const char* name) {
           name);
 }
 
-inline int multiprocessors() {
-  int device = 0, n = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-  return n;
-}
-
 // Blocks of a kernel that the device has room for at once; of clusters none, where none fits (on a
 // slice of a GPU). cluster_y: as in its grid.
 template <typename Params>
 int64_t resident_blocks(void (*kernel)(Params), int threads, size_t shared_bytes, int cluster_y) {
   allow_shared(kernel, shared_bytes, "occupancy");
-  int n = 0;
+  int device = 0, multiprocessors = 0, n = 0;
   if (cluster_y == 1) {
+    check(cudaGetDevice(&device), "device");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+          "multiprocessors");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared_bytes),
           "occupancy");
-    return int64_t{most(n, 1)} * multiprocessors();
+    return int64_t{most(n, 1)} * multiprocessors;
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -238,7 +234,6 @@ void launch(const char* name, void (*kernel)(Params), Stream stream, Grid grid, 
 }
 
 inline int largest_cluster() { return emulator::largest_cluster(); }
-inline int multiprocessors() { return ceil_div(emulator::resident_blocks(), 2); }
 template <typename Params>
 int64_t resident_blocks(void (*)(Params), int, size_t, int cluster_y) {
   return emulator::resident_blocks() / cluster_y * cluster_y;

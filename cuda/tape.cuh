@@ -118,9 +118,9 @@ BOTH int tape_quant(DType type, const std::byte* slab, int row, int k) {
   return q;
 }
 
-// The 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K block; at(i): byte i of its 12.
-template <typename At>
-BOTH void unpack_k_scale(const At& at, int j, int* scale, int* minimum) {
+// The 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K block; s: its 12 bytes.
+BOTH void unpack_k_scale(const std::byte* s, int j, int* scale, int* minimum) {
+  const auto at = [&](int i) { return static_cast<int>(s[i]); };
   if (j < 4) {
     *scale = at(j) & 63;
     *minimum = at(j + 4) & 63;
@@ -141,8 +141,7 @@ BOTH ScaleMin tape_scale(DType type, const std::byte* slab, int row, int k) {
     case DType::kQ5_K: {
       const std::byte* block = s + row * 16;
       int scale, minimum;
-      const auto byte = [&](int i) { return static_cast<int>(block[4 + i]); };
-      unpack_k_scale(byte, k / 32, &scale, &minimum);
+      unpack_k_scale(block + 4, k / 32, &scale, &minimum);
       return {f16_to_float(load_u16(block)) * static_cast<float>(scale),
               -(f16_to_float(load_u16(block + 2)) * static_cast<float>(minimum))};
     }
@@ -259,48 +258,18 @@ struct LaneScales {
   uint32_t scale[2], minimum[2];  // of rows g and g + 8, twice in a register
 };
 
-// What a lane has of a slab's block headers for all of its k, rows g and g + 8: of K-quants the 16
-// bytes that stand there, loaded at once; nothing of other types.
 template <DType kType>
-struct LaneHeaders {
-  uint32_t word[2][4];
-  uint16_t d[2];  // kQ6_K
-};
-template <DType kType>
-DEVICE LaneHeaders<kType> lane_headers(SharedAddress slab) {
-  LaneHeaders<kType> h{};
-  if constexpr (slab_layout(kType).k == 256)
-    UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const int row = lane_index() / 4 + 8 * i;
-      const SharedAddress p = slab + slab_layout(kType).scales;
-      const Words4 w = load_shared_16(p + row * 16);
-      UNROLLED_FOR (int j = 0; j < 4; ++j) h.word[i][j] = w.word[j];
-      if constexpr (kType == DType::kQ6_K) h.d[i] = load_shared_u16(p + 256 + row * 2);
-    }
-  return h;
-}
-
-template <DType kType>
-DEVICE LaneScales lane_scales(SharedAddress slab, const LaneHeaders<kType>& h, int k32, int k16) {
+DEVICE LaneScales lane_scales(SharedAddress slab, int k32, int k16) {
   LaneScales s;
   UNROLLED_FOR (int i = 0; i < 2; ++i) {
+    const int row = lane_index() / 4 + 8 * i;
     uint16_t scale, minimum = 0;
-    const auto byte = [&](int at) {
-      return static_cast<int>(h.word[i][at / 4] >> (8 * (at % 4)) & 255u);
-    };
-    if constexpr (kType == DType::kQ6_K) {
-      const int j = 2 * k32 + k16;
-      scale = float_to_f16(f16_to_float(h.d[i]) *
-                           static_cast<float>(static_cast<int8_t>(byte(j))));
-    } else if constexpr (slab_layout(kType).k == 256) {
-      int scale6, minimum6;
-      unpack_k_scale([&](int at) { return byte(4 + at); }, k32, &scale6, &minimum6);
-      const auto d = static_cast<uint16_t>(h.word[i][0]),
-                 dmin = static_cast<uint16_t>(h.word[i][0] >> 16);
-      scale = float_to_f16(f16_to_float(d) * static_cast<float>(scale6));
-      minimum = float_to_f16(-(f16_to_float(dmin) * static_cast<float>(minimum6)));
+    if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K || kType == DType::kQ6_K) {
+      const ScaleMin f = tape_scale(kType, pointer_of(slab), row, k32 * 32 + k16 * 16);
+      scale = float_to_f16(f.scale);
+      minimum = float_to_f16(f.minimum);
     } else {
-      const SharedAddress p = slab + slab_layout(kType).scales + (lane_index() / 4 + 8 * i) * 2;
+      const SharedAddress p = slab + slab_layout(kType).scales + row * 2;
       scale = load_shared_u16(p);
       if constexpr (has_minimum(kType)) minimum = load_shared_u16(p + 32);
     }
@@ -312,8 +281,7 @@ DEVICE LaneScales lane_scales(SharedAddress slab, const LaneHeaders<kType>& h, i
 
 // The A fragments of the two 16 x 16 tiles at 32 k number `k32` of a slab in shared memory.
 template <DType kType>
-DEVICE void load_fragments(SharedAddress slab, const LaneHeaders<kType>& headers, int k32,
-                           uint32_t (&a)[2][4]) {
+DEVICE void load_fragments(SharedAddress slab, int k32, uint32_t (&a)[2][4]) {
   const int lane = lane_index();
   if constexpr (kType == DType::kF16 || kType == DType::kBF16) {
     UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
@@ -325,7 +293,7 @@ DEVICE void load_fragments(SharedAddress slab, const LaneHeaders<kType>& headers
     constexpr uint32_t kOffset = static_cast<uint32_t>(quant_offset(kType)) * 0x00010001u;
     constexpr uint32_t kBase = 0x64006400u + kOffset;  // 1024 + offset
     const SharedAddress part = slab + k32 * (l.low_bytes + l.high_bytes);
-    LaneScales s = lane_scales(slab, headers, k32, 0);
+    LaneScales s = lane_scales<kType>(slab, k32, 0);
     if constexpr (kType == DType::kQ8_0) {
       const Words4 w = load_shared_16(part + lane * 16);
       UNROLLED_FOR (int tile = 0; tile < 2; ++tile)
@@ -342,7 +310,7 @@ DEVICE void load_fragments(SharedAddress slab, const LaneHeaders<kType>& headers
       if constexpr (l.high_bytes == 128) high = load_shared_u32(part + 256 + lane * 4);
       UNROLLED_FOR (int tile = 0; tile < 2; ++tile) {
         if constexpr (kType == DType::kQ6_K)
-          s = lane_scales(slab, headers, k32, tile);  // 16 k a scale
+          s = lane_scales<kType>(slab, k32, tile);  // 16 k a scale
         UNROLLED_FOR (int r = 0; r < 4; ++r) {
           uint32_t less_offset;
           if constexpr (l.high_bytes == 0) {

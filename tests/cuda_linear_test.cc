@@ -214,7 +214,7 @@ TEST(CudaLinear, StackedAsAlone) {
   for (const DType type : {DType::kQ8_0, DType::kF32, DType::kQ4_K}) {
     const bool groups = type == DType::kQ4_K;
     const int tokens = groups ? 35 : 1;
-    const int64_t sizes[] = {groups ? 257 : 8192, 40, 130};
+    const int64_t sizes[] = {groups ? 257 : 8448, 40, 130};
     ASSERT_EQ(n_splits(sizes[0] + 170, kCols), groups ? 3 : 2);
     const std::vector<float> x = random_input(random, static_cast<size_t>(tokens * kCols), true);
     std::vector<RandomMatrix> matrices;
