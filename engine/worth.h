@@ -36,7 +36,7 @@ class Worth {
   double most() const { return std::clamp(next_rest_ * mean_, kLeast, kMost); }
 
   static constexpr double kStart = 4, kAgain = 1.5, kLeast = 0.3, kMost = 6;
-  static constexpr int kShortest = 8, kLongest = 64, kMemory = 8;  // steps
+  static constexpr int kShortest = 8, kLongest = 256, kMemory = 8;  // steps
   double balance_ = kStart, earned_ = 0;
   double mean_ = kStart / kShortest;  // of what the trees of the last steps promised to earn
   int n_ = 1;                         // of how many

@@ -36,7 +36,7 @@ class GrowingDrafter final : public ChimeraDrafter {
         hidden_(tensors.config.hidden_size),
         model_(target, tensors, n_sequences, context) {
     sequences_.resize(static_cast<size_t>(n_sequences));
-    const auto waiting = static_cast<size_t>(DraftModel::kMaxRows * hidden_);
+    const auto waiting = static_cast<size_t>(kMostWaiting * hidden_);
     waiting_ = target.backend().allocate(sequences_.size() * waiting * 4);
     for (int s = 0; s < n_sequences; ++s) {
       Sequence& seq = sequences_[static_cast<size_t>(s)];
@@ -67,7 +67,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     seq.cut(first);
     if (first < model_.committed(k.sequence)) model_.set_committed(k.sequence, first);
     const bool rests = seq.worth.rests();
-    if (rests && seq.n_waiting + k.n_kept < DraftModel::kMaxRows) {
+    if (rests && seq.n_waiting + k.n_kept <= kMostWaiting) {
       seq.wait(k, first, hidden_);
     } else {
       catch_up(k.sequence, k.tokens);
@@ -114,6 +114,9 @@ class GrowingDrafter final : public ChimeraDrafter {
   }
 
  private:
+  // Rows of a rest: what waits costs nothing yet, and nothing at all if the text ends.
+  static constexpr int kMostWaiting = 256;
+
   struct Sequence {
     int64_t text = -1;
     DraftModel::Root root{};
@@ -122,7 +125,7 @@ class GrowingDrafter final : public ChimeraDrafter {
     Worth worth{};
     double price = 0;          // of the last tree, in plain steps; 0 where costs are not known, ...
     double promised = 0;       // ... and tokens that it promised
-    float* waiting = nullptr;  // states of the rows that wait, which an op will read
+    float* waiting = nullptr;  // states of the rows that wait, kMostWaiting, which an op will read
     int first_waiting = 0, n_waiting = 0;
 
     void wait(const KeptRows& k, int first, int64_t width) {
