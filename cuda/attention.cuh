@@ -767,8 +767,7 @@ KERNEL(kAttentionThreads, kAttentionBlocks)
 void attention_kernel(AttentionParams p) {
   using Block = AttentionBlock<kQueryTiles>;
   Block block(p);
-  // Until its turn, only the Step is read, and what rope_append, just before, does not write. A
-  // block without work waits as well: when a kernel is done, so must be all before it.
+  // Until its turn, only the Step is read, and what rope_append, just before, does not write.
   if (!block.find_queries() || !block.find_tiles()) return leave();
   block.make_tables();
   uint32_t keys[Block::kEarlyDims][4];
@@ -832,7 +831,7 @@ inline void attention(Stream stream, const AttentionParams& p, int max_rows, int
                       int n_sequences) {
   const int group = p.heads.n_heads / p.heads.n_kv_heads;
   if (p.kv.type == DType::kF16) {
-    // Each sequence's last block may be partly empty, but for one that the rest would fill.
+    // Sequences share no block: each but the first may add one that is not full.
     const int queries = max_rows * group, tiles = queries <= 8 ? 1 : kMostQueryTiles;
     const Grid grid{n_chunks, p.heads.n_kv_heads,
                     ceil_div(queries, 8 * tiles) + n_sequences - 1};
