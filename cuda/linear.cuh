@@ -54,9 +54,9 @@
 // A step of LLaMA-2-7B is some 350 kernels, and memory should have something to do between them. So
 // matrices that share x share a launch, and a product asks for the weights of its first stages
 // before its turn: its blocks stand ready, and begin as those of the product ahead leave, while x is
-// still to be made (let_next_begin()). A layer's time on an H200 when products, their inputs, RoPE
-// and combine let the next kernel begin at once, before that and now: BF16 130 and 127 us for a
-// token, 183 and 175 for 64; Q4_0 77 and 73; SmolLM2 29.8 and 28.7.
+// still to be made (let_next_begin()). A layer's time on an H200, of eight as one graph, before and
+// since products, their inputs, RoPE and combine let the next kernel begin at once: BF16 130 and 127
+// us for a token, 183 and 175 for 64; Q4_0 77 and 73; SmolLM2 29.8 and 28.7.
 //
 // Tried, and slower (H200, a layer of LLaMA-2-7B, BF16):
 // * asking for the next product's weights from L2 while norms and attention run: 164 us became 167
