@@ -2,7 +2,8 @@
 //
 // Where memory binds, rows beyond the first are nearly free; where arithmetic binds, each costs the
 // same again. A tree that ignores this is slower than no tree on one machine and too small on
-// another.
+// another. And each row attends to all that was written: in a long text that alone can be more than
+// the rest of its price.
 #pragma once
 
 #include <algorithm>
@@ -27,11 +28,18 @@ class CostCurve {
     interpolate();
   }
 
+  // The measurements were of the start of a text. What the attention of a further row adds for each
+  // position before it, and ...
+  void set_attention(double seconds) { attention_ = std::max(seconds, 0.0); }
+  double attention() const { return attention_; }
+  // ... how many those are now, in all that follows.
+  void at_context(int positions) { context_ = positions; }
+
   // A pass over `rows` rows of a text has taken this long. Three factors are fitted to such passes:
   //   seconds(m) = first * s(1) + further * (s(m) - s(1)) + tree * s(1) if m > 1,
-  // where s is what was measured. Memory and arithmetic change apart from each other, with the
-  // context and with what else runs here; and a pass over a tree comes after drafting, which has
-  // filled the caches with other things, and was measured without.
+  // where s is what was measured, attention included. Memory and arithmetic change apart from each
+  // other, with what else runs here; and a pass over a tree comes after drafting, which has filled
+  // the caches with other things, and was measured without.
   void learn(int rows, double seconds) {
     if (!known_ || rows > kMaxRows) return;
     // Least squares of the relative error, in which a pass counts less the longer it is ago. Trees
@@ -88,8 +96,10 @@ class CostCurve {
                 std::max(factors_[2], 0.0)};
   }
   double at(int rows) const {
-    if (rows <= kMaxRows) return seconds_[static_cast<size_t>(rows)];
-    return seconds_[kMaxRows] + (rows - kMaxRows) * (seconds_[kMaxRows] - seconds_[kMaxRows - 1]);
+    const double attention = (rows - 1) * (context_ * attention_);
+    if (rows <= kMaxRows) return seconds_[static_cast<size_t>(rows)] + attention;
+    return seconds_[kMaxRows] + attention +
+           (rows - kMaxRows) * (seconds_[kMaxRows] - seconds_[kMaxRows - 1]);
   }
   void interpolate() {
     std::array<double, kMaxRows + 1> least = measured_;  // 0 where nothing was measured
@@ -115,6 +125,8 @@ class CostCurve {
   }
 
   bool known_ = false;
+  int context_ = 0;
+  double attention_ = 0;
   Factors factors_{1, 1, 0};
   // Sums over the passes learnt from, beginning as if a few had been what was measured.
   std::array<Factors, 3> squares_{{{16, 0, 0}, {0, 0.05, 0}, {0, 0, 0.05}}};

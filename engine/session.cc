@@ -170,6 +170,7 @@ void Session::fill_step(Drafter* drafter, int most_rows) {
                            last);
       if (last) step_->set_root(row);
     }
+    cost_.at_context(step_->sequences[s].committed);
     if (drafter != nullptr && waiting == 1) {
       const int max_depth = options_.context - static_cast<int>(text.tokens.size());
       drafter->draft({model_.backend(), s, text.number, text.tokens, row, options_.max_nodes,
@@ -227,6 +228,7 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   const ResidentDrafter::Target target{activations_.states, activations_.logits, options_.max_nodes,
                                        ops};
   Step::Sequence& s = step_->sequences[0];
+  cost_.at_context(static_cast<int>(text.tokens.size()));
   if (!drafter.follows(text.number, text.tokens.size()))
     drafter.start(target, text.number, text.tokens, s.sampling, cost_.known() ? &cost_ : nullptr);
   if (drafter.ahead()) {
@@ -243,11 +245,11 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   return true;
 }
 
-double Session::time_pass(int rows) {
+double Session::time_pass(int rows, int context) {
   constexpr double kEnough = 0.1;  // seconds
   constexpr int kMost = 5;
   int32_t& committed = step_->sequences[0].committed;
-  const int32_t before = std::exchange(committed, 0);
+  const int32_t before = std::exchange(committed, context);
   Step* step = step_;
   uint64_t key = reinterpret_cast<uintptr_t>(step_) + 1;
   // A list over a Step of the device is launched alike for every tree, for the largest: so each
@@ -265,7 +267,7 @@ double Session::time_pass(int rows) {
   for (int i = 0; i < kMost && (i < 2 || spent < kEnough); ++i) {
     step_->clear();
     step_->begin_sequence(0);
-    for (int r = 0, row = -1; r < rows; ++r) row = step_->add_row(0, row, true);
+    for (int r = 0; r < rows; ++r) step_->add_row(0, r > 0 ? (r - 1) / 2 : -1, true);  // a tree
     if (step != step_) backend.upload(step, step_, sizeof(Step));
     const Clock::time_point start = Clock::now();
     backend.submit(key, [this, step] { model_.forward(step, kv_, activations_); });
@@ -298,6 +300,7 @@ double Session::plain_seconds() {
 }
 
 void Session::measure_cost() {
+  measure_attention();
   const Clock::time_point start = Clock::now();
   // All of the range first, then what lies between: a slow model's passes are too long for more.
   // And once more as far as time allows, so that a disturbed while is not all that is known of a
@@ -310,6 +313,18 @@ void Session::measure_cost() {
       cost_.set(rows, before > 0 ? std::min(before, seconds) : seconds);
     }
   }
+}
+
+// Where passes are long, weights are many beside a text of this length.
+void Session::measure_attention() {
+  constexpr double kLong = 0.05;  // seconds
+  const int rows = std::min(options_.max_nodes + 1, 8),
+            far = std::min(options_.context, kMeasuredContext) - rows;
+  if (rows < 2 || far < 64 || time_pass(1) > kLong) return;
+  const auto further = [&](int context) {
+    return time_pass(rows, context) - time_pass(1, context);
+  };
+  cost_.set_attention((further(far) - further(0)) / ((rows - 1) * far));
 }
 
 void Session::accept_and_keep(Step* step) {

@@ -84,8 +84,10 @@ class Session {
   // before. From then on the curve learns from every step. Without one trees have max_nodes nodes
   // if there are as many candidates, and a run can be repeated step by step.
   void measure_cost();
-  // Seconds of a pass over so many rows at the start of a text, the best of a few. As above.
-  double time_pass(int rows);
+  static constexpr int kMeasuredContext = 520;  // a longer one is measured as this
+  // Seconds of a pass over so many rows behind so many others (of nothing, if they were never
+  // computed), the best of a few. As above.
+  double time_pass(int rows, int context = 0);
   void set_cost(const CostCurve& cost) { cost_ = cost; }
   const CostCurve& cost() const { return cost_; }
   // Seconds of a plain step at the end of the text: its last token, which must have been decoded,
@@ -111,6 +113,7 @@ class Session {
 
  private:
   void accept_and_keep(Step* step);
+  void measure_attention();
   struct Text {
     std::vector<int32_t> tokens;
     int64_t number = 0;

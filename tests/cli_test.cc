@@ -645,6 +645,15 @@ TEST_F(CliTest, CostsAreKept) {
     EXPECT_LT(json::parse(read(names[0]), nullptr, false)["seconds"][0], 1);
   }
 
+  // ... for a longer text or a larger tree than were thought of, ...
+  for (const char* limit : {"context", "rows"}) {
+    json small = kept;
+    small[limit] = 2;
+    write(names[0], small.dump());
+    EXPECT_EQ(object(args)["ids"], first["ids"]);
+    EXPECT_EQ(json::parse(read(names[0]), nullptr, false)[limit], kept[limit]);
+  }
+
   // ... on demand, or where the file is not ours to read.
   args.push_back("--tune");
   EXPECT_EQ(object(args)["ids"], first["ids"]);

@@ -154,6 +154,22 @@ TEST_F(SessionTest, TreesFollowTheCosts) {
   EXPECT_EQ(steep.ids, flat.ids);
 }
 
+// ... and so does what attention adds to a row's price in a long text.
+TEST_F(SessionTest, TreesFollowThePriceOfAttention) {
+  const auto drafted = [&](size_t prompt) {
+    Session session(model(), {.context = 340, .max_nodes = 8});
+    CostCurve cost;
+    for (int rows = 1; rows <= CostCurve::kMaxRows; ++rows) cost.set(rows, 1000 + rows);
+    cost.set_attention(5);  // of 300 positions: more than a pass
+    session.set_cost(cost);
+    const auto drafter = make_ngram_drafter({}, 1, 340);
+    return generate(session, drafter.get(), std::vector<int32_t>(prompt, 100), {30, {}, {}})
+        .drafted;
+  };
+  EXPECT_GT(drafted(20), 0);
+  EXPECT_EQ(drafted(300), 0);
+}
+
 // A machine whose memory is half as fast as when it was measured, then one whose arithmetic is a
 // third as fast: trees of a few sizes with a plain step now and then tell the two apart.
 TEST(CostCurve, LearnsFirstRowAndFurtherRowsApart) {
@@ -199,6 +215,28 @@ TEST(CostCurve, ForgetsADearWhile) {
   EXPECT_GT(curve.seconds(8) / curve.seconds(1), 5);
   for (int i = 0; i < 400; ++i) curve.learn(1, 1.0);
   EXPECT_NEAR(curve.seconds(8), 3.0, 0.05);
+}
+
+// Rows beyond the first are dearer the longer the text; what is learnt of it at one length holds at
+// another.
+TEST(CostCurve, AttentionAddsToFurtherRows) {
+  CostCurve curve;
+  for (const int rows : {1, 8, 64}) curve.set(rows, 1 + 0.1 * rows);
+  curve.set_attention(0.001);
+  curve.at_context(500);
+  EXPECT_DOUBLE_EQ(curve.seconds(1), 1.1);
+  EXPECT_NEAR(curve.seconds(8), 1.8 + 7 * 0.5, 1e-9);
+  EXPECT_NEAR(curve.seconds(100), 1 + 10 + 99 * 0.5, 1e-9);
+  EXPECT_EQ(curve.measured(8), 1 + 0.1 * 8) << "what is kept in a file is of the start of a text";
+  for (int i = 0; i < 2000; ++i) {  // twice as dear as measured
+    const int rows = i % 48 == 0 ? 1 : 8;
+    curve.at_context(i % 100);
+    curve.learn(rows, 1.1 + (rows - 1) * (0.2 + 0.002 * (i % 100)));
+  }
+  curve.at_context(500);
+  EXPECT_NEAR(curve.seconds(8), 1.1 + 7 * (0.2 + 1.0), 0.1);
+  curve.set_attention(-1);
+  EXPECT_EQ(curve.attention(), 0) << "a measurement that was disturbed";
 }
 
 // A measurement that was disturbed must not make the next larger tree look as cheap.

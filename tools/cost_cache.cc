@@ -26,6 +26,9 @@ fs::path cache_folder() {
 int rows_of(const Session& session) {
   return std::min(session.options().max_nodes + 1, CostCurve::kMaxRows);
 }
+int context_of(const Session& session) {
+  return std::min(session.options().context, Session::kMeasuredContext);
+}
 
 }  // namespace
 
@@ -73,9 +76,13 @@ bool CostCache::load(Session* session) const {
   // A file that is not as keep() leaves it is measured over, whatever happened to it.
   if (!kept.is_object() || kept.value("for", nlohmann::json()) != key_) return false;
   const auto rows = kept.value("rows", nlohmann::json()),
-             seconds = kept.value("seconds", nlohmann::json());
-  if (!rows.is_number_integer() || rows < rows_of(*session) || !seconds.is_array() ||
-      seconds.size() != CostCurve::kMaxRows)
+             context = kept.value("context", nlohmann::json()),
+             seconds = kept.value("seconds", nlohmann::json()),
+             attention = kept.value("attention", nlohmann::json());
+  if (!rows.is_number_integer() || rows < rows_of(*session) || !context.is_number_integer() ||
+      context < (context_of(*session) + 1) / 2 || !seconds.is_array() ||
+      seconds.size() != CostCurve::kMaxRows || !attention.is_number() || !(attention >= 0.0) ||
+      !(attention < 1e6))
     return false;
   CostCurve curve;
   for (int i = 1; i <= CostCurve::kMaxRows; ++i) {
@@ -84,6 +91,7 @@ bool CostCache::load(Session* session) const {
     if (value > 0.0) curve.set(i, value);
   }
   if (curve.measured(1) <= 0) return false;
+  curve.set_attention(attention);
   session->set_cost(curve);
   return true;
 }
@@ -92,8 +100,11 @@ void CostCache::keep(const Session& session) const {
   if (path_.empty() || !session.cost().known()) return;
   auto seconds = nlohmann::ordered_json::array();
   for (int i = 1; i <= CostCurve::kMaxRows; ++i) seconds.push_back(session.cost().measured(i));
-  const nlohmann::ordered_json kept = {
-      {"for", key_}, {"rows", rows_of(session)}, {"seconds", seconds}};
+  const nlohmann::ordered_json kept = {{"for", key_},
+                                       {"rows", rows_of(session)},
+                                       {"context", context_of(session)},
+                                       {"seconds", seconds},
+                                       {"attention", session.cost().attention()}};
   try {
     fs::create_directories(fs::path(path_).parent_path());
     OutputFile file(path_);
