@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
 
@@ -253,9 +254,31 @@ TEST(Draft, InARestTheDraftModelDoesNothing) {
   EXPECT_LT(drafter->spent().steps, 6);
 }
 
+// Drafts as another does, and keeps what the draft model thinks at each root: its logits, as far as
+// they do not depend on what was learnt on the way.
+class Overheard final : public Drafter {
+ public:
+  Overheard(ChimeraDrafter* drafter, size_t n_static) : drafter_(drafter), n_static_(n_static) {}
+  std::string name() const override { return drafter_->name(); }
+  void observe(const KeptRows& kept) override { drafter_->observe(kept); }
+  void draft(const DraftContext& c, Step* step) override {
+    drafter_->draft(c, step);
+    drafter_->follow(c, c.tokens.last(1), [&](int, std::span<const float> logits, int) {
+      const auto fixed = logits.first(n_static_);
+      logits_of[c.tokens.size()].assign(fixed.begin(), fixed.end());
+      return false;
+    });
+  }
+  std::map<size_t, std::vector<float>> logits_of;  // by the length of the text
+
+ private:
+  ChimeraDrafter* drafter_;
+  size_t n_static_;
+};
+
 // Beside a plain step that takes no time drafting is never worth its own, and rests but for a step
 // now and then. Beside one that takes ever so long it always is: it catches up with what was
-// written meanwhile, and guesses as well as if it had seen each step.
+// written meanwhile, and thinks as if it had seen each step.
 TEST(Draft, RestsWhereItDoesNotPay) {
   SKIP_WITHOUT(kSmolLm2);
   const Loaded target = load(kSmolLm2, isas().back(), 2);
@@ -266,9 +289,11 @@ TEST(Draft, RestsWhereItDoesNotPay) {
   Session session(*target.model, {.context = 400, .max_nodes = 8});
   const Generation plain = generate(session, nullptr, prompt, {320, {}, {}});
   int last_steps[2];
+  std::map<size_t, std::vector<float>> thought[2];
   for (const bool rests : {false, true}) {
     const auto drafter =
         make_chimera_drafter(*target.model, tensors, {.nodes = 8, .ngrams = false}, 1, 400);
+    Overheard overheard(drafter.get(), tensors.vocabulary.size());
     session.start(0, prompt, {});
     int steps = 0, drafted = 0;
     const auto decode = [&](double seconds, size_t tokens) {
@@ -277,7 +302,7 @@ TEST(Draft, RestsWhereItDoesNotPay) {
       session.set_cost(cost);
       steps = drafted = 0;
       for (; session.tokens(0).size() < prompt.size() + tokens; ++steps) {
-        session.step(drafter.get());
+        session.step(&overheard);
         drafted += session.drafted(0) > 0 ? 1 : 0;
       }
     };
@@ -289,9 +314,22 @@ TEST(Draft, RestsWhereItDoesNotPay) {
     last_steps[rests] = steps;
     const auto text = session.tokens(0).subspan(prompt.size(), plain.ids.size());
     EXPECT_TRUE(std::equal(text.begin(), text.end(), plain.ids.begin()));
+    thought[rests] = overheard.logits_of;
   }
   EXPECT_NEAR(last_steps[true], last_steps[false], 2);
   EXPECT_LT(last_steps[true], 40) << "for 80 tokens";
+  size_t before = 0, longest_rest = 0;
+  int compared = 0;
+  for (const auto& [length, logits] : thought[true]) {
+    if (before > 0) longest_rest = std::max(longest_rest, length - before);
+    before = length;
+    const auto other = thought[false].find(length);
+    if (other == thought[false].end()) continue;
+    ASSERT_EQ(std::memcmp(logits.data(), other->second.data(), logits.size() * 4), 0) << length;
+    ++compared;
+  }
+  EXPECT_GT(longest_rest, static_cast<size_t>(DraftModel::kMaxRows));
+  EXPECT_GT(compared, 10);
 }
 
 // More tokens than the dynamic vocabulary holds, learnt at once or piece by piece with a tree
