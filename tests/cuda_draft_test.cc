@@ -727,6 +727,7 @@ TEST(CudaDraft, TheHostKeepsOut) {
   const Loaded l = load_on("emulated", kStories);
   Session session(*l.model, {.context = 24, .max_nodes = 4, .prefill_rows = 8});
   EXPECT_GT(session.time_pass(3), 0);
+  EXPECT_GT(session.time_pass(3, 20), 0);
   const auto drafter = drafter_of(kWays[3], *l.model, 24);
   const GenerateOptions options{8, {}, {}};
   const Generation drafted = generate(session, drafter.get(), kPrompt, options),
