@@ -228,9 +228,10 @@ bool Session::step_resident(ResidentDrafter& drafter) {
   const ResidentDrafter::Target target{activations_.states, activations_.logits, options_.max_nodes,
                                        ops};
   Step::Sequence& s = step_->sequences[0];
-  cost_.at_context(static_cast<int>(text.tokens.size()));
-  if (!drafter.follows(text.number, text.tokens.size()))
+  if (!drafter.follows(text.number, text.tokens.size())) {
+    cost_.at_context(static_cast<int>(text.tokens.size()));
     drafter.start(target, text.number, text.tokens, s.sampling, cost_.known() ? &cost_ : nullptr);
+  }
   if (drafter.ahead()) {
     const PassResult& pass = drafter.advance(target);
     text.tokens.insert(text.tokens.end(), pass.token, pass.token + pass.emitted);
@@ -267,7 +268,8 @@ double Session::time_pass(int rows, int context) {
   for (int i = 0; i < kMost && (i < 2 || spent < kEnough); ++i) {
     step_->clear();
     step_->begin_sequence(0);
-    for (int r = 0; r < rows; ++r) step_->add_row(0, r > 0 ? (r - 1) / 2 : -1, true);  // a tree
+    // A tree: the rows of a chain stand where their positions are, which spares attention a search.
+    for (int r = 0; r < rows; ++r) step_->add_row(0, r > 0 ? (r - 1) / 2 : -1, true);
     if (step != step_) backend.upload(step, step_, sizeof(Step));
     const Clock::time_point start = Clock::now();
     backend.submit(key, [this, step] { model_.forward(step, kv_, activations_); });

@@ -78,12 +78,12 @@ class Session {
   }
 
   // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer of them if that
-  // would take longer than some 0.4 s, or than ten plain passes, and what attention adds in a long
-  // text; drafters then choose the size of their trees by it. (Where trees are drafted on the
-  // device: what passes over its own Step cost.) To be called before the first start(). set_cost():
-  // the same from a curve that was measured before. From then on the curve learns from every step.
-  // Without one trees have max_nodes nodes if there are as many candidates, and a run can be
-  // repeated step by step.
+  // would take longer than some 0.4 s, or than ten plain passes; and before that, unless a plain
+  // pass takes more than 50 ms, what attention adds in a long text. Drafters then choose the size
+  // of their trees by it. (Where trees are drafted on the device: what passes over its own Step
+  // cost.) To be called before the first start(). set_cost(): the same from a curve that was
+  // measured before. From then on the curve learns from every step. Without one trees have
+  // max_nodes nodes if there are as many candidates, and a run can be repeated step by step.
   void measure_cost();
   static constexpr int kMeasuredContext = 520;  // a longer one is measured as this
   // Seconds of a pass over so many rows behind so many others (of nothing, if they were never
