@@ -41,7 +41,7 @@ constexpr int kTile = 4;
 constexpr int kPrefetchBytes = 8192;
 // One or two tokens wait for memory alone, and the hardware has seen their stream: requests beside
 // its own only stand in the same queue. (Zen 4, a pass of Q4_1 without them and with: one token
-// 0.89 to 0.97, two 0.91 to 1.00 of the time, three 1.07, eight 1.16.)
+// 0.89 to 0.97, two 0.91 to 1.00 of the time, three 1.07, eight 1.12 to 1.17.)
 constexpr int kFewTokens = 2;
 
 // Inlined by force: g++ drops calls of a function that does nothing but prefetch.
