@@ -498,6 +498,27 @@ TEST(ThreadPoolTest, EveryThreadRunsAndBarriersHold) {
   }
 }
 
+// Each job reads what all threads wrote in the one before, which thread 0 does not wait for.
+TEST(ThreadPoolTest, StartedJobsFollowEachOther) {
+  for (const int n : {1, 2, 3, 5}) {
+    cpu::ThreadPool pool(n);
+    std::vector<int64_t> sums[2];
+    for (auto& of_threads : sums) of_threads.assign(static_cast<size_t>(n), 1);
+    constexpr int kJobs = 2000;
+    for (int job = 1; job <= kJobs; ++job)
+      pool.start([&sums, job](int t) {
+        int64_t sum = job;
+        for (const int64_t v : sums[(job - 1) % 2]) sum = (sum + v) % 1000003;
+        for (int i = 0; t == 1 && i < job % 64; ++i) __builtin_ia32_pause();  // one comes late
+        sums[job % 2][static_cast<size_t>(t)] = sum;
+      });
+    pool.join();
+    int64_t expected = 1;
+    for (int job = 1; job <= kJobs; ++job) expected = (job + n * expected) % 1000003;
+    for (const int64_t v : sums[kJobs % 2]) EXPECT_EQ(v, expected) << n << " threads";
+  }
+}
+
 TEST(WorkSharesTest, EveryUnitIsTakenOnce) {
   for (const int threads : {1, 2, 3, 5})
     for (const int64_t n : {0, 1, 2, 7, 100}) {

@@ -308,8 +308,14 @@ class CpuBackend final : public Backend {
   }
   size_t reserved_bytes() const override { return reserved_; }
 
-  void submit(uint64_t /*key*/, FunctionRef<void()> ops) override { ops(); }
-  void on_host(FunctionRef<void()> op) override { op(); }
+  void submit(uint64_t /*key*/, FunctionRef<void()> ops) override {
+    const List list(*this, true);
+    ops();
+  }
+  void on_host(FunctionRef<void()> op) override {
+    const List none(*this, false);
+    op();
+  }
 
   void embed(const Step* step, const Matrix& table, float* out) override {
     const CpuMatrix& m = cast(table);
@@ -331,12 +337,14 @@ class CpuBackend final : public Backend {
   void copy_rows(const Step* step, const RowCopy& op) override {
     const int64_t x_stride = op.x_stride > 0 ? op.x_stride : op.width,
                   y_stride = op.y_stride > 0 ? op.y_stride : op.width;
+    pool_.join();
     for (int r = step->first_new; r < step->n_rows; ++r)
       std::memcpy(op.y + r * y_stride, op.x + (op.from != nullptr ? op.from[r] : r) * x_stride,
                   static_cast<size_t>(op.width) * 4);
   }
   void join_rows(const Step* step, const float* h, float scale, const float* f, int64_t width,
                  float* joined, float* sum) override {
+    pool_.join();
     for (int r = step->first_new; r < step->n_rows; ++r) {
       const float* row = f + r * width;
       std::memcpy(joined + 2 * r * width, h, static_cast<size_t>(width) * 4);
@@ -350,8 +358,8 @@ class CpuBackend final : public Backend {
     const bool all = op.rows == Rows::kAll;
     const int m = all ? step->n_rows - step->first_new : step->n_logits;
     if (m == 0) return;
-    const WorkShares::Deal panels = work_.deal(w.n_panels);
-    pool_.run([&](int thread) {
+    const WorkShares::Deal panels = deal(w.n_panels);
+    start([this, step, op, &w, all, m, panels](int thread) {
       // A few rows are transformed by every thread for itself, which is cheaper than to wait for
       // the others and to fetch from their caches what they have made; many are divided.
       const bool divide = m > 1 && m * std::max(w.cols, kOwnInput / 16) > kOwnInput;
@@ -385,7 +393,7 @@ class CpuBackend final : public Backend {
     const int group = h.n_heads / h.n_kv_heads,
               turning = h.rope_kv_heads < 0 ? h.n_kv_heads : h.rope_kv_heads;
     // One KV head of a row, with its query heads.
-    const auto one = [&](int r, int head) {
+    const auto one = [=, this](int r, int head) {
       float* q = qkv + static_cast<int64_t>(r) * width + head * group * h.head_dim;
       float* k = qkv + static_cast<int64_t>(r) * width + (h.n_heads + head) * h.head_dim;
       const float* v = k + h.n_kv_heads * h.head_dim;
@@ -403,6 +411,7 @@ class CpuBackend final : public Backend {
     };
     const int first = step->first_new, n = step->n_rows - first;
     if (n < kFewRows) {
+      pool_.join();
       for (int r = first; r < step->n_rows; ++r)
         for (int head = 0; head < h.n_kv_heads; ++head) one(r, head);
       return;
@@ -410,8 +419,8 @@ class CpuBackend final : public Backend {
     // Rows that follow each other write to the same cache lines of a head's keys, so they stay with
     // one thread.
     const WorkShares::Deal units =
-        work_.deal(static_cast<int64_t>(h.n_kv_heads) * ((n + kKeyBlock - 1) / kKeyBlock));
-    pool_.run([&](int thread) {
+        deal(static_cast<int64_t>(h.n_kv_heads) * ((n + kKeyBlock - 1) / kKeyBlock));
+    start([=, this](int thread) {
       for (auto [unit, end] = work_.take(units, thread); unit < end;) {
         const int head = static_cast<int>(unit) % h.n_kv_heads;
         const int row = first + static_cast<int>(unit) / h.n_kv_heads * kKeyBlock;
@@ -423,19 +432,19 @@ class CpuBackend final : public Backend {
 
   void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
                  float* out) override {
-    const AttentionTiles tiles(step, h);
-    const AttentionOp op{step, qkv, h, kv, layer, out, tiles};
-    const int chunks = tiles.chunks(), total = tiles.count();
+    const AttentionOp op{step, qkv, h, kv, layer, out, AttentionTiles(step, h)};
     // A tile's work comes in chunks: all tiles of a KV head over a chunk of it, which is read once
     // and in the cache after that, then the next head, then the next chunk. Tiles go through in
     // waves, so that the partial results of a wave fit the scratch.
-    const auto tiles_in = [&](int wave) { return std::min(wave_tiles_, total - wave); };
-    WorkShares::Deal deal = work_.deal(int64_t{tiles_in(0)} * chunks);
-    pool_.run([&](int thread) {
+    const int chunks = op.tiles.chunks(), total = op.tiles.count();
+    const auto tiles_in = [this, total](int wave) { return std::min(wave_tiles_, total - wave); };
+    start([this, op, chunks, total, tiles_in,
+           units_left = deal(int64_t{tiles_in(0)} * chunks)](int thread) mutable {
+      const AttentionTiles& tiles = op.tiles;
       for (int wave = 0; wave < total; wave += wave_tiles_) {
         const int n = tiles_in(wave), units = n * chunks;
-        for (auto [begin, end] = work_.take(deal, thread); begin < end;
-             std::tie(begin, end) = work_.take(deal, thread))
+        for (auto [begin, end] = work_.take(units_left, thread); begin < end;
+             std::tie(begin, end) = work_.take(units_left, thread))
           for (int unit = static_cast<int>(begin); unit < end; ++unit) {
             const int next = std::min(unit + 1, units - 1);  // the thread's own, nearly always
             const AttentionTiles::Tile tile = tiles.at(wave + unit % n);
@@ -445,7 +454,8 @@ class CpuBackend final : public Backend {
         const bool last = wave + wave_tiles_ >= total;
         if (chunks == 1 && last) break;  // nobody waits for another's chunks
         pool_.barrier(thread);
-        if (thread == 0 && !last) deal = work_.deal(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
+        if (thread == 0 && !last)  // for all, who meet below
+          units_left = work_.deal(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
         for (int i = thread; i < tiles_in(wave) && chunks > 1; i += pool_.size())
           finish(op, tiles.at(wave + i), i);
         if (!last) pool_.barrier(thread);
@@ -462,6 +472,7 @@ class CpuBackend final : public Backend {
   }
 
   void accept(Step* step, const float* logits, int32_t vocab) override {
+    pool_.join();
     for (int s = 0; s < step->n_sequences; ++s) {
       Step::Sequence& seq = step->sequences[s];
       if (seq.n_rows == 0) continue;
@@ -507,6 +518,7 @@ class CpuBackend final : public Backend {
   }
 
   void keep_rows(const Step* step, int64_t width, float* x) override {
+    pool_.join();
     for (int s = 0; s < step->n_sequences; ++s) {
       const Step::Sequence& seq = step->sequences[s];
       int to = seq.first_row;
@@ -531,11 +543,11 @@ class CpuBackend final : public Backend {
   struct AttentionOp {
     const Step* step;
     const float* qkv;
-    const Heads& heads;
-    const KvCache& kv;
+    Heads heads;
+    KvCache kv;
     int layer;
     float* out;
-    const AttentionTiles& tiles;
+    AttentionTiles tiles;
   };
 
   static const void* keys_of(const AttentionOp& op, const AttentionTiles::Tile& tile, int chunk) {
@@ -610,6 +622,38 @@ class CpuBackend final : public Backend {
     return choose(kernels_.sampling, logits, vocab, sampling, sampler_);
   }
 
+  // While it lives, ops are in a list or not.
+  class List {
+   public:
+    List(CpuBackend& backend, bool in_list)
+        : backend_(backend), before_(std::exchange(backend.in_list_, in_list)) {
+      backend_.pool_.join();
+    }
+    ~List() {
+      backend_.pool_.join();
+      backend_.in_list_ = before_;
+    }
+    List(const List&) = delete;
+    List& operator=(const List&) = delete;
+
+   private:
+    CpuBackend& backend_;
+    const bool before_;
+  };
+
+  // f(thread) on every thread. In a list the others may still be at work when this returns, so that
+  // the next op can be handed out meanwhile; an op whose work the caller does alone calls
+  // pool_.join() first. f is copied, and so captures no reference to what its op leaves behind.
+  template <typename F>
+  void start(const F& f) {
+    pool_.start(f);
+    if (!in_list_) pool_.join();
+  }
+  WorkShares::Deal deal(int64_t n) {
+    if (work_.starts_anew()) pool_.join();
+    return work_.deal(n);
+  }
+
   // The contiguous part of n that belongs to a thread.
   std::pair<int64_t, int64_t> share(int64_t n, int thread) const {
     return {n * thread / pool_.size(), n * (thread + 1) / pool_.size()};
@@ -618,6 +662,7 @@ class CpuBackend final : public Backend {
   void for_new_rows(const Step* step, const F& f) {
     const int first = step->first_new, n = step->n_rows - first;
     if (n < kFewRows) {
+      pool_.join();
       for (int r = first; r < step->n_rows; ++r) f(r);
       return;
     }
@@ -793,6 +838,7 @@ class CpuBackend final : public Backend {
   std::vector<Ahead> ahead_;  // by thread
   WorkShares work_;
   ThreadPool pool_;
+  bool in_list_ = false;
   WeightArena arena_;
   std::vector<const std::byte*> shares_;  // where the share of a thread starts (matrix, thread)
 

@@ -37,7 +37,8 @@ ThreadPool::ThreadPool(int threads, Job idle, void* idle_context)
     : size_(std::max(1, threads)),
       spins_(size_ > physical_cores() ? 0 : kSpins),
       idle_(idle),
-      idle_context_(idle_context) {
+      idle_context_(idle_context),
+      marks_(static_cast<size_t>(size_)) {
   try {
     for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
   } catch (const std::system_error& e) {
@@ -47,13 +48,14 @@ ThreadPool::ThreadPool(int threads, Job idle, void* idle_context)
 }
 
 ThreadPool::~ThreadPool() {
+  join();
   end_workers();
 }
 
 void ThreadPool::end_workers() {
   stop_ = true;
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  marks_[0].meetings.fetch_add(1, std::memory_order_release);
+  marks_[0].meetings.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -74,45 +76,54 @@ void ThreadPool::spin_until(int thread, const F& done) {
   }
 }
 
-void ThreadPool::run(Job job, void* context) noexcept {
-  if (size_ > 1) {
-    job_ = job;
-    context_ = context;
-    busy_.store(size_ - 1, std::memory_order_relaxed);
-    generation_.fetch_add(1);
-    if (asleep_.load() > 0) generation_.notify_all();
-  }
-  job(context, 0);
-  if (size_ > 1) spin_until(0, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+bool ThreadPool::has_come(int thread, uint32_t meeting) const {
+  const uint32_t last =
+      marks_[static_cast<size_t>(thread)].meetings.load(std::memory_order_acquire);
+  return static_cast<int32_t>(last - meeting) >= 0;  // it may have gone on to the next one
+}
+
+void ThreadPool::wait_for_others(int thread, uint32_t meeting) {
+  for (int t = 0; t < size_; ++t)
+    if (t != thread) spin_until(thread, [&] { return has_come(t, meeting); });
+}
+
+void ThreadPool::start() noexcept {
+  std::atomic<uint32_t>& mark = marks_[0].meetings;
+  const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
+  mark.store(meeting);
+  if (asleep_.load() > 0) mark.notify_all();
+  wait_for_others(0, meeting);
+  Slot& slot = slots_[jobs_ % 2];
+  slot.job(slot.context, 0);
+}
+
+void ThreadPool::join() {
+  wait_for_others(0, marks_[0].meetings.load(std::memory_order_relaxed) + 1);
 }
 
 void ThreadPool::work(int thread) {
-  uint32_t seen = 0;
-  for (;;) {
-    for (int spins = 0; spins < spins_ && generation_.load(std::memory_order_acquire) == seen;
-         ++spins)
-      wait_a_little(thread);
-    if (generation_.load(std::memory_order_acquire) == seen) {
-      asleep_.fetch_add(1);    // before the last look at the generation, and run() looks here after
-      generation_.wait(seen);  // it has written that: one of the two sees the other
-      asleep_.fetch_sub(1);
+  std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
+  for (uint32_t job = 1;; ++job) {
+    const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
+    mark.store(meeting, std::memory_order_release);
+    for (int spins = 0; spins < spins_ && !has_come(0, meeting); ++spins) wait_a_little(thread);
+    if (!has_come(0, meeting)) {
+      asleep_.fetch_add(1);                  // before the last look at the mark, and start()
+      marks_[0].meetings.wait(meeting - 1);  // looks here after it has written that: one of the
+      asleep_.fetch_sub(1);                  // two sees the other
     }
-    ++seen;
     if (stop_) return;
-    job_(context_, thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    wait_for_others(thread, meeting);
+    Slot& slot = slots_[job % 2];
+    slot.job(slot.context, thread);
   }
 }
 
 void ThreadPool::barrier(int thread) {
-  if (size_ == 1) return;
-  const uint32_t passed = barriers_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    barriers_.fetch_add(1, std::memory_order_release);
-  } else {
-    spin_until(thread, [&] { return barriers_.load(std::memory_order_acquire) != passed; });
-  }
+  std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
+  const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
+  mark.store(meeting, std::memory_order_release);
+  wait_for_others(thread, meeting);
 }
 
 }  // namespace chimera::cpu

@@ -1,11 +1,21 @@
 // A small thread pool for work that comes every few microseconds: the caller is thread 0, the
 // others spin for a while between jobs before they sleep.
+//
+// # How threads meet
+// Every thread counts the meetings it has come to in a mark of its own, and goes on when the marks
+// of all others say that they have come as well: one cache line on its way from core to core, all
+// of them at once. The meeting between two jobs is no different. Thread 0 comes to it by handing
+// out the next job, which it does as soon as it has finished its own part of the last one; so
+// nobody tells it first that the others have finished, to be told then what comes next.
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace chimera::cpu {
@@ -27,22 +37,45 @@ class ThreadPool {
 
   int size() const { return size_; }
 
-  // Runs job(context, thread) on every thread and returns when all have finished. Not reentrant. A
-  // job that throws ends the program: the others are still working on what the caller would unwind.
-  void run(Job job, void* context) noexcept;
+  // Every thread calls f(thread), of a copy of f that they share, when all have finished the job
+  // before. Returns when the caller has finished its part; join() waits for the others'. Not
+  // reentrant. A job that throws ends the program: the others are still at work.
+  template <typename F>
+  void start(const F& f) noexcept {
+    static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= kMostBytes);
+    Slot& slot = slots_[++jobs_ % 2];
+    slot.job = [](void* context, int thread) { (*static_cast<F*>(context))(thread); };
+    new (slot.context) F(f);
+    start();
+  }
+  void join();
+
+  // f(thread) on every thread, which all have finished when it returns.
   template <typename F>
   void run(F&& f) {
-    run([](void* context,
-           int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); },
-        &f);
+    start([p = &f](int thread) { (*p)(thread); });
+    join();
   }
 
   // Inside a job: waits until every thread is here.
   void barrier(int thread);
 
  private:
+  static constexpr size_t kMostBytes = 1024;
+  // One job is handed out while others may still be at the one before.
+  struct alignas(64) Slot {
+    Job job = nullptr;
+    alignas(std::max_align_t) std::byte context[kMostBytes];
+  };
+  struct alignas(64) Mark {
+    std::atomic<uint32_t> meetings{0};
+  };
+
+  void start() noexcept;
   void work(int thread);
   void end_workers();
+  bool has_come(int thread, uint32_t meeting) const;
+  void wait_for_others(int thread, uint32_t meeting);
   template <typename F>
   void spin_until(int thread, const F& done);
   void wait_a_little(int thread);
@@ -51,16 +84,12 @@ class ThreadPool {
   const int spins_;  // before a waiting thread yields; none where threads have to share cores
   const Job idle_;
   void* const idle_context_;
+  std::vector<Mark> marks_;  // by thread
   std::vector<std::thread> workers_;
-  // Each group on its own cache line: they are written by different threads.
-  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs; the job comes on the same line
-  Job job_ = nullptr;
-  void* context_ = nullptr;
+  Slot slots_[2];
+  uint32_t jobs_ = 0;  // started
   bool stop_ = false;
-  alignas(64) std::atomic<int> asleep_{0};         // workers that have to be woken
-  alignas(64) std::atomic<int> busy_{0};           // workers still in the current job
-  alignas(64) std::atomic<int> arrived_{0};        // threads at the barrier
-  alignas(64) std::atomic<uint32_t> barriers_{0};  // counts barriers passed
+  alignas(64) std::atomic<int> asleep_{0};  // workers that have to be woken
 };
 
 }  // namespace chimera::cpu

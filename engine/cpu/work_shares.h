@@ -22,7 +22,8 @@ class WorkShares {
     int64_t n;        // units, below 2^24
     uint64_t number;  // of the deal: 1 .. kDeals, and again
   };
-  // n units, divided evenly. By one thread, when nothing is left of the last deal.
+  // n units, divided evenly. By one thread, when nothing is left of the last deal; when
+  // starts_anew(), no thread may look for more of it either.
   Deal deal(int64_t n) {
     if (++number_ > kDeals) {  // a share may not have been touched since the deal of that number
       number_ = 1;
@@ -30,6 +31,7 @@ class WorkShares {
     }
     return {n, number_};
   }
+  bool starts_anew() const { return number_ == kDeals; }
   // Where a thread's share of n units begins.
   int64_t first_of(int64_t n, size_t thread) const {
     return n * static_cast<int64_t>(thread) / static_cast<int64_t>(shares_.size());
