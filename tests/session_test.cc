@@ -4,7 +4,9 @@
 
 #include <atomic>
 #include <cmath>
+#include <functional>
 #include <tuple>
+#include <utility>
 
 #include "engine/candidate_tree.h"
 #include "engine/cpu/thread_pool.h"
@@ -495,6 +497,74 @@ TEST(ThreadPoolTest, EveryThreadRunsAndBarriersHold) {
       });
       for (const int v : second) ASSERT_EQ(v, round * n);
     }
+  }
+}
+
+// In a list an op is handed out while other threads finish the one before: those that the caller
+// does alone wait for them, and so does the end of the list.
+TEST(CpuBackendTest, OpsOfAListFollowEachOther) {
+  constexpr int64_t kRows = 4096, kCols = 256;
+  std::vector<float> weights(kRows * kCols), x(kCols), row(kRows);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<float>(i * 7919 % 1013);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 7) - 3;
+  const auto run = [&](int threads, int rounds) {
+    const auto backend = make_cpu_backend({.threads = threads});
+    backend->reserve(1, 16, kCols, {1, 1, 16}, 0);
+    const TensorView view{"w", DType::kF32, kRows, kCols,
+                          reinterpret_cast<const std::byte*>(weights.data())};
+    const auto matrix = backend->prepare({&view, 1}, nullptr);
+    auto step = std::make_unique<Step>();
+    step->n_sequences = 1;
+    step->begin_sequence(0);
+    step->add_row(0, -1, false);
+    step->set_root(0);
+    std::vector<float> y(kRows), copy(kRows), joined(2 * kRows), sum(kRows), norm(kRows),
+        seen(kRows);
+    const auto product = [&] {
+      backend->linear(step.get(), {.weights = matrix.get(), .x = x.data(), .y = y.data()});
+    };
+    // What comes after the product, and where its result stands.
+    const std::pair<std::function<void()>, std::vector<float>*> after[] = {
+        {[] {}, &y},
+        {[&] {
+           backend->copy_rows(step.get(), {y.data(), kRows, copy.data()});
+         },
+         &copy},
+        {[&] {
+           backend->join_rows(step.get(), row.data(), 1.0f, y.data(), kRows, joined.data(),
+                              sum.data());
+         },
+         &sum},
+        {[&] { backend->rms_norm(step.get(), y.data(), y.data(), 1e-5f, kRows, norm.data()); },
+         &norm},
+        {[&] { backend->on_host([&] { seen = y; }); }, &seen},
+        {[&] {
+           backend->on_host([&] {  // what the host calls has been done when it returns
+             std::fill(y.begin(), y.end(), 0.0f);
+             product();
+             seen = y;
+           });
+         },
+         &seen},
+    };
+    std::vector<std::vector<float>> results;
+    for (int round = 0; round < rounds; ++round)
+      for (const auto& [op, result] : after) {
+        std::fill(y.begin(), y.end(), 0.0f);
+        backend->submit(0, [&] {
+          product();
+          op();
+        });
+        results.push_back(*result);
+      }
+    return results;
+  };
+  const auto alone = run(1, 1);
+  for (const int threads : {2, 3}) {
+    const auto together = run(threads, 200);
+    for (size_t i = 0; i < together.size(); ++i)
+      ASSERT_EQ(together[i], alone[i % alone.size()])
+          << threads << " threads, list " << i % alone.size();
   }
 }
 
