@@ -390,8 +390,7 @@ std::string waiting_of(const Report& r) {
   const Series& share = r.costs.waiting_share();
   if (share.empty() || r.threads == 1) return "";
   return line(
-      "\nto start all threads for each op, and to wait for them at its end, takes %.1f%% "
-      "(%.1f..%.1f) of a plain step",
+      "\nthe meetings of all threads between the ops take %.1f%% (%.1f..%.1f) of a plain step",
       100 * share.median(), 100 * share.spread()[0], 100 * share.spread()[1]);
 }
 

@@ -73,18 +73,23 @@ void StepCosts::measure_round() {
   time_ops();
 
   if (backend_->name() != "cpu") return;
-  int shared = 0;
-  for (const Op& op : by_op_)
-    if (op.part != TimedBackend::Part::kRest) shared += op.calls;
-  waiting_.add(shared * empty_op_seconds() / by_rows_.front().seconds.last());
+  int meetings = 0;
+  for (const Op& op : by_op_) {
+    if (op.part != TimedBackend::Part::kRest) meetings += op.calls;
+    if (op.part == TimedBackend::Part::kAttention) meetings += op.calls;  // before RoPE as well
+  }
+  waiting_.add(meetings * meeting_seconds() / by_rows_.front().seconds.last());
 }
 
-double StepCosts::empty_op_seconds() {
+double StepCosts::meeting_seconds() {
   constexpr int kTimes = 1000;
   Step& step = session_.edit_step();
   step.clear();
   const auto begin = Clock::now();
-  for (int i = 0; i < kTimes; ++i) backend_->likely_tokens(&step, nullptr, 0, nullptr);
+  backend_->submit(0, [&] {
+    for (int i = 0; i < kTimes; ++i)
+      backend_->attention(&step, nullptr, {1, 1, 16}, {}, 0, nullptr);
+  });
   return seconds_since(begin) / kTimes;
 }
 

@@ -36,9 +36,9 @@ class StepCosts {
   const std::vector<Point>& by_context() const { return by_context_; }  // one row
   const std::vector<Op>& by_op() const { return by_op_; }               // after 128 tokens
   static std::span<const int> op_rows();
-  // Share of a plain step that goes into starting all threads for an op and waiting for them at its
-  // end, though they were done at the same time: an op with nothing to do, as often as a step has
-  // ops that they share. Empty on a device, whose step is one graph.
+  // Share of a plain step in which threads wait for each other though all come at the same time: an
+  // op with nothing to do, as often as they meet in a step. Empty on a device, whose step is one
+  // graph.
   const Series& waiting_share() const { return waiting_; }
   int prefill_tokens() const { return prefill_tokens_; }
   const Series& prefill_tokens_per_second() const { return prefill_; }
@@ -46,7 +46,7 @@ class StepCosts {
  private:
   double step_seconds(int context, int rows);
   void time_ops();
-  double empty_op_seconds();
+  double meeting_seconds();
 
   TimedBackend* backend_;
   Session session_;
