@@ -107,10 +107,12 @@ void ThreadPool::work(int thread) {
     const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
     mark.store(meeting, std::memory_order_release);
     for (int spins = 0; spins < spins_ && !has_come(0, meeting); ++spins) wait_a_little(thread);
+    // It is counted as asleep before it looks at the mark for the last time, and start() looks at
+    // the count after writing the mark: one of the two sees the other.
     if (!has_come(0, meeting)) {
-      asleep_.fetch_add(1);                  // before the last look at the mark, and start()
-      marks_[0].meetings.wait(meeting - 1);  // looks here after it has written that: one of the
-      asleep_.fetch_sub(1);                  // two sees the other
+      asleep_.fetch_add(1);
+      marks_[0].meetings.wait(meeting - 1);
+      asleep_.fetch_sub(1);
     }
     if (stop_) return;
     wait_for_others(thread, meeting);
