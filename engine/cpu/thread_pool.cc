@@ -76,6 +76,13 @@ void ThreadPool::spin_until(int thread, const F& done) {
   }
 }
 
+uint32_t ThreadPool::come(int thread, std::memory_order order) {
+  std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
+  const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
+  mark.store(meeting, order);
+  return meeting;
+}
+
 bool ThreadPool::has_come(int thread, uint32_t meeting) const {
   const uint32_t last =
       marks_[static_cast<size_t>(thread)].meetings.load(std::memory_order_acquire);
@@ -88,10 +95,8 @@ void ThreadPool::wait_for_others(int thread, uint32_t meeting) {
 }
 
 void ThreadPool::start() noexcept {
-  std::atomic<uint32_t>& mark = marks_[0].meetings;
-  const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
-  mark.store(meeting);
-  if (asleep_.load() > 0) mark.notify_all();
+  const uint32_t meeting = come(0, std::memory_order_seq_cst);
+  if (asleep_.load() > 0) marks_[0].meetings.notify_all();
   wait_for_others(0, meeting);
   Slot& slot = slots_[jobs_ % 2];
   slot.job(slot.context, 0);
@@ -102,10 +107,8 @@ void ThreadPool::join() {
 }
 
 void ThreadPool::work(int thread) {
-  std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
   for (uint32_t job = 1;; ++job) {
-    const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
-    mark.store(meeting, std::memory_order_release);
+    const uint32_t meeting = come(thread, std::memory_order_release);
     for (int spins = 0; spins < spins_ && !has_come(0, meeting); ++spins) wait_a_little(thread);
     // It is counted as asleep before it looks at the mark for the last time, and start() looks at
     // the count after writing the mark: one of the two sees the other.
@@ -122,10 +125,7 @@ void ThreadPool::work(int thread) {
 }
 
 void ThreadPool::barrier(int thread) {
-  std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
-  const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
-  mark.store(meeting, std::memory_order_release);
-  wait_for_others(thread, meeting);
+  wait_for_others(thread, come(thread, std::memory_order_release));
 }
 
 }  // namespace chimera::cpu

@@ -73,6 +73,7 @@ class ThreadPool {
   void start() noexcept;
   void work(int thread);
   void end_workers();
+  uint32_t come(int thread, std::memory_order order);  // to its next meeting
   bool has_come(int thread, uint32_t meeting) const;
   void wait_for_others(int thread, uint32_t meeting);
   template <typename F>
