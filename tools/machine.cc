@@ -92,6 +92,33 @@ double ReadBandwidth::measure() {
   return static_cast<double>(share_) * pool_.size() / best / 1e9;
 }
 
+double meeting_seconds(int threads) {
+  constexpr int kJobs = 1000, kTimes = 5;
+  // Of a few hundred nanoseconds: what a job is told, some 200 bytes in a step, comes meanwhile.
+  struct Work {
+    uint64_t told[20] = {1, 2, 3};
+    [[gnu::noinline]] void operator()(int thread) const {
+      uint64_t x = told[0];
+      for (int i = 0; i < 400; ++i) x = x * told[1] + told[2] + static_cast<uint64_t>(thread);
+      asm volatile("" ::"r"(x));
+    }
+  };
+  cpu::ThreadPool pool(threads);
+  double apart = 1e9, together = 1e9;
+  for (int i = 0; i < kTimes; ++i) {
+    auto start = Clock::now();
+    for (int job = 0; job < kJobs; ++job) pool.start(Work{});
+    pool.join();
+    apart = std::min(apart, seconds_since(start));
+    start = Clock::now();
+    pool.run([](int thread) {
+      for (int job = 0; job < kJobs; ++job) Work{}(thread);
+    });
+    together = std::min(together, seconds_since(start));
+  }
+  return std::max(0.0, apart - together) / kJobs;
+}
+
 double read_bandwidth(const Backend& backend, size_t bytes, int threads) {
   return backend.name() == "cuda" ? cuda_read_bandwidth(std::min<size_t>(bytes, 4ull << 30))
                                   : ReadBandwidth(bytes, threads).measure();

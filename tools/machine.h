@@ -12,7 +12,7 @@
 namespace chimera {
 
 size_t peak_memory_bytes();    // of this process, so far
-void return_freed_memory();     // to the system, which malloc() does not do by itself
+void return_freed_memory();    // to the system, which malloc() does not do by itself
 std::string cpu_model();       // "AMD EPYC"; empty if the system does not say
 std::string cpu_generation();  // " 25/17": family and model, since names can be alike
 
@@ -33,6 +33,10 @@ class ReadBandwidth {
   std::shared_ptr<std::byte> buffer_;
   uint64_t sum_ = 0;  // keeps the loads from being optimised away
 };
+
+// What it takes `threads` threads to wait for each other after a job, though all come at the same
+// time: a thousand short jobs beside one that is as long.
+double meeting_seconds(int threads);
 
 // GB/s at which what the backend computes with can read `bytes` of its memory.
 double read_bandwidth(const Backend& backend, size_t bytes, int threads);

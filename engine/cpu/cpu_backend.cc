@@ -114,6 +114,7 @@ class AttentionTiles {
 
   AttentionTiles(const Step* step, const Heads& h)
       : step_(step), n_kv_heads_(h.n_kv_heads), group_(h.n_heads / h.n_kv_heads) {
+    first_tile_[0] = 0;
     for (int s = 0; s < step->n_sequences; ++s) {
       const int tiles = (n_rows(s) * group_ + kMaxQueries - 1) / kMaxQueries;
       first_tile_[s + 1] = first_tile_[s] + tiles * n_kv_heads_;
@@ -146,7 +147,7 @@ class AttentionTiles {
 
   const Step* step_;
   int n_kv_heads_, group_;
-  int first_tile_[Step::kMaxSequences + 1] = {};  // by sequence
+  int first_tile_[Step::kMaxSequences + 1];  // by sequence
   int chunks_ = 1;
 };
 
@@ -410,12 +411,6 @@ class CpuBackend final : public Backend {
       append(kv, layer, step->sequence[r], head, step->slot[r], k, v);
     };
     const int first = step->first_new, n = step->n_rows - first;
-    if (n < kFewRows) {
-      pool_.join();
-      for (int r = first; r < step->n_rows; ++r)
-        for (int head = 0; head < h.n_kv_heads; ++head) one(r, head);
-      return;
-    }
     // Rows that follow each other write to the same cache lines of a head's keys, so they stay with
     // one thread.
     const WorkShares::Deal units =
@@ -432,15 +427,18 @@ class CpuBackend final : public Backend {
 
   void attention(const Step* step, const float* qkv, const Heads& h, const KvCache& kv, int layer,
                  float* out) override {
-    const AttentionOp op{step, qkv, h, kv, layer, out, AttentionTiles(step, h)};
+    const AttentionTiles all_tiles(step, h);
     // A tile's work comes in chunks: all tiles of a KV head over a chunk of it, which is read once
     // and in the cache after that, then the next head, then the next chunk. Tiles go through in
     // waves, so that the partial results of a wave fit the scratch.
-    const int chunks = op.tiles.chunks(), total = op.tiles.count();
+    const int chunks = all_tiles.chunks(), total = all_tiles.count();
     const auto tiles_in = [this, total](int wave) { return std::min(wave_tiles_, total - wave); };
-    start([this, op, chunks, total, tiles_in,
-           units_left = deal(int64_t{tiles_in(0)} * chunks)](int thread) mutable {
-      const AttentionTiles& tiles = op.tiles;
+    const int waves = std::max(1, (total + wave_tiles_ - 1) / wave_tiles_);
+    const WorkShares::Deal first_wave = deal(int64_t{tiles_in(0)} * chunks, waves);
+    start([=, this](int thread) {
+      const AttentionTiles tiles(step, h);
+      const AttentionOp op{step, qkv, h, kv, layer, out, tiles};
+      WorkShares::Deal units_left = first_wave;
       for (int wave = 0; wave < total; wave += wave_tiles_) {
         const int n = tiles_in(wave), units = n * chunks;
         for (auto [begin, end] = work_.take(units_left, thread); begin < end;
@@ -454,11 +452,11 @@ class CpuBackend final : public Backend {
         const bool last = wave + wave_tiles_ >= total;
         if (chunks == 1 && last) break;  // nobody waits for another's chunks
         pool_.barrier(thread);
-        if (thread == 0 && !last)  // for all, who meet below
-          units_left = work_.deal(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
         for (int i = thread; i < tiles_in(wave) && chunks > 1; i += pool_.size())
           finish(op, tiles.at(wave + i), i);
-        if (!last) pool_.barrier(thread);
+        if (last) break;
+        units_left = units_left.next(int64_t{tiles_in(wave + wave_tiles_)} * chunks);
+        pool_.barrier(thread);
       }
     });
   }
@@ -547,7 +545,7 @@ class CpuBackend final : public Backend {
     KvCache kv;
     int layer;
     float* out;
-    AttentionTiles tiles;
+    const AttentionTiles& tiles;
   };
 
   static const void* keys_of(const AttentionOp& op, const AttentionTiles::Tile& tile, int chunk) {
@@ -641,17 +639,17 @@ class CpuBackend final : public Backend {
     const bool before_;
   };
 
-  // f(thread) on every thread. In a list the others may still be at work when this returns, so that
-  // the next op can be handed out meanwhile; an op whose work the caller does alone calls
-  // pool_.join() first. f is copied, and so captures no reference to what its op leaves behind.
+  // f(thread) on every thread. In a list this returns before it is done, so that the next op is
+  // handed out meanwhile; an op whose work the caller does alone calls pool_.join() first. f is
+  // copied, and so captures no reference to what its op leaves behind.
   template <typename F>
   void start(const F& f) {
     pool_.start(f);
     if (!in_list_) pool_.join();
   }
-  WorkShares::Deal deal(int64_t n) {
-    if (work_.starts_anew()) pool_.join();
-    return work_.deal(n);
+  WorkShares::Deal deal(int64_t n, int times = 1) {
+    if (work_.starts_anew(times)) pool_.join();
+    return work_.deal(n, times);
   }
 
   // The contiguous part of n that belongs to a thread.

@@ -13,7 +13,8 @@
 namespace chimera::cpu {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 us: longer than the host works between two ops of a step
+constexpr int kSpins = 4000;    // some 50 us: longer than the host works between two ops of a step
+constexpr int kWakeEvery = 64;  // looks of thread 0
 
 }  // namespace
 
@@ -69,6 +70,7 @@ void ThreadPool::wait_a_little(int thread) {
 template <typename F>
 void ThreadPool::spin_until(int thread, const F& done) {
   for (int spins = 0; !done(); ++spins) {
+    if (thread == 0 && spins % kWakeEvery == kWakeEvery - 1) wake_others();
     if (spins < spins_)
       wait_a_little(thread);
     else
@@ -76,10 +78,10 @@ void ThreadPool::spin_until(int thread, const F& done) {
   }
 }
 
-uint32_t ThreadPool::come(int thread, std::memory_order order) {
+uint32_t ThreadPool::come(int thread) {
   std::atomic<uint32_t>& mark = marks_[static_cast<size_t>(thread)].meetings;
   const uint32_t meeting = mark.load(std::memory_order_relaxed) + 1;
-  mark.store(meeting, order);
+  mark.store(meeting, std::memory_order_release);
   return meeting;
 }
 
@@ -95,23 +97,37 @@ void ThreadPool::wait_for_others(int thread, uint32_t meeting) {
 }
 
 void ThreadPool::start() noexcept {
-  const uint32_t meeting = come(0, std::memory_order_seq_cst);
-  if (asleep_.load() > 0) marks_[0].meetings.notify_all();
-  wait_for_others(0, meeting);
-  Slot& slot = slots_[jobs_ % 2];
+  if (started_ - done_ > 1) do_own_part();
+  come(0);
+  wake_others();
+}
+
+// A thread may fall asleep just when thread 0 comes, neither seeing the other: to rule that out
+// they would have to wait for their own words to arrive at each meeting. So thread 0, while it
+// waits, looks again now and then.
+void ThreadPool::wake_others() {
+  if (asleep_.load(std::memory_order_relaxed) > 0) marks_[0].meetings.notify_all();
+}
+
+void ThreadPool::do_own_part() noexcept {
+  wait_for_others(0, marks_[0].meetings.load(std::memory_order_relaxed));
+  Slot& slot = slots_[++done_ % kSlots];
   slot.job(slot.context, 0);
 }
 
 void ThreadPool::join() {
+  if (started_ != done_) do_own_part();
   wait_for_others(0, marks_[0].meetings.load(std::memory_order_relaxed) + 1);
 }
 
 void ThreadPool::work(int thread) {
   for (uint32_t job = 1;; ++job) {
-    const uint32_t meeting = come(thread, std::memory_order_release);
+    const uint32_t meeting = come(thread);
+    // Handed out a while ago, as a rule, so it can come from thread 0's cache meanwhile.
+    Slot& slot = slots_[job % kSlots];
+    for (size_t at = 0; at < sizeof slot; at += 64)
+      __builtin_prefetch(reinterpret_cast<const std::byte*>(&slot) + at);
     for (int spins = 0; spins < spins_ && !has_come(0, meeting); ++spins) wait_a_little(thread);
-    // It is counted as asleep before it looks at the mark for the last time, and start() looks at
-    // the count after writing the mark: one of the two sees the other.
     if (!has_come(0, meeting)) {
       asleep_.fetch_add(1);
       marks_[0].meetings.wait(meeting - 1);
@@ -119,13 +135,12 @@ void ThreadPool::work(int thread) {
     }
     if (stop_) return;
     wait_for_others(thread, meeting);
-    Slot& slot = slots_[job % 2];
     slot.job(slot.context, thread);
   }
 }
 
 void ThreadPool::barrier(int thread) {
-  wait_for_others(thread, come(thread, std::memory_order_release));
+  wait_for_others(thread, come(thread));
 }
 
 }  // namespace chimera::cpu

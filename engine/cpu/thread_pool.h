@@ -4,9 +4,9 @@
 // # How threads meet
 // Every thread counts the meetings it has come to in a mark of its own, and goes on when the marks
 // of all others say that they have come as well: one cache line on its way from core to core, all
-// of them at once. The meeting between two jobs is no different. Thread 0 comes to it by handing
-// out the next job, which it does as soon as it has finished its own part of the last one; so
-// nobody tells it first that the others have finished, to be told then what comes next.
+// of them at once. The meeting between two jobs is no different: what comes next was handed out
+// before it. For thread 0 does its own part of a job when it is given the next one, a job late; so
+// nobody waits first for the others to finish, and then to be told how to go on.
 #pragma once
 
 #include <atomic>
@@ -37,12 +37,13 @@ class ThreadPool {
   int size() const { return size_; }
 
   // Every thread calls f(thread), of a copy of f that they share, when all have finished the job
-  // before. Returns when the caller has finished its part; join() waits for the others'. Not
-  // reentrant. A job that throws ends the program: the others are still at work.
+  // before: the others while this returns, the caller in its next start() or in join(), which waits
+  // for all of them. Not reentrant. A job that throws ends the program: the others are still at
+  // work.
   template <typename F>
   void start(const F& f) noexcept {
     static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= kMostBytes);
-    Slot& slot = slots_[++jobs_ % 2];
+    Slot& slot = slots_[++started_ % kSlots];
     slot.job = [](void* context, int thread) { (*static_cast<F*>(context))(thread); };
     new (slot.context) F(f);
     start();
@@ -60,8 +61,9 @@ class ThreadPool {
   void barrier(int thread);
 
  private:
-  static constexpr size_t kMostBytes = 1024;
-  // One job is handed out while others may still be at the one before.
+  static constexpr size_t kMostBytes = 240;
+  // A job is handed out while the caller still has one to do and others may be at the one before.
+  static constexpr uint32_t kSlots = 3;
   struct alignas(64) Slot {
     Job job = nullptr;
     alignas(std::max_align_t) std::byte context[kMostBytes];
@@ -71,14 +73,16 @@ class ThreadPool {
   };
 
   void start() noexcept;
+  void do_own_part() noexcept;  // of the job that thread 0 has come to last
   void work(int thread);
   void end_workers();
-  uint32_t come(int thread, std::memory_order order);  // to its next meeting
+  uint32_t come(int thread);  // to its next meeting
   bool has_come(int thread, uint32_t meeting) const;
   void wait_for_others(int thread, uint32_t meeting);
   template <typename F>
   void spin_until(int thread, const F& done);
   void wait_a_little(int thread);
+  void wake_others();
 
   const int size_;
   const int spins_;  // before a waiting thread yields; none where threads have to share cores
@@ -86,9 +90,11 @@ class ThreadPool {
   void* const idle_context_;
   std::vector<Mark> marks_;  // by thread
   std::vector<std::thread> workers_;
-  Slot slots_[2];
-  uint32_t jobs_ = 0;  // started
   bool stop_ = false;
+  Slot slots_[kSlots];
+  // Jobs started, and those of which thread 0 has done its own part. It alone looks here, so the
+  // line stays with it: what one core writes and another reads costs both a trip.
+  alignas(64) uint32_t started_ = 0, done_ = 0;
   alignas(64) std::atomic<int> asleep_{0};  // workers that have to be woken
 };
 

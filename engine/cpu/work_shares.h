@@ -21,17 +21,20 @@ class WorkShares {
   struct Deal {
     int64_t n;        // units, below 2^24
     uint64_t number;  // of the deal: 1 .. kDeals, and again
+    Deal next(int64_t units) const { return {units, number + 1}; }
   };
-  // n units, divided evenly. By one thread, when nothing is left of the last deal; when
-  // starts_anew(), no thread may look for more of it either.
-  Deal deal(int64_t n) {
-    if (++number_ > kDeals) {  // a share may not have been touched since the deal of that number
-      number_ = 1;
+  // n units, divided evenly. By one thread; they can be taken when nothing is left of the deals
+  // before. When starts_anew(), all that was dealt has been taken, and no thread looks for more.
+  // times: deals that follow each other; deal.next(n) is the one after the first.
+  Deal deal(int64_t n, int times = 1) {
+    if (starts_anew(times)) {  // a share may not have been touched since the deal of that number
+      number_ = 0;
       for (Share& share : shares_) share.left.store(0, std::memory_order_relaxed);
     }
-    return {n, number_};
+    number_ += static_cast<uint64_t>(times);
+    return {n, number_ - static_cast<uint64_t>(times) + 1};
   }
-  bool starts_anew() const { return number_ == kDeals; }
+  bool starts_anew(int times = 1) const { return number_ + static_cast<uint64_t>(times) > kDeals; }
   // Where a thread's share of n units begins.
   int64_t first_of(int64_t n, size_t thread) const {
     return n * static_cast<int64_t>(thread) / static_cast<int64_t>(shares_.size());
@@ -70,7 +73,7 @@ class WorkShares {
     return deal.number << 48 | static_cast<uint64_t>(begin) << 24 | static_cast<uint64_t>(end);
   }
   std::vector<Share> shares_;
-  uint64_t number_ = 0;  // of the last deal
+  alignas(64) uint64_t number_ = 0;  // of the last deal; takers do not look at this line
 };
 
 }  // namespace chimera::cpu

@@ -465,7 +465,7 @@ int bench(const std::vector<std::string>& args) {
   ArithmeticLimit arithmetic_limit(backend, model.file.tensors.layers.front().w_gate);
   const Llama llama = prepare_weights(backend, &model, o.weights == "mapped");
   Session session(llama, {.context = context, .max_nodes = o.drafting.most_nodes()});
-  StepCosts costs(llama, &backend);
+  StepCosts costs(llama, &backend, threads);
   const std::vector<Contestant> drafters = choose_drafters(o, draft, llama, context);
   Report report{o,
                 model.name(),

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "tools/machine.h"
+
 namespace chimera {
 namespace {
 
@@ -17,8 +19,8 @@ SessionOptions options_for(const LlamaConfig& config) {
 
 }  // namespace
 
-StepCosts::StepCosts(const Llama& model, TimedBackend* backend)
-    : backend_(backend), session_(model, options_for(model.config())) {
+StepCosts::StepCosts(const Llama& model, TimedBackend* backend, int threads)
+    : backend_(backend), threads_(threads), session_(model, options_for(model.config())) {
   const int vocab = model.config().vocab_size;
   const int longest = session_.options().context - kMostRows - 16;
   for (int i = 0; i < longest; ++i)
@@ -78,19 +80,7 @@ void StepCosts::measure_round() {
     if (op.part != TimedBackend::Part::kRest) meetings += op.calls;
     if (op.part == TimedBackend::Part::kAttention) meetings += op.calls;  // before RoPE as well
   }
-  waiting_.add(meetings * meeting_seconds() / by_rows_.front().seconds.last());
-}
-
-double StepCosts::meeting_seconds() {
-  constexpr int kTimes = 1000;
-  Step& step = session_.edit_step();
-  step.clear();
-  const auto begin = Clock::now();
-  backend_->submit(0, [&] {
-    for (int i = 0; i < kTimes; ++i)
-      backend_->attention(&step, nullptr, {1, 1, 16}, {}, 0, nullptr);
-  });
-  return seconds_since(begin) / kTimes;
+  waiting_.add(meetings * meeting_seconds(threads_) / by_rows_.front().seconds.last());
 }
 
 std::span<const int> StepCosts::op_rows() {

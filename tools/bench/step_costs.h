@@ -27,8 +27,8 @@ class StepCosts {
     std::vector<Series> seconds;  // a step, for each of op_rows()
   };
 
-  // The model's backend must be `backend`.
-  StepCosts(const Llama& model, TimedBackend* backend);
+  // The model's backend must be `backend`; `threads`: its own, where it is the CPU's.
+  StepCosts(const Llama& model, TimedBackend* backend, int threads);
 
   void measure_round();
 
@@ -36,9 +36,8 @@ class StepCosts {
   const std::vector<Point>& by_context() const { return by_context_; }  // one row
   const std::vector<Op>& by_op() const { return by_op_; }               // after 128 tokens
   static std::span<const int> op_rows();
-  // Share of a plain step in which threads wait for each other though all come at the same time: an
-  // op with nothing to do, as often as they meet in a step. Empty on a device, whose step is one
-  // graph.
+  // Share of a plain step in which threads wait for each other though all come at the same time:
+  // meeting_seconds() as often as they meet in a step. Empty on a device, whose step is one graph.
   const Series& waiting_share() const { return waiting_; }
   int prefill_tokens() const { return prefill_tokens_; }
   const Series& prefill_tokens_per_second() const { return prefill_; }
@@ -46,9 +45,9 @@ class StepCosts {
  private:
   double step_seconds(int context, int rows);
   void time_ops();
-  double meeting_seconds();
 
   TimedBackend* backend_;
+  const int threads_;
   Session session_;
   std::vector<int32_t> text_;
   std::vector<Point> by_rows_, by_context_;
