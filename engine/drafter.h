@@ -66,7 +66,7 @@ class TreeDrafter : public Drafter {
 
 struct NgramOptions {
   int nodes = 8;      // candidates a step
-  int min_match = 2;  // tokens that must agree
+  int min_match = 1;  // tokens that must agree
   int max_match = 6;
 };
 // Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").

@@ -395,8 +395,8 @@ TEST(NgramTest, DraftsWhatFollowedBefore) {
   };
   using Nodes = std::vector<std::pair<int, int>>;
   EXPECT_EQ(drafted({1, 2, 3, 4, 5, 9, 1, 2}, {.nodes = 3}), (Nodes{{0, 3}, {1, 4}, {2, 5}}));
-  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 6}, {}), Nodes{});  // no match
-  EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {}), Nodes{});  // one token is too short a match
+  EXPECT_EQ(drafted({1, 2, 3, 4, 5, 6}, {}), Nodes{});                // no match
+  EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {.min_match = 2}), Nodes{});  // too short a match
   EXPECT_EQ(drafted({1, 2, 3, 9, 8, 2}, {.nodes = 1, .min_match = 1}), (Nodes{{0, 3}}));
   EXPECT_EQ(drafted({1, 2, 3, 4, 1, 2, 3, 5, 1, 2}, {.nodes = 3}),
             (Nodes{{0, 3}, {1, 5}, {2, 1}}));  // newest first
