@@ -614,8 +614,11 @@ TEST(WorkSharesTest, EveryUnitIsTakenOnce) {
         for (const auto& times : taken) EXPECT_EQ(times, 1) << threads << " threads, " << n;
       }
     }
-  // Deals are told apart by a number of 16 bits; a share may lie untouched for as many of them.
-  for (const int between : {65534, 65535, 65536}) {
+}
+
+// Deals are told apart by a number of 16 bits; a share may lie untouched for as many of them.
+TEST(WorkSharesTest, DealsAreToldApart) {
+  for (const int between : {65530, 65531, 65532, 65533, 65534, 65535, 65536}) {
     cpu::WorkShares work(2);
     const auto take_all = [&](const cpu::WorkShares::Deal& deal) {
       int64_t taken = 0;
@@ -627,7 +630,13 @@ TEST(WorkSharesTest, EveryUnitIsTakenOnce) {
     };
     EXPECT_EQ(take_all(work.deal(2)), 2);
     for (int i = 0; i < between; ++i) EXPECT_EQ(take_all(work.deal(0)), 0);
-    EXPECT_EQ(take_all(work.deal(2)), 2) << between;
+    // Three at once, and the one after them dealt before they are taken.
+    const cpu::WorkShares::Deal first = work.deal(2, 3), second = first.next(4),
+                                third = second.next(6), after = work.deal(8);
+    EXPECT_EQ(take_all(first), 2) << between;
+    EXPECT_EQ(take_all(second), 4) << between;
+    EXPECT_EQ(take_all(third), 6) << between;
+    EXPECT_EQ(take_all(after), 8) << between;
   }
 }
 
