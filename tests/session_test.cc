@@ -568,31 +568,35 @@ TEST(CpuBackendTest, OpsOfAListFollowEachOther) {
   }
 }
 
-// The tiles of many rows and heads go through in several waves; those of eight rows in one.
+// The tiles of many rows and heads go through in two waves or four; those of eight rows in one.
 TEST(CpuBackendTest, AttentionOfManyRowsInWaves) {
-  constexpr int kRows = 256, kFew = 8;
+  constexpr int kFew = 8, kSlots = 512;
   const Heads heads{16, 16, 16};
   constexpr size_t kQkv = 3 * 16 * 16, kOut = 16 * 16;
   const auto backend = make_cpu_backend({.threads = 2});
-  const KvShape shape{DType::kF16, 1, heads.n_kv_heads, heads.head_dim, 1, 2 * kRows};
-  backend->reserve(kRows, shape.capacity, kOut, heads, 0);
+  const KvShape shape{DType::kF16, 1, heads.n_kv_heads, heads.head_dim, 1, kSlots};
+  backend->reserve(Step::kMaxRows, kSlots, kOut, heads, 0);
   const auto memory = backend->allocate(backend->kv_bytes(shape));
   const KvCache kv = backend->bind_kv(shape, memory.get());
-  std::vector<float> qkv(kRows * kQkv), cos(2 * kRows * 8, 0.6f), sin(2 * kRows * 8, 0.8f);
-  for (size_t i = 0; i < qkv.size(); ++i) qkv[i] = static_cast<float>(i * 7919 % 1013) / 500 - 1;
-  auto step = std::make_unique<Step>();
-  step->n_sequences = 1;
-  step->begin_sequence(0);
-  for (int r = 0; r < kRows; ++r) step->add_row(0, r - 1, false);
-  std::vector<float> all(kRows * kOut, NAN), few(kRows * kOut);
-  backend->rope_append(step.get(), qkv.data(), heads, {cos.data(), sin.data()}, kv, 0);
-  backend->attention(step.get(), qkv.data(), heads, kv, 0, all.data());
-  for (int r = 0; r < kRows; r += kFew) {
-    step->first_new = r;
-    step->n_rows = step->sequences[0].n_rows = r + kFew;
-    backend->attention(step.get(), qkv.data(), heads, kv, 0, few.data());
+  const std::vector<float> cos(kSlots * 8, 0.6f), sin(kSlots * 8, 0.8f);
+  for (const int rows : {128, 256}) {
+    const auto n = static_cast<size_t>(rows);
+    std::vector<float> qkv(n * kQkv);
+    for (size_t i = 0; i < qkv.size(); ++i) qkv[i] = static_cast<float>(i * 7919 % 1013) / 500 - 1;
+    auto step = std::make_unique<Step>();
+    step->n_sequences = 1;
+    step->begin_sequence(0);
+    for (int r = 0; r < rows; ++r) step->add_row(0, r - 1, false);
+    std::vector<float> all(n * kOut, NAN), few(n * kOut);
+    backend->rope_append(step.get(), qkv.data(), heads, {cos.data(), sin.data()}, kv, 0);
+    backend->attention(step.get(), qkv.data(), heads, kv, 0, all.data());
+    for (int r = 0; r < rows; r += kFew) {
+      step->first_new = r;
+      step->n_rows = step->sequences[0].n_rows = r + kFew;
+      backend->attention(step.get(), qkv.data(), heads, kv, 0, few.data());
+    }
+    EXPECT_EQ(all, few);
   }
-  EXPECT_EQ(all, few);
 }
 
 // Each job reads what all threads wrote in the one before, which thread 0 does not wait for.
