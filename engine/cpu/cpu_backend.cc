@@ -436,7 +436,7 @@ class CpuBackend final : public Backend {
     const int waves = std::max(1, (total + wave_tiles_ - 1) / wave_tiles_);
     const WorkShares::Deal first_wave = deal(int64_t{tiles_in(0)} * chunks, waves);
     start([=, this](int thread) {
-      const AttentionTiles tiles(step, h);
+      const AttentionTiles tiles(step, h);  // anew: a job is told little, and hears it sooner
       const AttentionOp op{step, qkv, h, kv, layer, out, tiles};
       WorkShares::Deal units_left = first_wave;
       for (int wave = 0; wave < total; wave += wave_tiles_) {

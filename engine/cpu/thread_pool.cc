@@ -14,7 +14,7 @@ namespace chimera::cpu {
 namespace {
 
 constexpr int kSpins = 4000;    // some 50 us: longer than the host works between two ops of a step
-constexpr int kWakeEvery = 64;  // looks of thread 0
+constexpr int kWakeEvery = 64;  // looks of thread 0 at others that have not come
 
 }  // namespace
 
@@ -102,9 +102,9 @@ void ThreadPool::start() noexcept {
   wake_others();
 }
 
-// A thread may fall asleep just when thread 0 comes, neither seeing the other: to rule that out
-// they would have to wait for their own words to arrive at each meeting. So thread 0, while it
-// waits, looks again now and then.
+// A thread may fall asleep just as thread 0 comes, and neither see what the other has written. To
+// rule that out each would have to wait until its word has reached the other core, at every
+// meeting. So thread 0 looks again now and then while it waits.
 void ThreadPool::wake_others() {
   if (asleep_.load(std::memory_order_relaxed) > 0) marks_[0].meetings.notify_all();
 }

@@ -4,9 +4,9 @@
 // # How threads meet
 // Every thread counts the meetings it has come to in a mark of its own, and goes on when the marks
 // of all others say that they have come as well: one cache line on its way from core to core, all
-// of them at once. The meeting between two jobs is no different: what comes next was handed out
-// before it. For thread 0 does its own part of a job when it is given the next one, a job late; so
-// nobody waits first for the others to finish, and then to be told how to go on.
+// of them at once. The meeting between two jobs is no different, since what comes next was handed
+// out before it: thread 0 keeps its own part of a job until it is given the next one. So nobody
+// waits first for the others to finish, and then to be told how to go on.
 #pragma once
 
 #include <atomic>
@@ -37,9 +37,9 @@ class ThreadPool {
   int size() const { return size_; }
 
   // Every thread calls f(thread), of a copy of f that they share, when all have finished the job
-  // before: the others while this returns, the caller in its next start() or in join(), which waits
-  // for all of them. Not reentrant. A job that throws ends the program: the others are still at
-  // work.
+  // before. The others go about it at once; the caller does its part when it comes back with the
+  // next job or to join(), which waits for all of them. Not reentrant. A job that throws ends the
+  // program: the others are still at work.
   template <typename F>
   void start(const F& f) noexcept {
     static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= kMostBytes);
