@@ -31,8 +31,9 @@ class WorkShares {
       number_ = 0;
       for (Share& share : shares_) share.left.store(0, std::memory_order_relaxed);
     }
+    const Deal first{n, number_ + 1};
     number_ += static_cast<uint64_t>(times);
-    return {n, number_ - static_cast<uint64_t>(times) + 1};
+    return first;
   }
   bool starts_anew(int times = 1) const { return number_ + static_cast<uint64_t>(times) > kDeals; }
   // Where a thread's share of n units begins.
