@@ -252,6 +252,10 @@ int train_eval(const std::vector<std::string>& args) {
   const Llama llama = prepare_weights(*backend, &model);
   Session session(llama, {.context = context});
 
+  if (!o.json)
+    print(printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
+          std::to_string(o.n) + " tokens each, trees of depth " + std::to_string(o.drafting.depth) +
+          ", width " + std::to_string(width) + "\n");
   std::vector<EvalRow> rows;
   const Interrupt interrupt;
   Progress progress;
@@ -283,6 +287,9 @@ int train_eval(const std::vector<std::string>& args) {
         return accepted_in(p, o.drafting.tree);
       });
       row.curves = tree_curves(row.measurement);
+      if (o.json) continue;
+      progress.show("");
+      print(table_of(row));  // at once: whoever stops here keeps it
     }
   progress.show("");
 
@@ -297,13 +304,6 @@ int train_eval(const std::vector<std::string>& args) {
                 {"depth", o.drafting.depth},
                 {"width", width},
                 {"rows", list}});
-  } else {
-    std::string tables = printable(*o.drafting.draft, 4096) + " for " + model.name() + ", up to " +
-                         std::to_string(o.n) + " tokens each, trees of depth " +
-                         std::to_string(o.drafting.depth) + ", width " + std::to_string(width) +
-                         "\n";
-    for (const EvalRow& row : rows) tables += table_of(row);
-    print(tables);
   }
   if (o.calibrated) {
     DraftTensors calibrated = *draft;
