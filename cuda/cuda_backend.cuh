@@ -123,7 +123,7 @@ class CudaBackend final : public Backend, public TreeOps {
     int64_t first_row = 0;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
-        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
+        throw Error("tensor " + in_quotes(w.name), std::to_string(matrix->cols) + " columns",
                     std::to_string(w.cols));
       const auto bytes = static_cast<size_t>(tape_bytes(w.type, w.rows, w.cols));
       std::vector<std::byte> tape(bytes);

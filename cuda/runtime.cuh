@@ -241,7 +241,7 @@ int64_t resident_blocks(void (*)(Params), int, size_t, int cluster_y) {
 
 inline void* allocate_pinned(size_t bytes) {
   void* p = std::aligned_alloc(256, round_up<size_t>(bytes, 256));
-  if (p == nullptr) throw Error("memory", std::to_string(bytes) + " bytes", "none left");
+  if (p == nullptr) throw MemoryError(bytes);
   std::memset(p, 0, bytes);
   return p;
 }

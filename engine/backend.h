@@ -52,14 +52,14 @@ class Matrix {
   size_t bytes = 0;
 };
 
-// The keys and values of every layer and sequence. Made by bind_kv(); the layout is the
-// backend's.
 struct KvShape {
   DType type = DType::kF16;  // or kF32: what K and V are rounded to, once, on append
   int n_layers = 0, n_kv_heads = 0, head_dim = 0;
   int n_sequences = 1;
   int capacity = 0;  // slots a sequence: context + rows of one step
 };
+// The keys and values of every layer and sequence. Made by bind_kv(); the layout is the
+// backend's.
 struct KvCache {
   KvShape shape;
   void* k = nullptr;

@@ -22,6 +22,7 @@ namespace chimera {
 
 class CandidateTree {
  public:
+  static constexpr int kMostNodes = 1024;
   struct Node {
     int32_t token;
     int parent;         // index of a node, kRoot: child of the root
@@ -175,8 +176,6 @@ class CandidateTree {
   }
 
  private:
-  static constexpr int kMostNodes = 1024;
-
   bool before(int a, int b) const {  // so parents before children
     const float x = (*this)[a].probability, y = (*this)[b].probability;
     return x != y ? x > y : a < b;

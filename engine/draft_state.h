@@ -24,15 +24,15 @@ struct PassResult {
   int32_t token[Step::kMaxRows + 1];  // those added, in order
 };
 
-// What a pass of the draft model works on (draft_model.h): its rows; the rows whose features are to
-// be computed, which are rows of the same buffers; three rows of tokens for each of these; and, for
-// each row, where its inputs come from.
+// Where the inputs of each row of a draft model's pass come from.
 struct DraftLinks {
   static constexpr int kMaxRows = 64;
   int32_t feature[kMaxRows];  // row that holds the feature of the token before
   int32_t state[kMaxRows];    // row of the states that are handed to forward()
   int32_t root, root_state;   // of the rows kept by a pass of the target, the last: the next root
 };
+// What a pass of the draft model works on (draft_model.h): its rows; the rows whose features are to
+// be computed, which are rows of the same buffers; and three rows of tokens for each of these.
 struct DraftPass {
   Step *rows = nullptr, *features = nullptr, *trigrams = nullptr;
   Step* root = nullptr;  // row 0, if a pass of the target kept anything
@@ -40,7 +40,7 @@ struct DraftPass {
 };
 
 struct DraftState {
-  static constexpr int kMostCandidates = 1024;  // as CandidateTree
+  static constexpr int kMostCandidates = 1024;  // as CandidateTree::kMostNodes
   static constexpr int kBranch = 8;             // candidates taken from one expanded node, and
                                                 // tokens that the target found likely
   static constexpr int kMostDepths = 32, kMostDynamic = 512;

@@ -8,6 +8,7 @@
 
 #include "engine/backend.h"
 #include "engine/cost_curve.h"
+#include "engine/ngram_match.h"
 #include "engine/step.h"
 
 namespace chimera {
@@ -67,7 +68,7 @@ class TreeDrafter : public Drafter {
 struct NgramOptions {
   int nodes = 8;      // candidates a step
   int min_match = 1;  // tokens that must agree
-  int max_match = 6;
+  int max_match = kLongestMatch;
 };
 // Continuations of earlier occurrences of the text's last few tokens ("prompt lookup").
 // context: positions of a sequence at most. Allocates here and never again.

@@ -3,7 +3,7 @@
 //   throw Error("m.gguf: tensor 'output.weight'", "49152 columns", "1024", "download it again");
 //   -> m.gguf: tensor 'output.weight': expected 49152 columns, found 1024; download it again
 //
-// Exceptions are used inside the library and caught at its boundary (tools/).
+// The library throws and whoever calls it catches: tools/main.cc, for the program.
 #pragma once
 
 #include <stdexcept>
@@ -19,6 +19,13 @@ class Error : public std::runtime_error {
         const std::string& hint = "")
       : std::runtime_error(where + ": expected " + expected + ", found " + found +
                            (hint.empty() ? "" : "; " + hint)) {}
+};
+
+// There is no memory left for `bytes` more.
+class MemoryError : public Error {
+ public:
+  explicit MemoryError(size_t bytes, const std::string& hint = "")
+      : Error("memory", std::to_string(bytes) + " bytes", "none left", hint) {}
 };
 
 // What a message says of texts that others wrote: `text` with every byte outside printable ASCII as

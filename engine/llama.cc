@@ -47,7 +47,6 @@ void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) c
   using Input = Linear::Input;
   const float eps = config_.rms_eps;
   backend_.embed(step, embedding(), a.hidden);
-  size_t tap = 0;
   for (int i = 0; i < config_.n_layers; ++i) {
     const Layer& layer = layers_[static_cast<size_t>(i)];
     backend_.linear(step, {.weights = layer.qkv.get(), .x = a.hidden, .y = a.qkv,
@@ -59,10 +58,6 @@ void Llama::forward(const Step* step, const KvCache& kv, const Activations& a) c
                            .input = Input::kRmsNorm, .norm_weight = layer.ffn_norm, .eps = eps});
     backend_.linear(step, {.weights = layer.down.get(), .x = a.gate_up, .y = a.hidden,
                            .input = Input::kSwiGlu, .accumulate = true});
-    if (tap < a.tap_layers.size() && a.tap_layers[tap] == i) {
-      backend_.copy_rows(step, {a.hidden, config_.hidden_size, a.taps + static_cast<int64_t>(tap) * a.tap_stride});
-      ++tap;
-    }
   }
   backend_.rms_norm(step, a.hidden, output_norm_, eps, config_.hidden_size, a.states);
   backend_.linear(step, {.weights = head_.get(), .x = a.states, .y = a.logits, .rows = Rows::kLogits});

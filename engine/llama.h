@@ -16,11 +16,8 @@ struct Activations {
   float* attended = nullptr;  // (R, n_heads * head_dim)
   float* gate_up = nullptr;   // (R, 2 * ffn)
   float* states = nullptr;    // (R, hidden)   after the final norm: what a draft model reads
-  float* taps = nullptr;    // (n_taps, R capacity, hidden)  the residual stream after chosen layers
-  float* logits = nullptr;  // (L, vocab)
+  float* logits = nullptr;    // (L, vocab)
   RopeTable rope;
-  std::vector<int> tap_layers;
-  int64_t tap_stride = 0;  // R capacity * hidden
 };
 
 // Weights are immutable and shared by sessions.

@@ -49,10 +49,6 @@ class NgramDrafter final : public TreeDrafter {
 
 }  // namespace
 
-void TreeDrafter::draft(const DraftContext& context, Step* step) {
-  context.backend.on_host([&] { candidates(context).write(step, context.root); });
-}
-
 std::unique_ptr<TreeDrafter> make_ngram_drafter(const NgramOptions& options, int n_sequences,
                                                 int context) {
   return std::make_unique<NgramDrafter>(options, n_sequences, context);

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <vector>
 
+#include "engine/candidate_tree.h"
 #include "engine/chimera/draft_model.h"
 #include "engine/clock.h"
 #include "engine/error.h"
 
 namespace chimera {
 namespace {
+
+static_assert(DraftState::kMostCandidates == CandidateTree::kMostNodes);
 
 class Resident final : public ResidentDrafter {
  public:

@@ -15,7 +15,7 @@ namespace {
 struct Layout {
   MemoryPlan plan;
   // The host may read `states` and what follows; the rest is the device's.
-  size_t kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, taps, logits;
+  size_t kv, rope_cos, rope_sin, hidden, qkv, attended, gate_up, states, logits;
   int max_rows, max_logits;
   KvShape kv_shape;
 };
@@ -31,15 +31,10 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
           "0 to " + std::to_string(Step::kMaxRows / o.n_sequences - 1), o.max_nodes);
   require(o.prefill_rows >= 1 && o.prefill_rows <= Step::kMaxRows, "prefill rows",
           "1 to " + std::to_string(Step::kMaxRows), o.prefill_rows);
-  require(o.kv_type == DType::kF16 || o.kv_type == DType::kF32, "KV type", "F16 or F32",
-          static_cast<int64_t>(o.kv_type));
+  if (o.kv_type != DType::kF16 && o.kv_type != DType::kF32)
+    throw Error("KV type", "F16 or F32", dtype_info(o.kv_type).name);
   require(c.head_dim <= kMaxHeadDim, "head_dim", "at most " + std::to_string(kMaxHeadDim),
           c.head_dim);
-  for (int layer : o.tap_layers) {
-    require(layer >= 0 && layer < c.n_layers, "tap layer", "a layer of the model", layer);
-    require(std::count(o.tap_layers.begin(), o.tap_layers.end(), layer) == 1, "tap layer",
-            "each layer once", layer);
-  }
 
   Layout l;
   l.max_logits = o.n_sequences * (o.max_nodes + 1);
@@ -61,7 +56,6 @@ Layout lay_out(const LlamaConfig& c, const Backend& backend, const SessionOption
   l.attended = l.plan.add_f32("attended", rows, c.q_size());
   l.gate_up = l.plan.add_f32("gate, up", rows, 2 * int64_t{c.ffn_size});
   l.states = l.plan.add_f32("states", rows, c.hidden_size);
-  l.taps = l.plan.add_f32("taps", rows * static_cast<int64_t>(o.tap_layers.size()), c.hidden_size);
   l.logits = l.plan.add_f32("logits", l.max_logits, c.vocab_size);
   return l;
 }
@@ -86,7 +80,6 @@ Session::Session(const Llama& model, const SessionOptions& options)
   Backend& backend = model.backend();
   const Layout l = lay_out(c, backend, options);
   max_rows_ = l.max_rows;
-  std::sort(options_.tap_layers.begin(), options_.tap_layers.end());
   device_memory_ = backend.allocate(l.states, Memory::kDevice);
   shared_memory_ = backend.allocate(l.plan.total() - l.states);
   auto *base = static_cast<std::byte*>(device_memory_.get()),
@@ -98,11 +91,13 @@ Session::Session(const Llama& model, const SessionOptions& options)
   step_memory_ = backend.make_step(options.n_sequences);
   step_ = step_memory_.get();
   kv_ = backend.bind_kv(l.kv_shape, base + l.kv);
-  activations_ = {floats(l.hidden),    floats(l.qkv),
-                  floats(l.attended),  floats(l.gate_up),
-                  floats(l.states),    floats(l.taps),
-                  floats(l.logits),    {floats(l.rope_cos), floats(l.rope_sin)},
-                  options_.tap_layers, int64_t{l.max_rows} * c.hidden_size};
+  activations_ = {floats(l.hidden),
+                  floats(l.qkv),
+                  floats(l.attended),
+                  floats(l.gate_up),
+                  floats(l.states),
+                  floats(l.logits),
+                  {floats(l.rope_cos), floats(l.rope_sin)}};
 
   const auto table = static_cast<size_t>(options.context) * static_cast<size_t>(c.head_dim / 2);
   std::vector<float> cos(table), sin(table);
@@ -120,7 +115,7 @@ void Session::start(int sequence, std::span<const int32_t> prompt, const Samplin
   if (prompt.empty()) throw Error("prompt", "at least one token", "none");
   if (static_cast<int64_t>(prompt.size()) > options_.context)
     throw Error("prompt", "at most " + std::to_string(options_.context) + " tokens (the context)",
-                std::to_string(prompt.size()), "shorten it or raise --ctx");
+                std::to_string(prompt.size()), "shorten it, or ask for more context");
   for (const int32_t id : prompt)
     if (id < 0 || id >= model_.config().vocab_size)
       throw Error("prompt", "token ids below " + std::to_string(model_.config().vocab_size),
@@ -335,9 +330,6 @@ void Session::accept_and_keep(Step* step) {
   backend.accept(step, activations_.logits, c.vocab_size);
   backend.keep(step, kv_);
   backend.keep_rows(step, c.hidden_size, activations_.states);
-  for (size_t t = 0; t < options_.tap_layers.size(); ++t)
-    backend.keep_rows(step, c.hidden_size,
-                      activations_.taps + static_cast<int64_t>(t) * activations_.tap_stride);
 }
 
 // Appends what the step accepted and sampled to the text.

@@ -26,8 +26,6 @@ struct SessionOptions {
   int max_nodes = 0;      // candidates a sequence and step at most, without the root
   int prefill_rows = 64;  // prompt tokens a step; changes speed and memory, never a bit
   DType kv_type = DType::kF16;
-  // Layers whose residual stream is kept besides the final states.
-  std::vector<int> tap_layers = {};
 };
 
 class Session {
@@ -77,12 +75,12 @@ class Session {
     return static_cast<int>(tokens(sequence).size()) >= options_.context;
   }
 
-  // Measures what passes of 1 .. max_nodes + 1 rows cost on this machine, fewer of them if that
-  // would take longer than some 0.4 s, or than ten plain passes; and before that, unless a plain
-  // pass takes more than 50 ms, what attention adds in a long text. Drafters then choose the size
-  // of their trees by it. (Where trees are drafted on the device: what passes over its own Step
-  // cost.) To be called before the first start(). set_cost(): the same from a curve that was
-  // measured before. From then on the curve learns from every step. Without one trees have
+  // Measures what passes of 1 .. max_nodes + 1 rows (64 at most) cost on this machine, some sizes
+  // between; once that has taken 0.4 s and ten plain passes, no further ones. And before that,
+  // unless a plain pass takes more than 50 ms, what attention adds in a long text. Drafters then
+  // choose the size of their trees by it. (Where trees are drafted on the device: what passes over
+  // its own Step cost.) To be called before the first start(). set_cost(): the same from a curve
+  // that was measured before. From then on the curve learns from every step. Without one trees have
   // max_nodes nodes if there are as many candidates, and a run can be repeated step by step.
   void measure_cost();
   static constexpr int kMeasuredContext = 520;  // a longer one is measured as this
@@ -97,10 +95,9 @@ class Session {
   double plain_seconds();
 
   // The last step and what it computed; the rows kept are the first n_kept of each sequence in
-  // states() and taps(). (Not with a resident drafter, whose next pass is under way.)
+  // states(). (Not with a resident drafter, whose next pass is under way.)
   const Step& last_step() const { return *step_; }
   const float* states() const { return activations_.states; }
-  const float* taps() const { return activations_.taps; }
   const float* logits() const { return activations_.logits; }
 
   // For tests and for the trainer: runs one forward pass over rows that the caller has put into the

@@ -368,8 +368,8 @@ TEST_F(CliTest, DraftingChangesNoText) {
 TEST_F(CliTest, Json) {
   SKIP_IF_ABSENT(kStories);
   // A tree of fixed size: one sized by what passes cost on a busy machine may be none at all.
-  const json o = object({"run", "-m", kStories, "-p", "Once upon a time", "-n", "200", "--nodes",
-                         "4", "--json"});
+  const json o = object(
+      {"run", "-m", kStories, "-p", "Once upon a time", "-n", "200", "--nodes", "4", "--json"});
   EXPECT_TRUE(o["text"].get<std::string>().starts_with(", there was a little girl"));
   EXPECT_EQ(o["prompt_ids"], json({1, 403, 407, 261, 378}));
   EXPECT_EQ(o["ids"].size(), 200u);
@@ -1233,7 +1233,7 @@ TEST_F(CliTest, TrainDataFromOwnPrompts) {
                "expected a model with a known chat format");
   expect_error({"train", "data", "-m", kStories, "--own-prompts", "2", "--prompts", "y", "-o",
                 folder_ / "x"},
-               2, "both of them");
+               2, "expected --prompts FILE or --own-prompts N, found both");
   EXPECT_FALSE(std::filesystem::exists(folder_ / "x"));
 }
 
@@ -1340,7 +1340,7 @@ TEST_F(CliTest, TrainEval) {
       << table.out;
 
   expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft}, 2,
-               "expected -m MODEL, --draft");
+               "expected --prompts FILE, found none");
   expect_error({"train", "eval", "-m", kStories, "--draft", draft, "--prompts", one}, 1,
                "a draft for");
   expect_error({"train", "eval", "-m", kSmolLm2, "--draft", draft, "--prompts", one + ",absent"}, 1,
@@ -1607,7 +1607,8 @@ TEST_F(CliTest, TuneTree) {
   expect_error(
       {"run", "-m", kSmolLm2, "-p", "x", "--draft", draft, "--drafter", "static", "-n", "1"}, 2,
       "--drafter static: expected a tree");
-  expect_error({"tune-tree", "-m", kSmolLm2, "--draft", draft}, 2, "-o TREE");
+  expect_error({"tune-tree", "-m", kSmolLm2, "--draft", draft}, 2,
+               "expected --prompts FILE, found none");
 }
 
 }  // namespace

@@ -113,7 +113,7 @@ std::vector<std::byte> pack(const TensorView& w) {
   return out;
 }
 
-// ---- Activations, by the contract -------------------------------------------------------------
+// ---- Activations, by the contract --------------------------------------------------------------
 
 struct Inputs {
   std::vector<float> f32, scale;
@@ -121,8 +121,8 @@ struct Inputs {
   std::vector<int8_t> q8;
   std::vector<int32_t> sum;
 
-  Activations of(DType type) const {
-    Activations x;
+  ProductInput of(DType type) const {
+    ProductInput x;
     switch (activation_for(type)) {
       case Activation::kF32: x.f32 = f32.data(); break;
       case Activation::kBF16: x.bf16 = bf16.data(); break;
@@ -312,7 +312,7 @@ TEST_P(ProductTest, Bf16FlushesDenormals) {
   const uint16_t w[2] = {f32_to_bf16(0x1p-130f), f32_to_bf16(0x1p-70f)};
   const TensorView view{"w", DType::kBF16, 1, 2, reinterpret_cast<const std::byte*>(w), 0};
   uint16_t x[32] = {f32_to_bf16(0x1p30f), f32_to_bf16(0x1p-60f)};  // 2^-100 and 2^-130 unflushed
-  Activations in;
+  ProductInput in;
   in.bf16 = x;
   float want = 1.0f, got = 1.0f;
   product_reference(view, 0, 1, in, 1, &want, 1, false);
@@ -373,7 +373,7 @@ TEST(ProductReference, TokensAndRowRangesAreIndependent) {
     std::vector<float> all(m * rows);
     product_reference(w.view, 0, rows, in.of(type), m, all.data(), rows, false);
     for (int t = 0; t < m; ++t) {
-      Activations x = in.of(type);
+      ProductInput x = in.of(type);
       if (x.f32) x.f32 += t * cols;
       if (x.bf16) x.bf16 += t * cols;
       if (x.q8) x.q8 += t * cols, x.scale += t * cols / 32, x.sum += t * cols / 32;

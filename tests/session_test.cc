@@ -116,8 +116,7 @@ TEST_F(SessionTest, OptionsOutOfRangeAreRefused) {
         SessionOptions{.context = 1 << 30}, SessionOptions{.n_sequences = 0},
         SessionOptions{.n_sequences = 1000}, SessionOptions{.max_nodes = -1},
         SessionOptions{.max_nodes = 100000}, SessionOptions{.prefill_rows = 0},
-        SessionOptions{.prefill_rows = 1000}, SessionOptions{.kv_type = DType::kQ4_0},
-        SessionOptions{.tap_layers = {5}}})
+        SessionOptions{.prefill_rows = 1000}, SessionOptions{.kv_type = DType::kQ4_0}})
     EXPECT_THROW(Session(model(), o), Error);
 }
 
@@ -321,31 +320,6 @@ TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   timed.stop(0);
   EXPECT_GT(timed.plain_seconds(), 0);
   EXPECT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
-}
-
-// The states that a draft model reads: after a step they belong to the rows kept, in order. A
-// tapped last layer is what the final norm has read, so that for each element the state is the
-// same multiple of the tap, over its root mean square, in all rows.
-TEST_F(SessionTest, StatesAndTaps) {
-  const int last = model().config().n_layers - 1;
-  Session session(model(), {.context = 64, .max_nodes = 4, .tap_layers = {0, last}});
-  session.start(0, std::vector<int32_t>{1, 403, 407, 261}, {});
-  ASSERT_TRUE(session.step(nullptr));
-  const auto hidden = static_cast<size_t>(model().config().hidden_size);
-  EXPECT_EQ(session.last_step().sequences[0].n_kept, 4);
-  EXPECT_EQ(session.emitted(0), 1);
-  const float* tap = session.taps() + 64 * hidden;  // the second tap, rows of a capacity of 64
-  const auto multiple = [&](size_t row, size_t i) {
-    const float* of_row = tap + row * hidden;
-    double squares = 0;
-    for (size_t j = 0; j < hidden; ++j) squares += static_cast<double>(of_row[j] * of_row[j]);
-    return static_cast<double>(session.states()[row * hidden + i] / of_row[i]) *
-           std::sqrt(squares / static_cast<double>(hidden));
-  };
-  for (const size_t row : {1, 2, 3})
-    for (size_t i = 0; i < hidden; ++i)
-      EXPECT_NEAR(multiple(row, i) / multiple(0, i), 1, 1e-3) << row << " " << i;
-  EXPECT_FALSE(std::equal(tap, tap + 4 * hidden, session.taps())) << "the first layer is another";
 }
 
 TEST_F(SessionTest, NothingIsAllocatedAfterTheFirstStep) {

@@ -363,6 +363,34 @@ TEST(Train, MicroBatchesAreOneBatch) {
   EXPECT_EQ(run(2, {{a}, {b}, {c}}), run(1, {{a}, {b}, {c}}));
 }
 
+// An error on a thread of its own reaches the caller, as one on the caller's own does.
+TEST(Train, MemoryThatRunsOutInABatchIsAnError) {
+  class Narrow : public CpuOps<float> {
+   public:
+    explicit Narrow(int left) : CpuOps(1), left_(left) {}
+    std::shared_ptr<void> allocate(size_t bytes) override {
+      if (--left_ < 0) throw MemoryError(bytes);
+      return CpuOps::allocate(bytes);
+    }
+
+   private:
+    int left_;
+  };
+  Tiny tiny(tiny_config());
+  const std::vector<float> embedding(tiny.embedding.begin(), tiny.embedding.end()),
+      head(tiny.head.begin(), tiny.head.end()),
+      parameters(tiny.parameters.begin(), tiny.parameters.end());
+  for (const int narrow : {0, 1}) {
+    TrainingDevice device = cpu_training_device(2, 2);
+    device.side_by_side[static_cast<size_t>(narrow)] = std::make_unique<Narrow>(3);
+    BatchGradient model(&device, tiny.config, embedding.data(), head.data(), tiny.vocab,
+                        tiny.vocabulary, 0);
+    std::vector<float> gradient(parameters.size());
+    const MicroBatch parts[] = {{&tiny.texts[0], &tiny.texts[1]}, {&tiny.texts[2]}};
+    EXPECT_THROW(model.run(parameters.data(), parts, 4, 0.8, gradient.data()), MemoryError);
+  }
+}
+
 struct Folder {
   std::filesystem::path path =
       std::filesystem::temp_directory_path() / ("chimera_train_" + std::to_string(getpid()));

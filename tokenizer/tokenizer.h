@@ -1,6 +1,6 @@
 // Text to token ids and back, for the two kinds of vocabulary that LLaMA-like models carry.
 //
-//   Tokenizer tokenizer(load_gguf_vocabulary(path));
+//   Tokenizer tokenizer(load_model(path).vocabulary);  // loader/load.h
 //   std::vector<int32_t> ids = tokenizer.encode("Why is the sky blue?", /*parse_special=*/false);
 //   std::string text = tokenizer.decode(ids);
 #pragma once

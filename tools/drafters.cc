@@ -21,17 +21,16 @@ std::vector<Flag> DrafterFlags::flags() {
        "guesses that a pass checks, at most (default: as many as\npay on this machine, which is "
        "measured once and kept)",
        integer(&nodes, 1, 255)},
-      {0, "tune", "", "... measure it again", on(&tune)},
       {0, "depth", "N", "... and how far ahead of the text (with --draft)", integer(&depth, 1, 32)},
       {0, "width", "N",
        "guesses that the draft model goes on from at each depth\n(default: 4, or a fifth of "
-       "--nodes "
-       "if that is more)",
+       "--nodes if that is more)",
        integer(&width, 1, 32)},
       {0, "tree", "SPEC",
        "a static tree for the draft model: its widths such as\n3,2,1, or a file (chimera "
        "tune-tree)",
-       tree_value(&tree)}};
+       tree_value(&tree)},
+      {0, "tune", "", "measure again what passes cost on this machine", on(&tune)}};
 }
 
 void DrafterFlags::check() const {

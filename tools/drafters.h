@@ -1,4 +1,4 @@
-// Drafters by name, for run and bench.
+// Drafters by name, and the flags about them: for run, bench and train eval.
 #pragma once
 
 #include <algorithm>

@@ -4,7 +4,6 @@
 #include <charconv>
 #include <cstdio>
 
-#include "tokenizer/unicode.h"
 #include "tools/output.h"
 
 namespace chimera {
@@ -224,6 +223,15 @@ bool parse(const Command& declared, const std::vector<std::string>& args,
   }
   if (wants_help) print(help(command));
   return !wants_help;
+}
+
+void expect_given(const std::string& command,
+                  std::initializer_list<std::pair<const char*, bool>> flags,
+                  const std::string& help) {
+  for (const auto& [flag, given] : flags)
+    if (!given)
+      throw UsageError(command, flag, "none",
+                       "see chimera " + (help.empty() ? command : help) + " --help");
 }
 
 }  // namespace chimera

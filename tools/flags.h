@@ -73,4 +73,10 @@ struct Command {
 bool parse(const Command& command, const std::vector<std::string>& args,
            std::set<std::string>* given = nullptr);
 
+// What a command cannot do without, as it is written ("-m MODEL"), and whether it was given. Throws
+// UsageError for the first that was not. help: the command whose --help tells more.
+void expect_given(const std::string& command,
+                  std::initializer_list<std::pair<const char*, bool>> flags,
+                  const std::string& help = "");
+
 }  // namespace chimera

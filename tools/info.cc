@@ -60,7 +60,7 @@ int info(const std::vector<std::string>& args) {
                          {0, "ctx", "N",
                           "plan the memory for N tokens of prompt and text\n(default: 2048, and no "
                           "more than the model was trained for)",
-                          integer(&ctx, 1, kMaxContext)},
+                          integer(&ctx, 1, kLongestContext)},
                          {0, "kv", "TYPE", "... for keys and values of this type (default: f16)",
                           choice(&kv, {"f16", "f32"})},
                          {0, "nodes", "N",

@@ -71,7 +71,7 @@ ReadBandwidth::ReadBandwidth(size_t bytes, int threads)
     : share_((bytes / static_cast<size_t>(threads) + kBlock) / kBlock * kBlock), pool_(threads) {
   const size_t size = share_ * static_cast<size_t>(threads);
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw Error("memory", std::to_string(size) + " bytes", "none left");
+  if (p == MAP_FAILED) throw MemoryError(size);
   madvise(p, size, MADV_HUGEPAGE);
   buffer_ = {static_cast<std::byte*>(p), [size](std::byte* q) { munmap(q, size); }};
   // By the threads that will read it: that decides on which memory node it lies.

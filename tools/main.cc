@@ -4,7 +4,6 @@
 #include <exception>
 #include <new>
 
-#include "tokenizer/unicode.h"
 #include "tools/commands.h"
 #include "tools/flags.h"
 #include "tools/interrupt.h"

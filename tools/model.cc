@@ -50,7 +50,7 @@ std::vector<std::vector<int32_t>> encode_file(const Model& model, const std::str
 int choose_context(const LlamaConfig& config, std::optional<int> ctx, const LongestPrompt& longest,
                    int n) {
   const auto enough = static_cast<int64_t>(longest.tokens) + n;
-  const int trained = std::min(config.max_context, kMaxContext);
+  const int trained = std::min(config.max_context, kLongestContext);
   const int context = ctx ? *ctx : static_cast<int>(std::min<int64_t>(trained, enough));
   if (context > config.max_context) {
     note("warning: the model was trained for " + std::to_string(config.max_context) +

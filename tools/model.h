@@ -1,4 +1,4 @@
-// What run, info and bench share: from a path to a model that decodes.
+// What the commands share: from a path to a model that decodes.
 #pragma once
 
 #include <optional>
@@ -43,7 +43,7 @@ std::vector<std::vector<int32_t>> encode_file(const Model& model, const std::str
 
 // Tokens of context for the prompts and `n` new ones each: --ctx if given, else just enough, and no
 // more than the model was trained for. Throws Error if there is no room for a single new token.
-inline constexpr int kMaxContext = 1 << 20;
+inline constexpr int kLongestContext = 1 << 20;
 int choose_context(const LlamaConfig& config, std::optional<int> ctx, const LongestPrompt& longest,
                    int n);
 

@@ -25,7 +25,7 @@
 
 namespace chimera {
 
-inline constexpr int kHybridMinMatch = 1, kHybridMaxMatch = 6;  // tokens of an n-gram match
+inline constexpr int kHybridMinMatch = 1, kHybridMaxMatch = kLongestMatch;  // tokens of a match
 
 struct ChimeraOptions {
   int nodes = 16;      // candidates verified a step

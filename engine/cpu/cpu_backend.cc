@@ -30,9 +30,7 @@ int64_t round_up(int64_t n, int64_t multiple) {
 std::shared_ptr<void> map_memory(size_t bytes) {
   bytes = std::max<size_t>(bytes, 64);
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED)
-    throw Error("memory", std::to_string(bytes) + " bytes", "none left",
-                "use a smaller --ctx, or a smaller model");
+  if (p == MAP_FAILED) throw MemoryError(bytes, "use a smaller context, or a smaller model");
   madvise(p, bytes, MADV_HUGEPAGE);
   return {p, [bytes](void* q) { munmap(q, bytes); }};
 }
@@ -189,7 +187,7 @@ class CpuBackend final : public Backend {
     matrix->cols = stacked.front().cols;
     for (const TensorView& w : stacked) {
       if (w.cols != matrix->cols)
-        throw Error("tensor '" + w.name + "'", std::to_string(matrix->cols) + " columns",
+        throw Error("tensor " + in_quotes(w.name), std::to_string(matrix->cols) + " columns",
                     std::to_string(w.cols));
       Segment s{w, nullptr, matrix->rows, matrix->n_panels, (w.rows + kPanelRows - 1) / kPanelRows};
       const size_t panel = panel_bytes(w.type, w.cols);
@@ -371,7 +369,7 @@ class CpuBackend final : public Backend {
         prepare_input(op, w, all ? step->first_new + i : step->logits_row[i], i, input);
       if (divide) pool_.barrier(thread);
 
-      const Activations x = activations(w, input);
+      const ProductInput x = product_input(w, input);
       const int64_t y_stride = op.y_stride > 0 ? op.y_stride : w.rows;
       float* y = op.y + (all ? step->first_new * y_stride : 0);
       for (;;) {
@@ -675,7 +673,7 @@ class CpuBackend final : public Backend {
   }
 
   // Panels [begin, end) of a product.
-  void multiply(const CpuMatrix& w, int64_t begin, int64_t end, const Activations& x, int m,
+  void multiply(const CpuMatrix& w, int64_t begin, int64_t end, const ProductInput& x, int m,
                 float* y, int64_t y_stride, bool accumulate, std::byte* scratch_panel) const {
     for (const Segment& s : w.segments) {
       const int64_t b = std::max<int64_t>(begin - s.first_panel, 0),
@@ -745,8 +743,8 @@ class CpuBackend final : public Backend {
       kernels_.quantize_q8(y, n, s.q8 + to * n, s.scale + to * (n / 32), s.sum + to * (n / 32));
     if (w.needs_bf16) kernels_.round_bf16(y, n, s.bf16 + to * round_up(n, 32));
   }
-  static Activations activations(const CpuMatrix& w, const InputScratch& s) {
-    Activations x;
+  static ProductInput product_input(const CpuMatrix& w, const InputScratch& s) {
+    ProductInput x;
     if (w.needs_f32) x.f32 = s.f32;
     if (w.needs_bf16) x.bf16 = s.bf16;
     if (w.needs_q8) {

@@ -32,7 +32,7 @@
 // **exp**: see exp.h; one polynomial, no libm. **SiLU**: x / (1 + exp(-x)).
 // **RoPE**: y[i] = fma(x[i], cos, -(x[j] * sin)), y[j] = fma(x[j], cos, x[i] * sin),
 //   j = i + dim / 2.
-// **Attention**: see attention() below.
+// **Attention**: see AttentionChunk below.
 #pragma once
 
 #include <cstddef>
@@ -50,9 +50,9 @@ enum class Isa : uint8_t { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
 
 // ---- Products ---------------------------------------------------------------------------------
 
-// Activations of m rows in the form that a weight type asks for (activation_for in dtype.h).
+// Activations, m rows of them, in the form that a weight type asks for (activation_for in dtype.h).
 // Only the arrays of that form are set. Rows are contiguous; cols is a multiple of 32 for kQ8.
-struct Activations {
+struct ProductInput {
   const float* f32 = nullptr;      // (m, cols)
   const uint16_t* bf16 = nullptr;  // (m, cols rounded up to 32), zero padded
   const int8_t* q8 = nullptr;      // (m, cols)
@@ -67,7 +67,7 @@ struct Product {
   const std::byte* panels;         // panels.h
   int64_t rows, cols;              // of the matrix; a last panel is padded with zero weights
   int64_t panel_begin, panel_end;  // the panels to compute: rows [16 begin, min(16 end, rows))
-  Activations x;
+  ProductInput x;
   int m;     // rows of x: 1 or more
   float* y;  // y[t * y_stride + n], t < m, n < rows
   int64_t y_stride;
@@ -79,7 +79,7 @@ using ProductFunction = void (*)(const Product&);
 // The contract as plain loops over the file's own layout, rows [row_begin, row_end) of y only.
 // Every type; the oracle of all others, and what runs where a type has no faster product.
 void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
-                       const Activations& x, int m, float* y, int64_t y_stride, bool accumulate);
+                       const ProductInput& x, int m, float* y, int64_t y_stride, bool accumulate);
 
 // The products over panels of one instruction set, by DType; nullptr where there is none.
 extern const ProductFunction kProductsAvx2[kDTypeCount];

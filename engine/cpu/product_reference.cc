@@ -69,7 +69,7 @@ float add_block(DType type, const CanonicalBlock& w, const int8_t* q8, float sca
 }
 
 [[gnu::noinline]] void run(const TensorView& w, int64_t row_begin, int64_t row_end,
-                           const Activations& x, int m, float* y, int64_t y_stride,
+                           const ProductInput& x, int m, float* y, int64_t y_stride,
                            bool accumulate) {
   constexpr int kTokens = 16;  // that share the reading of a block
   const int64_t blocks = w.cols / 32, padded = (w.cols + 31) / 32 * 32;
@@ -106,7 +106,7 @@ float add_block(DType type, const CanonicalBlock& w, const int8_t* q8, float sca
 }  // namespace
 
 void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
-                       const Activations& x, int m, float* y, int64_t y_stride, bool accumulate) {
+                       const ProductInput& x, int m, float* y, int64_t y_stride, bool accumulate) {
   if (activation_for(w.type) == Activation::kBF16) {
     const FlushDenormals mode;  // covers the add to y as well
     run(w, row_begin, row_end, x, m, y, y_stride, accumulate);

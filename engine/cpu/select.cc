@@ -46,12 +46,15 @@ const Kernels& select_kernels() {
       if (has) return *entry.kernels;
     } else if (entry.name == std::string(wanted)) {
       if (has) return *entry.kernels;
-      throw Error("CHIMERA_ISA", "an instruction set of this machine", wanted,
+      std::string names;
+      for (const Entry& e : kEntries)
+        if (machine_has(e.kernels->isa))
+          names += (names.empty() ? "" : " or ") + std::string(e.name);
+      throw Error("CHIMERA_ISA", names + " on this machine", wanted,
                   "unset it to use the best one");
     }
   }
-  throw Error("CHIMERA_ISA", "scalar, avx2, avxvnni, avx512 or amx",
-              std::string("'") + wanted + "'");
+  throw Error("CHIMERA_ISA", "scalar, avx2, avxvnni, avx512 or amx", in_quotes(wanted));
 }
 
 }  // namespace chimera::cpu

@@ -13,8 +13,8 @@
 namespace chimera::cpu {
 namespace {
 
-constexpr int kSpins = 4000;    // some 50 us: longer than the host works between two ops of a step
-constexpr int kWakeEvery = 64;  // looks of thread 0 at others that have not come
+constexpr int kSpins = 4000;  // some 50 us: longer than the host works between two ops of a step
+constexpr uint32_t kWakeEvery = 64;  // looks of thread 0 at others that have not come
 
 }  // namespace
 
@@ -44,7 +44,7 @@ ThreadPool::ThreadPool(int threads, Job idle, void* idle_context)
     for (int t = 1; t < size_; ++t) workers_.emplace_back([this, t] { work(t); });
   } catch (const std::system_error& e) {
     end_workers();
-    throw Error("threads", std::to_string(size_), e.what(), "use fewer (--threads)");
+    throw Error("threads", std::to_string(size_), e.what(), "use fewer");
   }
 }
 
@@ -69,9 +69,9 @@ void ThreadPool::wait_a_little(int thread) {
 // core.
 template <typename F>
 void ThreadPool::spin_until(int thread, const F& done) {
-  for (int spins = 0; !done(); ++spins) {
+  for (uint32_t spins = 0; !done(); ++spins) {
     if (thread == 0 && spins % kWakeEvery == kWakeEvery - 1) wake_others();
-    if (spins < spins_)
+    if (spins < static_cast<uint32_t>(spins_))
       wait_a_little(thread);
     else
       std::this_thread::yield();

@@ -25,8 +25,8 @@ int physical_cores();
 class ThreadPool {
  public:
   // idle(context, thread), if there is one, is called again and again by a thread that waits for
-  // others, between two looks at whether they are done: a little work for later, well under a
-  // microsecond.
+  // others and has a core to itself, between two looks at whether they are done: a little work for
+  // later, well under a microsecond. Not where they take long.
   using Job = void (*)(void* context, int thread);
   // Throws Error where the system has no more threads.
   explicit ThreadPool(int threads, Job idle = nullptr, void* idle_context = nullptr);
@@ -42,7 +42,8 @@ class ThreadPool {
   // program: the others are still at work.
   template <typename F>
   void start(const F& f) noexcept {
-    static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= kMostBytes);
+    static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= kMostBytes &&
+                  alignof(F) <= alignof(std::max_align_t));
     Slot& slot = slots_[++started_ % kSlots];
     slot.job = [](void* context, int thread) { (*static_cast<F*>(context))(thread); };
     new (slot.context) F(f);
@@ -62,8 +63,9 @@ class ThreadPool {
 
  private:
   static constexpr size_t kMostBytes = 240;
-  // A job is handed out while the caller still has one to do and others may be at the one before.
-  static constexpr uint32_t kSlots = 3;
+  // A job is handed out while the caller still has one to do and others may be at the one before,
+  // so three are in use. The jobs' numbers start over at 2^32, which 4 divides.
+  static constexpr uint32_t kSlots = 4;
   struct alignas(64) Slot {
     Job job = nullptr;
     alignas(std::max_align_t) std::byte context[kMostBytes];

@@ -1,6 +1,7 @@
 #include "engine/train/batch_gradient.h"
 
 #include <algorithm>
+#include <exception>
 
 #include "engine/train/cpu_ops.h"
 
@@ -33,14 +34,21 @@ Score BatchGradient::run(const float* parameters, std::span<const MicroBatch> ba
                          double step_weight, float* gradient) {
   std::vector<Score> scores(batches.size());
   if (gradient != nullptr) gradients_.resize(std::max(gradients_.size(), batches.size()));
+  std::vector<std::exception_ptr> errors(models_.size());  // a job must not throw
   pool_.run([&](int thread) {
-    for (size_t i = static_cast<size_t>(thread); i < batches.size(); i += models_.size()) {
-      if (gradient != nullptr) ops_.need(&gradients_[i], n_parameters_);
-      scores[i] = models_[static_cast<size_t>(thread)]->run(
-          parameters, batches[i], n_steps, step_weight,
-          gradient != nullptr ? gradients_[i].data() : nullptr);
+    const auto t = static_cast<size_t>(thread);
+    try {
+      for (size_t i = t; i < batches.size(); i += models_.size()) {
+        if (gradient != nullptr) ops_.need(&gradients_[i], n_parameters_);
+        scores[i] = models_[t]->run(parameters, batches[i], n_steps, step_weight,
+                                    gradient != nullptr ? gradients_[i].data() : nullptr);
+      }
+    } catch (...) {
+      errors[t] = std::current_exception();
     }
   });
+  for (const std::exception_ptr& error : errors)
+    if (error) std::rethrow_exception(error);
   Score total;
   for (const Score& s : scores) total += s;
   if (gradient == nullptr || total.starts == 0) return total;

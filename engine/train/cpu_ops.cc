@@ -59,8 +59,7 @@ template <typename T>
 std::shared_ptr<void> CpuOps<T>::allocate(size_t bytes) {
   constexpr std::align_val_t kAlign{64};
   void* const memory = ::operator new(std::max<size_t>(bytes, 1), kAlign, std::nothrow);
-  if (memory == nullptr)
-    throw Error("memory", std::to_string(bytes) + " bytes", "none left", "use a smaller --batch");
+  if (memory == nullptr) throw MemoryError(bytes, "use a smaller batch");
   return {memory, [](void* p) { ::operator delete(p, kAlign); }};
 }
 template <typename T>

@@ -9,7 +9,7 @@
 namespace chimera::training {
 
 template <typename T>
-class CpuOps final : public Ops<T> {
+class CpuOps : public Ops<T> {
  public:
   explicit CpuOps(int threads, Precision precision = Precision::kF32);
 

@@ -4,7 +4,8 @@
 // Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it takes it as a step,
 // so that every direction of the matrix is moved by the same amount, rare ones too. Its step is
 // scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both. What it
-// is worth on equal data stands in the README. AdamW: arXiv 1711.05101; the cosine: 1608.03983.
+// is worth on equal data stands in tools/train/README.md. AdamW: arXiv 1711.05101; the cosine:
+// 1608.03983.
 #pragma once
 
 #include <cstdint>

@@ -50,9 +50,10 @@ Command command(Options* o) {
       "bench",
       "-m MODEL | --shape NAME [FLAGS]",
       "Decodes sets of prompts with each drafter in turn, runs passes of 1 to 64 rows and after\n"
-      "texts of growing length, times every op of a pass, and reads memory as fast as it goes: "
-      "all\n"
-      "of it in every round. Reports medians of the rounds, and the lowest and highest.\n",
+      "texts of growing length, times every op of a pass, and reads memory as fast as it goes:\n"
+      "all of it in every round. Reports medians of the rounds, and of rates and ratios the "
+      "lowest\n"
+      "and the highest.\n",
       {{'m', "model", "MODEL", "a GGUF or llama2.c file", file(&o->model)},
        {0, "prompts", "FILE,..",
         "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line; each "
@@ -60,7 +61,8 @@ Command command(Options* o) {
         files(&o->prompts)},
        {0, "limit", "N", "prompts of a set to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
-       {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
+       {'n', "tokens", "N", "tokens to generate for each, at most",
+        integer(&o->n, 2, kLongestContext)},
        {0, "rounds", "R", "rounds over all prompts", integer(&o->rounds, 1, 1000)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
        threads_flag(&o->threads),
@@ -71,7 +73,7 @@ Command command(Options* o) {
         choice(&o->shape, shape_names())},
        {0, "type", "TYPE", "... of this type", choice(&o->type, shape_types())},
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
-        integer(&o->ctx, 1, kMaxContext)},
+        integer(&o->ctx, 1, kLongestContext)},
        {0, "weights", "HOW", "packed for this machine, or mapped: see chimera run --help",
         choice(&o->weights, {"packed", "mapped"})},
        {0, "svg", "FILE", "draw the passes under the limits of memory and arithmetic",

@@ -15,7 +15,7 @@ namespace chimera::ladder {
 struct ProductCase {
   TensorView file;          // the matrix as the file has it
   const std::byte* panels;  // and repacked: engine/cpu/panels.h
-  cpu::Activations x;       // (m, cols), in blocks of int8
+  cpu::ProductInput x;      // (m, cols), in blocks of int8
   int m;
   float* y;  // (m, rows)
 };

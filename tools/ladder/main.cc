@@ -74,7 +74,7 @@ void climb_product(int m) {
   for (float& v : x) v = normal(random);
   cpu::kScalarKernels.quantize_q8(x.data(), static_cast<int64_t>(x.size()), q8.data(), scale.data(),
                                   sum.data());
-  cpu::Activations activations;
+  cpu::ProductInput activations;
   activations.q8 = q8.data();
   activations.scale = scale.data();
   activations.sum = sum.data();

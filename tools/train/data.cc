@@ -78,7 +78,7 @@ std::pair<size_t, size_t> parse_shard(const std::string& text) {
   const bool slash = first.ec == std::errc() && first.ptr != end && *first.ptr == '/';
   const auto second = std::from_chars(slash ? first.ptr + 1 : end, end, n);
   if (second.ec != std::errc() || second.ptr != end || i >= n)
-    throw UsageError("--shard", "i/n with 0 <= i < n, such as 0/4", "'" + text + "'");
+    throw UsageError("--shard", "i/n with 0 <= i < n, such as 0/4", in_quotes(text));
   return {i, n};
 }
 
@@ -255,11 +255,18 @@ class Answerer {
   const Clock::time_point start_ = Clock::now();
 };
 
+// The advice that comes with other errors, a smaller context, cannot be followed here.
+Error too_many(const Options& o) {
+  return {"memory",
+          "enough of it for " + count_text(o.sequences, "answer") + " at once (--sequences)",
+          "none left", "try fewer of them, or shorter ones (-n)"};
+}
+
 int answer_all(const Options& o, std::pair<size_t, size_t> shard) {
   Model model(*o.model);
   if (o.own_prompts && model.chat_format == ChatFormat::kNone)
-    throw Error(*o.model, "a model with a known chat format for --own-prompts", "none",
-                "give --prompts FILE");
+    throw Error(printable(*o.model, 4096), "a model with a known chat format for --own-prompts",
+                "none", "give --prompts FILE");
   std::vector<Prompt> prompts;
   if (o.prompts)
     prompts =
@@ -320,9 +327,12 @@ int train_data(const std::vector<std::string>& args) {
       }};
   std::set<std::string> given;
   if (!parse(command, args, &given)) return 0;
-  if (!o.model || !o.output || o.prompts.has_value() == o.own_prompts.has_value())
-    throw UsageError("train data", "-m MODEL, -o SHARD, and --prompts FILE or --own-prompts N",
-                     o.prompts && o.own_prompts ? "both of them" : "one missing",
+  expect_given("train data", {{"-m MODEL", o.model.has_value()},
+                              {"-o SHARD", o.output.has_value()},
+                              {"--prompts FILE or --own-prompts N",
+                               o.prompts.has_value() || o.own_prompts.has_value()}});
+  if (o.prompts && o.own_prompts)
+    throw UsageError("train data", "--prompts FILE or --own-prompts N", "both",
                      "see chimera train data --help");
   if (given.contains("where") && !o.prompts)
     throw UsageError("--where", "--prompts FILE, whose lines it chooses", "none");
@@ -331,14 +341,10 @@ int train_data(const std::vector<std::string>& args) {
 
   try {
     return answer_all(o, which);
-  } catch (const std::exception& e) {
-    // The backend and main.cc advise a smaller --ctx, which there is none of here.
-    if (!dynamic_cast<const std::bad_alloc*>(&e) &&
-        !std::string_view(e.what()).starts_with("memory: "))
-      throw;
-    throw Error("memory",
-                "enough of it for " + count_text(o.sequences, "answer") + " at once (--sequences)",
-                "none left", "try fewer of them, or shorter ones (-n)");
+  } catch (const MemoryError&) {
+    throw too_many(o);
+  } catch (const std::bad_alloc&) {
+    throw too_many(o);
   }
 }
 

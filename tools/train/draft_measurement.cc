@@ -10,7 +10,7 @@ namespace chimera {
 
 int accepted_in(const MeasuredPosition& position, const StaticTree& tree) {
   int node = -1, depth = 0;
-  for (; depth < kMostDepths; ++depth) {
+  for (; depth < kMeasuredDepths; ++depth) {
     node = tree.find(node, position.rank[static_cast<size_t>(depth)]);
     if (node < 0) break;
   }
@@ -20,7 +20,7 @@ int accepted_in(const MeasuredPosition& position, const StaticTree& tree) {
 void RankPaths::add(const MeasuredPosition& position) {
   ++positions_;
   int node = -1;
-  for (int depth = 1; depth <= kMostDepths; ++depth) {
+  for (int depth = 1; depth <= kMeasuredDepths; ++depth) {
     const int rank = position.rank[static_cast<size_t>(depth - 1)];
     if (rank >= static_cast<int>(DepthAccuracy::kRanks)) return;
     const auto [it, added] = child_.try_emplace({node, rank}, static_cast<int>(nodes_.size()));
@@ -51,7 +51,7 @@ void RankPaths::rank() {
 
 int RankPaths::accepted(const MeasuredPosition& position, int nodes) const {
   int node = -1, depth = 0;
-  for (; depth < kMostDepths; ++depth) {
+  for (; depth < kMeasuredDepths; ++depth) {
     const auto it = child_.find({node, position.rank[static_cast<size_t>(depth)]});
     if (it == child_.end() || it->second >= nodes) break;
     node = it->second;
@@ -128,7 +128,7 @@ class Spectator final : public Drafter {
       hybrid_ = make_chimera_drafter(target, tensors, options, 1, context);
       ngram_ = make_ngram_drafter({.nodes = kLargestTree}, 1, context);
     }
-    result_->depths.resize(static_cast<size_t>(std::min(options.depth, kMostDepths)));
+    result_->depths.resize(static_cast<size_t>(std::min(options.depth, kMeasuredDepths)));
   }
   std::string name() const override { return "spectator"; }
   const ChimeraDrafter& drafter() const { return *draft_; }
@@ -174,7 +174,7 @@ class Spectator final : public Drafter {
     const std::span<const int> chosen = tree.chosen();
     places->fill(kNotThere);
     int node = CandidateTree::kRoot;
-    for (size_t i = 0; i < std::min<size_t>(next.size(), kMostDepths); ++i) {
+    for (size_t i = 0; i < std::min<size_t>(next.size(), kMeasuredDepths); ++i) {
       node = tree.find(node, next[i]);
       const auto place = std::find(chosen.begin(), chosen.end(), node);
       if (node == CandidateTree::kNone || place == chosen.end()) break;
@@ -184,7 +184,7 @@ class Spectator final : public Drafter {
       // What comes after the end of the text is not known.
       const CandidateTree::Node& candidate = tree[chosen[i]];
       if (static_cast<size_t>(candidate.depth) > next.size()) continue;
-      const bool came_true = candidate.depth <= kMostDepths &&
+      const bool came_true = candidate.depth <= kMeasuredDepths &&
                              (*places)[static_cast<size_t>(candidate.depth - 1)] == i;
       reliability->add(static_cast<double>(candidate.probability), came_true);
     }

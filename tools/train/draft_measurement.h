@@ -16,14 +16,14 @@
 
 namespace chimera {
 
-inline constexpr int kMostDepths = 16;     // further depths are not measured
-inline constexpr int kLargestTree = 60;    // nodes
-inline constexpr uint8_t kNotThere = 255;  // a rank or place
+inline constexpr int kMeasuredDepths = 16;  // further depths are not measured
+inline constexpr int kLargestTree = 60;     // nodes
+inline constexpr uint8_t kNotThere = 255;   // a rank or place
 enum TreeSource : size_t { kNgramTree, kDraftTree, kHybridTree, kTreeSources };
 
 // How the text goes on after one root, as far as it goes (kNotThere beyond).
 struct MeasuredPosition {
-  using Path = std::array<uint8_t, kMostDepths>;
+  using Path = std::array<uint8_t, kMeasuredDepths>;
   Path rank;  // of the true tokens among the draft's guesses, the likeliest 0, when it is told the
               // true tokens before
   int chain = 0;  // of the draft's likeliest guesses, one after the other, that are right
@@ -50,7 +50,7 @@ void count_passes(const MeasuredText& text, const F& accepted, PassCount* count)
 // ... with the `nodes` most probable candidates of one source.
 inline int accepted_in(const MeasuredPosition::Path& place, int nodes) {
   int depth = 0;
-  while (depth < kMostDepths && place[static_cast<size_t>(depth)] < nodes) ++depth;
+  while (depth < kMeasuredDepths && place[static_cast<size_t>(depth)] < nodes) ++depth;
   return depth;
 }
 // ... with a static tree of the draft's guesses.

@@ -47,7 +47,8 @@ Command command(Options* o) {
         files(&o->prompts)},
        {0, "limit", "N", "prompts of a file to use, at most (default: all)",
         integer(&o->limit, 1, 1 << 30)},
-       {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
+       {'n', "tokens", "N", "tokens to generate for each, at most",
+        integer(&o->n, 2, kLongestContext)},
        {0, "temp", "T", "temperature (default: first 0, then 1)", number(&o->temperature, 0, 1000)},
        {0, "tree", "SPEC", "measure this static tree too (see chimera run --help)",
         tree_value(&o->drafting.tree)},
@@ -57,14 +58,14 @@ Command command(Options* o) {
         file(&o->calibrated)},
        {0, "depth", "N",
         "how far ahead of the text trees reach (a chain reaches as far\nas it has nodes)",
-        integer(&o->drafting.depth, 1, kMostDepths)},
+        integer(&o->drafting.depth, 1, kMeasuredDepths)},
        {0, "width", "N",
         "guesses that the draft goes on from at each depth\n(default: 12, a fifth of the largest "
         "tree)",
         integer(&o->drafting.width, 1, 32)},
        threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
-        integer(&o->ctx, 1, kMaxContext)},
+        integer(&o->ctx, 1, kLongestContext)},
        {0, "json", "", "print one JSON object instead of tables", on(&o->json)},
        {0, "svg", "FILE", "draw a picture as well", file(&o->svg)}}};
 }
@@ -224,9 +225,9 @@ void calibrate(const std::vector<EvalRow>& rows, bool greedy, DraftCalibration* 
 int train_eval(const std::vector<std::string>& args) {
   Options o;
   if (!parse(command(&o), args)) return 0;
-  if (!o.model || !o.drafting.draft || o.prompts.empty())
-    throw UsageError("train eval", "-m MODEL, --draft DRAFT and --prompts FILE", "one missing",
-                     "see chimera train eval --help");
+  expect_given("train eval", {{"-m MODEL", o.model.has_value()},
+                              {"--draft DRAFT", o.drafting.draft.has_value()},
+                              {"--prompts FILE", !o.prompts.empty()}});
   const int width = o.drafting.width.value_or(12);
   if (o.drafting.tree.depth() > o.drafting.depth)
     throw UsageError("--tree", "a tree of --depth " + std::to_string(o.drafting.depth),

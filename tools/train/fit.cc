@@ -6,6 +6,7 @@
 #include <future>
 #include <set>
 
+#include "engine/draft_state.h"
 #include "engine/error.h"
 #include "engine/train/batch_gradient.h"
 #include "engine/train/gemm.h"
@@ -28,7 +29,8 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr double kStepWeight = 0.8;  // of a step of the rollout, to the one before (EAGLE-3)
-constexpr int kTargetsBest = 8;      // of the target's tokens are in the dynamic vocabulary
+// Of the target's tokens that are in the dynamic vocabulary: as many as where the draft runs.
+constexpr int kTargetsBest = DraftState::kBranch;
 constexpr int kVocabulary = 2048;
 
 struct Options {
@@ -202,15 +204,7 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
   };
   if (meta("chimera_checkpoint") != "1")
     throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
-  ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
-  // Older ones do not say: it was auto, unless somebody had asked for something else; any draft;
-  // texts only by their number; there was one form of a draft, and nothing of its own was learnt.
-  if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
-  if (found.is_object() && !found.contains("init")) found["init"] = settings["init"];
-  if (found.is_object() && !found.contains("texts_hash")) found["texts_hash"] = "";
-  if (found.is_object() && !found.contains("encoder")) found["encoder"] = "both";
-  if (found.is_object() && !found.contains("slots")) found["slots"] = "features";
-  if (found.is_object() && !found.contains("on_policy")) found["on_policy"] = 0;
+  const ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
   expect_same_settings(file.name() + ": settings", settings, found,
                        "give the flags and data that the run was started with, or remove the "
                        "checkpoint to begin anew");

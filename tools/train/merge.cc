@@ -83,9 +83,8 @@ int train_merge(const std::vector<std::string>& args) {
       {{0, "data", "FILES", "the shards, separated by commas", files(&paths)},
        {'o', "output", "FILE", "the shard to write", file(&output)}}};
   if (!parse(command, args)) return 0;
-  if (paths.empty() || !output)
-    throw UsageError("train merge", "--data SHARD,SHARD... and -o SHARD", "one missing",
-                     "see chimera train merge --help");
+  expect_given("train merge",
+               {{"--data SHARD,SHARD...", !paths.empty()}, {"-o SHARD", output.has_value()}});
   expect_other_file(*output, paths);
   expect_writable(*output);
   Shards shards;

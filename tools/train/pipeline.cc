@@ -99,9 +99,11 @@ int train_all(const std::vector<std::string>& args) {
           threads_flag(&o.threads),
       }};
   if (!parse(command, args)) return 0;
-  if (!o.model || !o.prompts || !o.output)
-    throw UsageError("train", "-m MODEL, --prompts FILE and -o DRAFT", "one missing",
-                     "see chimera train -m MODEL --help");
+  expect_given("train",
+               {{"-m MODEL", o.model.has_value()},
+                {"--prompts FILE", o.prompts.has_value()},
+                {"-o DRAFT", o.output.has_value()}},
+               "train -m MODEL");
   if (o.output->find(',') != std::string::npos)
     throw UsageError("--output", "a name without a comma", in_quotes(*o.output));
   const std::string &draft = *o.output, held_out = draft + ".held-out.jsonl",
@@ -117,7 +119,8 @@ int train_all(const std::vector<std::string>& args) {
   const std::vector<Prompt> prompts =
       load_prompts(*o.prompts, o.strict ? BrokenLines::kStop : BrokenLines::kLeaveOut, o.where);
   if (prompts.size() < 2)
-    throw Error(*o.prompts, "two prompts at least, one to learn from and one to measure with",
+    throw Error(printable(*o.prompts, 4096),
+                "two prompts at least, one to learn from and one to measure with",
                 std::to_string(prompts.size()));
   for (const std::string& path : {draft, held_out, answers}) {
     expect_other_file(path, {o.model, o.prompts});

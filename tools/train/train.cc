@@ -35,7 +35,7 @@ int train(const std::vector<std::string>& args) {
   if (stage == "eval") return train_eval(rest);
   if (stage == "--help" || stage == "-h") return print(kHelp), 0;
   if (stage.starts_with('-')) return train_all(args);
-  throw UsageError("train", "data, merge, fit, average or eval", "'" + stage + "'",
+  throw UsageError("train", "data, merge, fit, average or eval", in_quotes(stage),
                    "see chimera train --help");
 }
 

@@ -38,14 +38,15 @@ Command command(Options* o) {
        {0, "prompts", "FILE", "JSONL or one prompt a line", file(&o->prompts)},
        {'o', "output", "TREE", "the file to write", file(&o->output)},
        {0, "limit", "N", "prompts to use, at most (default: all)", integer(&o->limit, 1, 1 << 30)},
-       {'n', "tokens", "N", "tokens to generate for each, at most", integer(&o->n, 2, kMaxContext)},
+       {'n', "tokens", "N", "tokens to generate for each, at most",
+        integer(&o->n, 2, kLongestContext)},
        {0, "temp", "T", "temperature", number(&o->sampling.temperature, 0, 1000)},
        {0, "nodes", "N", "nodes of the tree (default: as many as pay here)",
         integer(&o->nodes, 1, StaticTree::kMostNodes)},
-       {0, "depth", "N", "... and its depth, at most", integer(&o->depth, 1, kMostDepths)},
+       {0, "depth", "N", "... and its depth, at most", integer(&o->depth, 1, kMeasuredDepths)},
        threads_flag(&o->threads),
        {0, "ctx", "N", "tokens of context (default: what the longest prompt needs)",
-        integer(&o->ctx, 1, kMaxContext)}}};
+        integer(&o->ctx, 1, kLongestContext)}}};
 }
 
 struct Tuned {
@@ -79,9 +80,10 @@ Tuned tune(const RankPaths& paths, std::optional<int> nodes, int depth, const Co
 int tune_tree(const std::vector<std::string>& args) {
   Options o;
   if (!parse(command(&o), args)) return 0;
-  if (!o.model || !o.draft || !o.prompts || !o.output)
-    throw UsageError("tune-tree", "-m MODEL, --draft DRAFT, --prompts FILE and -o TREE",
-                     "one missing", "see chimera tune-tree --help");
+  expect_given("tune-tree", {{"-m MODEL", o.model.has_value()},
+                             {"--draft DRAFT", o.draft.has_value()},
+                             {"--prompts FILE", o.prompts.has_value()},
+                             {"-o TREE", o.output.has_value()}});
   expect_other_file(*o.output, {o.model, o.draft, o.prompts});
   expect_writable(*o.output);
 
