@@ -322,6 +322,29 @@ TEST_F(SessionTest, TimingAPlainStepAddsNothing) {
   EXPECT_TRUE(std::ranges::equal(plain.tokens(0), timed.tokens(0)));
 }
 
+// The states that a draft model reads: after a step they belong to the rows kept, in order, and
+// they are behind the final norm: over its weights their root mean square is 1.
+TEST_F(SessionTest, StatesOfTheRowsKept) {
+  const std::vector<int32_t> prompt = {1, 403, 407, 261};
+  Session session(model(), {.context = 64, .max_nodes = 4}),
+      row_by_row(model(), {.context = 64, .prefill_rows = 1});
+  session.start(0, prompt, {});
+  row_by_row.start(0, prompt, {});
+  ASSERT_TRUE(session.step(nullptr));
+  EXPECT_EQ(session.last_step().sequences[0].n_kept, 4);
+  EXPECT_EQ(session.emitted(0), 1);
+  const std::vector<float> weight = floats_of(loaded_.file.tensors.output_norm);
+  for (size_t row = 0; row < prompt.size(); ++row) {
+    ASSERT_TRUE(row_by_row.step(nullptr));
+    const float* state = session.states() + row * weight.size();
+    EXPECT_TRUE(std::equal(state, state + weight.size(), row_by_row.states())) << row;
+    double squares = 0;
+    for (size_t i = 0; i < weight.size(); ++i)
+      squares += std::pow(static_cast<double>(state[i] / weight[i]), 2);
+    EXPECT_NEAR(squares / static_cast<double>(weight.size()), 1, 1e-3) << row;
+  }
+}
+
 TEST_F(SessionTest, NothingIsAllocatedAfterTheFirstStep) {
   Session session(model(), {.context = 512, .max_nodes = 8});
   const auto ngram = make_ngram_drafter({.nodes = 8, .min_match = 1}, 1, 512);

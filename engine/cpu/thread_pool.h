@@ -64,8 +64,9 @@ class ThreadPool {
  private:
   static constexpr size_t kMostBytes = 240;
   // A job is handed out while the caller still has one to do and others may be at the one before,
-  // so three are in use. The jobs' numbers start over at 2^32, which 4 divides.
+  // so three are in use. A power of two, because the jobs' numbers start over at 2^32.
   static constexpr uint32_t kSlots = 4;
+  static_assert((kSlots & (kSlots - 1)) == 0);
   struct alignas(64) Slot {
     Job job = nullptr;
     alignas(std::max_align_t) std::byte context[kMostBytes];

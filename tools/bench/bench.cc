@@ -50,10 +50,9 @@ Command command(Options* o) {
       "bench",
       "-m MODEL | --shape NAME [FLAGS]",
       "Decodes sets of prompts with each drafter in turn, runs passes of 1 to 64 rows and after\n"
-      "texts of growing length, times every op of a pass, and reads memory as fast as it goes:\n"
-      "all of it in every round. Reports medians of the rounds, and of rates and ratios the "
-      "lowest\n"
-      "and the highest.\n",
+      "texts of growing length, times every op of a pass, and reads memory as fast as it can,\n"
+      "all of it in every round. Reports medians of the rounds; of rates and ratios, the lowest\n"
+      "and highest too.\n",
       {{'m', "model", "MODEL", "a GGUF or llama2.c file", file(&o->model)},
        {0, "prompts", "FILE,..",
         "JSONL with turns, prompt, text or messages, or plain text\nwith one prompt a line; each "

@@ -204,7 +204,15 @@ void load_checkpoint(const std::string& path, const ordered_json& settings,
   };
   if (meta("chimera_checkpoint") != "1")
     throw Error(file.name(), "version 1 of checkpoints", in_quotes(meta("chimera_checkpoint")));
-  const ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
+  ordered_json found = ordered_json::parse(meta("settings"), nullptr, false);
+  // Older ones do not say: it was auto, unless somebody had asked for something else; any draft;
+  // texts only by their number; there was one form of a draft, and nothing of its own was learnt.
+  if (found.is_object() && !found.contains("precision")) found["precision"] = "auto";
+  if (found.is_object() && !found.contains("init")) found["init"] = settings["init"];
+  if (found.is_object() && !found.contains("texts_hash")) found["texts_hash"] = "";
+  if (found.is_object() && !found.contains("encoder")) found["encoder"] = "both";
+  if (found.is_object() && !found.contains("slots")) found["slots"] = "features";
+  if (found.is_object() && !found.contains("on_policy")) found["on_policy"] = 0;
   expect_same_settings(file.name() + ": settings", settings, found,
                        "give the flags and data that the run was started with, or remove the "
                        "checkpoint to begin anew");
