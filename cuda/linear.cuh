@@ -51,23 +51,32 @@
 // one another, 0.6 to 0.9 us a token.
 //
 // # Between kernels
-// A step of LLaMA-2-7B is some 350 kernels, and memory should have something to do between them. So
-// matrices that share x share a launch, and a product asks for the weights of its first stages
-// before its turn: its blocks stand ready, and begin as those of the product ahead leave, while x is
-// still to be made (let_next_begin()). A layer's time on an H200, of eight as one graph, before and
-// since products, their inputs, RoPE and combine let the next kernel begin at once: BF16 130 and 127
-// us for a token, 183 and 175 for 64; Q4_0 77 and 73; SmolLM2 29.8 and 28.7.
+// A step of LLaMA-2-7B is some 350 kernels, and memory should have something to do between them.
+// So matrices that share x share a launch, and a product asks for the weights of its first stages
+// before its turn: its blocks stand ready, and begin as those of the product ahead leave, while x
+// is still to be made (let_next_begin()). A layer's time on an H200, of eight as one graph,
+// before and since products, their inputs, RoPE and combine let the next kernel begin at once:
+// BF16 130 and 127 us for a token, 183 and 175 for 64; Q4_0 77 and 73; SmolLM2 29.8 and 28.7.
 //
 // Tried, and slower (H200, a layer of LLaMA-2-7B, BF16):
-// * asking for the next product's weights from L2 while norms and attention run: 164 us became 167
-//   (32 MB behind the attention) and 171 (and 16 MB of each product)
-// * one block of up to 16 row tiles on a multiprocessor, so that the next one's find room beside it:
-//   141 us instead of 132 for one token. Its weights are there too early, and memory waits while x is
-//   made. With two row tiles a warp, which halves the reads of x, 233 instead of 176 us for 64
-//   tokens: too few warps
-// * row tiles dealt out evenly, 3 or 4 to a block, since blocks that share a multiprocessor with two
-//   others are done 8 of 41 us after those that share it with one: 134 instead of 127, 199 instead of
-//   175 for 64
+// * asking for the next product's weights from L2 while norms and attention run: 164 us became
+//   167 (32 MB behind the attention) and 171 (and 16 MB of each product)
+// * one block of up to 16 row tiles on a multiprocessor, so that the next one's find room beside
+//   it: 141 us instead of 132 for one token. Its weights are there too early, and memory waits
+//   while x is made. With two row tiles a warp, which halves the reads of x, 233 instead of 176
+//   us for 64 tokens: too few warps
+// * row tiles dealt out evenly, 3 or 4 to a block, since blocks that share a multiprocessor with
+//   two others are done 8 of 41 us after those that share it with one: 134 instead of 127, 199
+//   instead of 175 for 64
+// And, a plain step of 8 layers of LLaMA-2-7B in BF16 and Q4_0, and of SmolLM2 in Q8_0, ms; as it
+// was then 1.08, 0.61 and 0.86:
+// * x made by each block of a product, for up to 8 tokens, instead of by a kernel ahead of it:
+//   1.21, 0.72 and 1.08; with half as much of that code unrolled 1.24 and, SmolLM2, 0.94. Code
+//   that a block runs once has to be fetched for it
+// * x copied for the tokens there are, not for all 8 of a column: Q4_0 0.62, SmolLM2 0.88
+// * with that, a rehearsal before the kernel's turn, so that code is there by then: of the
+//   product's loop, on what shared memory holds, 1.10, 0.63 and 0.90; of its input as well 1.12,
+//   0.65 and 0.89
 #pragma once
 
 #include "cuda/contract.cuh"
@@ -282,7 +291,10 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
   const bool wide = type == DType::kF16 || type == DType::kBF16;
   const int ahead = slabs_ahead(type, column_tiles);
   StageLayout s{};
-  s.slabs = ahead > 0 ? ahead : l.k == 256 || wide ? 1 : 4;
+  // Fewer barriers, where x leaves room for it: LLaMA-2-7B in Q4_0, plainly, 2.31 ms a step with 4
+  // slabs, 2.13 with 8 (H200). (Q5_0 and Q5_1 were not timed.)
+  const bool narrow = l.low_bytes == 256 && column_tiles == 1;
+  s.slabs = ahead > 0 ? ahead : l.k == 256 || wide ? 1 : narrow ? 8 : 4;
   s.weight_bytes = ahead > 0 ? 0 : kMostTiles * s.slabs * l.bytes;
   s.k32 = s.slabs * l.k / 32;
   s.bytes = s.weight_bytes + column_tiles * s.k32 * 512;
