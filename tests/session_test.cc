@@ -438,6 +438,39 @@ TEST(NgramTest, APromptIsNoGuessThatCameTrue) {
   EXPECT_GT(believed(1, 8, /*beside=*/true), 1.2 * believed(1, 8));
 }
 
+// Matches of one token that never come true: a text may lose a hundredth of its time to them, and
+// its first tries. Better ones are followed all the same.
+TEST(NgramTest, ATextWithoutLuckLosesLittle) {
+  const auto backend = backend_of("scalar", 1);
+  std::vector<int32_t> text = {1, 2, 3, 2};
+  CostCurve cost;
+  for (int rows = 1; rows <= 64; ++rows) cost.set(rows, 1 + 0.1 * (rows - 1));
+  const auto drafter = make_ngram_drafter({.nodes = 3}, 1, 64);
+  auto step = std::make_unique<Step>();
+  step->n_sequences = 1;
+  const auto tries = [&](int64_t number, int steps) {
+    int rows = 0;
+    for (int i = 0; i < steps; ++i) {
+      const CandidateTree& tree =
+          drafter->candidates({*backend, 0, number, text, 0, 3, 100, &cost, {}});
+      rows += static_cast<int>(tree.chosen().size());
+      step->clear();
+      step->begin_sequence(0);
+      step->set_root(step->add_row(7, -1, true));
+      drafter->observe({0, number, text, 1, 1, nullptr, step.get(), nullptr, 16});
+    }
+    return rows;
+  };
+  const int first = tries(1, 10), all = first + tries(1, 190);
+  EXPECT_GE(first, 2);
+  EXPECT_GE(all, 15);
+  EXPECT_LE(0.1 * all, 0.15 + 0.01 * 200 + 0.1);
+  text = {1, 2, 3, 2, 7, 1, 2, 3};
+  EXPECT_GE(tries(1, 1), 1) << "three tokens agree";
+  text = {1, 2, 3, 2};
+  EXPECT_EQ(tries(2, 10), first) << "another text";
+}
+
 // Heads whose rows stand in another order are read from further on than they are written.
 TEST(Prepare, ReadsNothingThatItCalledConsumed) {
   constexpr int64_t kRows = 384, kCols = 4096;  // 64 rows are a megabyte, a head has 128
