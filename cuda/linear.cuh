@@ -71,8 +71,8 @@
 // And, a plain step of 8 layers of LLaMA-2-7B in BF16 and Q4_0, and of SmolLM2 in Q8_0, ms; as it
 // was then 1.08, 0.61 and 0.86:
 // * x made by each block of a product, for up to 8 tokens, instead of by a kernel ahead of it:
-//   1.21, 0.72 and 1.08; with half as much of that code unrolled 1.24 and, SmolLM2, 0.94. Code
-//   that a block runs once has to be fetched for it
+//   1.21, 0.72 and 1.08; with half as much of that code unrolled 1.24 and, SmolLM2, 0.94. That
+//   code which runs once has to be fetched may be why, though a rehearsal did not help:
 // * x copied for the tokens there are, not for all 8 of a column: Q4_0 0.62, SmolLM2 0.88
 // * with that, a rehearsal before the kernel's turn, so that code is there by then: of the
 //   product's loop, on what shared memory holds, 1.10, 0.63 and 0.90; of its input as well 1.12,
@@ -291,8 +291,8 @@ BOTH constexpr StageLayout stage_layout(DType type, int column_tiles) {
   const bool wide = type == DType::kF16 || type == DType::kBF16;
   const int ahead = slabs_ahead(type, column_tiles);
   StageLayout s{};
-  // Fewer barriers, where x leaves room for it: LLaMA-2-7B in Q4_0, plainly, 2.31 ms a step with 4
-  // slabs, 2.13 with 8 (H200). (Q5_0 and Q5_1 were not timed.)
+  // Fewer stages, where x leaves room for it: LLaMA-2-7B in Q4_0, plainly, 2.31 ms a step with 4
+  // slabs, 2.13 with 8 (H200, bench --shape --type --rounds 2). Q5_0 and Q5_1 were not timed.
   const bool narrow = l.low_bytes == 256 && column_tiles == 1;
   s.slabs = ahead > 0 ? ahead : l.k == 256 || wide ? 1 : narrow ? 8 : 4;
   s.weight_bytes = ahead > 0 ? 0 : kMostTiles * s.slabs * l.bytes;

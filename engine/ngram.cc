@@ -26,7 +26,7 @@ class Allowance {
   }
 
  private:
-  double left_ = 0.15;
+  double left_ = 0.15;  // for the first tries
 };
 
 class NgramDrafter final : public TreeDrafter {

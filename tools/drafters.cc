@@ -81,7 +81,7 @@ std::unique_ptr<Drafter> make_drafter(const std::string& name, const DrafterFlag
                             .depth = flags.depth,
                             .width = flags.most_width()};
     if (name == "ngram") {
-      // What is launched for the largest tree is launched for none, too: as large as costs little.
+      // What is launched for the largest tree is launched for none, too: a pass of 8 rows.
       options.nodes = flags.nodes.value_or(7);
       options.min_match = ngram.min_match;
       options.max_match = ngram.max_match;

@@ -3,7 +3,8 @@
 # installed or fetched: lies in the folder that `make gpu-bundle` makes, beside the programs built
 # there. Writes gpu_check.json and, for people, gpu_check.txt.
 #
-#   gpu_check.sh [SECONDS]   at most, by default 470; what finds no time is left out, training first
+#   gpu_check.sh [SECONDS]   by default 470. The tests always run; of the benchmarks, what finds no
+#                            time is left out, training first
 #
 # With the model's halves (model.gguf.0, model.gguf.1) in the same folder, it is measured too.
 set -u
