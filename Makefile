@@ -59,6 +59,11 @@ FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx51
                 -Wno-uninitialized -Wno-maybe-uninitialized
 FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 FLAGS_amx    := $(FLAGS_avx512) -mamx-tile -mamx-int8 -mamx-bf16
+FLAGS_neon   := -march=armv8.2-a+dotprod
+# Those of other machines are left out (engine/cpu/other_machines.cc).
+MACHINE  := $(firstword $(subst -, ,$(shell $(CXX) -dumpmachine 2>/dev/null)))
+NOT_HERE := $(if $(filter x86_64,$(MACHINE)),,%_avx2.cc %_avxvnni.cc %_avx512.cc %_avx512bf16.cc %_amx.cc \
+              %_amx_available.cc) $(if $(filter aarch64,$(MACHINE)),,%_neon.cc)
 
 # -fmad=false: a product and a sum round twice unless the source says fma (cuda/contract.cuh).
 NVCCFLAGS := -std=c++20 -I. -O3 --compress-mode=size -fmad=false --expt-relaxed-constexpr -diag-suppress 1046 --threads 0 \
@@ -66,7 +71,7 @@ NVCCFLAGS := -std=c++20 -I. -O3 --compress-mode=size -fmad=false --expt-relaxed-
              -DCHIMERA_CUDA_ARCHS='"$(CUDA_ARCHS), PTX 90"' -gencode arch=compute_90,code=compute_90 \
              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
-LIBRARY := $(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc) \
+LIBRARY := $(filter-out $(NOT_HERE),$(wildcard engine/*.cc engine/*/*.cc tokenizer/*.cc loader/*.cc)) \
            $(if $(filter 1,$(CUDA)),cuda/cuda_backend.cu,cuda/stub.cc)
 PROGRAM := $(filter-out tools/hello.cc,$(wildcard tools/*.cc tools/bench/*.cc tools/train/*.cc))
 LADDER  := $(wildcard tools/ladder/*.cc)
@@ -106,6 +111,7 @@ bench: prepare
 	@$(BUILD)/chimera bench -m $(MODEL) $(DRAFT) $(BENCH_PROMPTS) $(ARGS)
 
 ladder: deps
+	$(if $(filter x86_64,$(MACHINE)),,$(error make ladder: expected an x86-64 machine, found $(MACHINE): its kernels are written for AVX2))
 	@$(MAKE) -s --no-print-directory $(BUILD)/ladder
 	@$(BUILD)/ladder
 

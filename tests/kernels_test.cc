@@ -13,7 +13,8 @@ namespace {
 
 std::vector<const Kernels*> fast_kernels() {
   std::vector<const Kernels*> tables;
-  for (const Kernels* k : {&kAvx2Kernels, &kAvxVnniKernels, &kAvx512Kernels, &kAmxKernels})
+  for (const Kernels* k :
+       {&kAvx2Kernels, &kAvxVnniKernels, &kAvx512Kernels, &kAmxKernels, &kNeonKernels})
     if (machine_has(k->isa)) tables.push_back(k);
   return tables;
 }

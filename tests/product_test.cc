@@ -30,10 +30,16 @@ void PrintTo(const InstructionSet& set, std::ostream* out) {
   *out << set.name;
 }
 
-constexpr InstructionSet kInstructionSets[] = {{"avx2", Isa::kAvx2, kProductsAvx2},
-                                               {"avxvnni", Isa::kAvxVnni, kProductsAvxVnni},
-                                               {"avx512", Isa::kAvx512, kProductsAvx512},
-                                               {"amx", Isa::kAmx, kProductsAmx}};
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx2", Isa::kAvx2, kProductsAvx2},
+    {"avxvnni", Isa::kAvxVnni, kProductsAvxVnni},
+    {"avx512", Isa::kAvx512, kProductsAvx512},
+    {"amx", Isa::kAmx, kProductsAmx},
+#elif defined(__aarch64__)
+    {"neon", Isa::kNeon, kProductsNeon},
+#endif
+};
 
 // ---- Weights ----------------------------------------------------------------------------------
 
@@ -308,19 +314,32 @@ TEST_P(ProductTest, NanStaysWithItsToken) {
 }
 
 // The BF16 product works with denormals flushed, whatever the caller's mode, and leaves that alone.
+// w[0] x[0] and w[2] x[2] meet in one chain of fmas.
 TEST_P(ProductTest, Bf16FlushesDenormals) {
-  const uint16_t w[2] = {f32_to_bf16(0x1p-130f), f32_to_bf16(0x1p-70f)};
-  const TensorView view{"w", DType::kBF16, 1, 2, reinterpret_cast<const std::byte*>(w), 0};
-  uint16_t x[32] = {f32_to_bf16(0x1p30f), f32_to_bf16(0x1p-60f)};  // 2^-100 and 2^-130 unflushed
-  ProductInput in;
-  in.bf16 = x;
-  float want = 1.0f, got = 1.0f;
-  product_reference(view, 0, 1, in, 1, &want, 1, false);
-  EXPECT_EQ(want, 0.0f);
-  const std::vector<std::byte> panels = pack(view);
-  isa().products[static_cast<int>(DType::kBF16)](
-      {panels.data(), 1, 2, 0, 1, in, 1, &got, 1, false});
-  EXPECT_EQ(std::memcmp(&want, &got, 4), 0);
+  struct {
+    float w[4], x[4], result;
+  } const cases[] = {
+      {{0x1p-130f, 0x1p-70f}, {0x1p30f, 0x1p-60f}, 0},           // 2^-100 and 2^-130 unflushed
+      {{0x1p-100f, 0, -0x1p-100f}, {0x1p-26f, 0, 0x1p-50f}, 0},  // 2^-126 - 2^-150 has 24 bits,
+      {{0x1p-100f, 0, -0x1p-100f}, {0x1p-26f, 0, 0x1p-60f}, 0x1p-126f}};  // 2^-126 - 2^-160 more
+  for (const auto& c : cases) {
+    SCOPED_TRACE(c.result);
+    uint16_t w[4], x[32] = {};
+    for (int i = 0; i < 4; ++i) {
+      w[i] = f32_to_bf16(c.w[i]);
+      x[i] = f32_to_bf16(c.x[i]);
+    }
+    const TensorView view{"w", DType::kBF16, 1, 4, reinterpret_cast<const std::byte*>(w), 0};
+    ProductInput in;
+    in.bf16 = x;
+    float want = 1.0f, got = 1.0f;
+    product_reference(view, 0, 1, in, 1, &want, 1, false);
+    EXPECT_EQ(want, c.result);
+    const std::vector<std::byte> panels = pack(view);
+    isa().products[static_cast<int>(DType::kBF16)](
+        {panels.data(), 1, 4, 0, 1, in, 1, &got, 1, false});
+    EXPECT_EQ(std::memcmp(&want, &got, 4), 0);
+  }
   volatile float tiny = 0x1p-130f;
   EXPECT_NE(tiny * 0.5f, 0.0f);
 }

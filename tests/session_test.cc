@@ -640,7 +640,7 @@ TEST(ThreadPoolTest, StartedJobsFollowEachOther) {
       pool.start([&sums, job](int t) {
         int64_t sum = job;
         for (const int64_t v : sums[(job - 1) % 2]) sum = (sum + v) % 1000003;
-        for (int i = 0; t == 1 && i < job % 64; ++i) __builtin_ia32_pause();  // one comes late
+        for (int i = 0; t == 1 && i < job % 64; ++i) std::this_thread::yield();  // one comes late
         sums[job % 2][static_cast<size_t>(t)] = sum;
       });
     pool.join();

@@ -86,7 +86,7 @@ TEST(Structure, InstructionSetFilesExportNothingInline) {
   int files = 0;
   for (const auto& entry : fs::recursive_directory_iterator(objects)) {
     const std::string name = entry.path().filename().string();
-    if (!std::regex_match(name, std::regex(".*_(avx2|avxvnni|avx512|avx512bf16|amx)\\.o")))
+    if (!std::regex_match(name, std::regex(".*_(avx2|avxvnni|avx512|avx512bf16|amx|neon)\\.o")))
       continue;
     ++files;
     std::istringstream lines(run("nm -C --defined-only " + entry.path().string()).out);

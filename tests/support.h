@@ -56,6 +56,7 @@ inline std::vector<std::string> isas() {
   if (cpu::machine_has(cpu::Isa::kAvxVnni)) names.push_back("avxvnni");
   if (cpu::machine_has(cpu::Isa::kAvx512)) names.push_back("avx512");
   if (cpu::machine_has(cpu::Isa::kAmx)) names.push_back("amx");
+  if (cpu::machine_has(cpu::Isa::kNeon)) names.push_back("neon");
   return names;
 }
 

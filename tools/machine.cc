@@ -64,7 +64,11 @@ std::string cpu_model() {
 
 std::string cpu_generation() {
   const auto of = [](const char* key) { return field_of("/proc/cpuinfo", key); };
+#if defined(__x86_64__)
   return " " + of("cpu family") + "/" + of("model\t");
+#else
+  return " " + of("CPU implementer") + "/" + of("CPU part");
+#endif
 }
 
 ReadBandwidth::ReadBandwidth(size_t bytes, int threads)

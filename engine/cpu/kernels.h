@@ -46,7 +46,7 @@ namespace chimera::cpu {
 
 inline constexpr int kContractVersion = 2;
 
-enum class Isa : uint8_t { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
+enum class Isa : uint8_t { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx, kNeon };
 
 // ---- Products ---------------------------------------------------------------------------------
 
@@ -86,6 +86,7 @@ extern const ProductFunction kProductsAvx2[kDTypeCount];
 extern const ProductFunction kProductsAvxVnni[kDTypeCount];
 extern const ProductFunction kProductsAvx512[kDTypeCount];
 extern const ProductFunction kProductsAmx[kDTypeCount];
+extern const ProductFunction kProductsNeon[kDTypeCount];
 
 // ---- Rows -------------------------------------------------------------------------------------
 
@@ -156,11 +157,12 @@ struct Kernels {
   SamplingOps sampling;
 };
 
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAmxKernels,
+    kNeonKernels;
 
 // The best table that this machine can run, or the one that
-// CHIMERA_ISA=scalar|avx2|avxvnni|avx512|amx asks for. Throws Error if the name is unknown or the
-// machine cannot run it.
+// CHIMERA_ISA=scalar|avx2|avxvnni|avx512|amx|neon asks for. Throws Error if the name is unknown or
+// the machine cannot run it.
 const Kernels& select_kernels();
 bool machine_has(Isa isa);
 

@@ -62,6 +62,9 @@ inline Lanes negate(Lanes a) {
   return {_mm512_castsi512_ps(
       _mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)))};
 }
+inline float square_root(float x) {
+  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+}
 // max(a, b); b where either is NaN.
 inline Lanes max(Lanes a, Lanes b) {
   return {_mm512_max_ps(a.v, b.v)};

@@ -45,7 +45,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
     sum = fma(v, v, sum);
   }
   const float mean = fold(sum) / static_cast<float>(n) + eps;
-  const Lanes r = broadcast(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
+  const Lanes r = broadcast(1.0f / square_root(mean));
   for (i = 0; i + 16 <= n; i += 16) store(y + i, (load(x + i) * r) * load(weight + i));
   if (i < n)
     store_first(y + i, (load_first(x + i, n - i) * r) * load_first(weight + i, n - i), n - i);
@@ -159,7 +159,7 @@ inline Lanes load_kv(const float* p) {
 // Inlined by force: g++ drops calls of a function that does nothing but prefetch.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+  __builtin_prefetch(p, 0, 2);  // to L2
 }
 
 template <typename T>

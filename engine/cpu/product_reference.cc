@@ -1,26 +1,13 @@
 // The products of the arithmetic contract (kernels.h) as plain loops: what every fast product must
-// equal bit for bit. Slow on purpose; the only thing of the machine is how BF16 flushes denormals.
-#include <immintrin.h>
-
+// equal bit for bit. Slow on purpose, and nothing in it is of one machine.
 #include <algorithm>
 #include <cmath>
 
+#include "engine/cpu/flushed.h"
 #include "engine/cpu/kernels.h"
 
 namespace chimera::cpu {
 namespace {
-
-// While one lives, denormal operands count as zero (DAZ) and denormal results become zero (FTZ), as
-// in the AMX instruction whose results the BF16 product shares. The compiler knows nothing of the
-// mode, so that the arithmetic under it must stand in a function that is not inlined.
-class FlushDenormals {
- public:
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-};
 
 // One row of weights times one row of activations.
 float dot_f32(DType type, const std::byte* row, const float* x, int64_t cols) {
@@ -41,10 +28,10 @@ float dot_bf16(const std::byte* row, const uint16_t* x, int64_t cols) {
                    w);
     float even = 0.0f, odd = 0.0f;
     for (int i = 0; i < 32; i += 2) {
-      even = std::fma(w[i], bf16_to_f32(x[k + i]), even);
-      odd = std::fma(w[i + 1], bf16_to_f32(x[k + i + 1]), odd);
+      even = flushed_fma(flushed(w[i]), flushed(bf16_to_f32(x[k + i])), even);
+      odd = flushed_fma(flushed(w[i + 1]), flushed(bf16_to_f32(x[k + i + 1])), odd);
     }
-    acc = acc + (even + odd);
+    acc = flushed(acc + flushed(even + odd));
   }
   return acc;
 }
@@ -68,9 +55,10 @@ float add_block(DType type, const CanonicalBlock& w, const int8_t* q8, float sca
   return std::fma(scale, u, acc);
 }
 
-[[gnu::noinline]] void run(const TensorView& w, int64_t row_begin, int64_t row_end,
-                           const ProductInput& x, int m, float* y, int64_t y_stride,
-                           bool accumulate) {
+}  // namespace
+
+void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
+                       const ProductInput& x, int m, float* y, int64_t y_stride, bool accumulate) {
   constexpr int kTokens = 16;  // that share the reading of a block
   const int64_t blocks = w.cols / 32, padded = (w.cols + 31) / 32 * 32;
   const Activation form = activation_for(w.type);
@@ -97,21 +85,14 @@ float add_block(DType type, const CanonicalBlock& w, const int8_t* q8, float sca
       }
       for (int t = 0; t < tokens; ++t) {
         float& out = y[(first + t) * y_stride + n];
-        out = accumulate ? out + acc[t] : acc[t];
+        if (!accumulate)
+          out = acc[t];
+        else if (form == Activation::kBF16)
+          out = flushed(flushed(out) + acc[t]);
+        else
+          out += acc[t];
       }
     }
-  }
-}
-
-}  // namespace
-
-void product_reference(const TensorView& w, int64_t row_begin, int64_t row_end,
-                       const ProductInput& x, int m, float* y, int64_t y_stride, bool accumulate) {
-  if (activation_for(w.type) == Activation::kBF16) {
-    const FlushDenormals mode;  // covers the add to y as well
-    run(w, row_begin, row_end, x, m, y, y_stride, accumulate);
-  } else {
-    run(w, row_begin, row_end, x, m, y, y_stride, accumulate);
   }
 }
 

@@ -62,7 +62,11 @@ void ThreadPool::end_workers() {
 
 void ThreadPool::wait_a_little(int thread) {
   if (idle_ != nullptr) idle_(idle_context_, thread);
+#if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");  // waits some tens of cycles; yield is a nop on most cores
+#endif
 }
 
 // Spins until done() holds, and after spins_ looks lets others run: what we wait for may need the

@@ -64,12 +64,20 @@ void pack_f32(const float* data, int64_t line_stride, int64_t k_stride, int64_t 
   }
 }
 
+#if !defined(__x86_64__)
+const TileKernel kTileAvx2{}, kTileAvx512{}, kTileAvx512Bf16{};  // in name only: other_machines.cc
+#endif
 const TileKernel kTileScalar = {kScalarRows, kScalarCols, 1, pack_f32, tile_scalar};
 
 bool machine_has(Precision precision) {
+  if (precision == Precision::kF32) return true;
+#if defined(__x86_64__)
   const cpu::Isa isa = cpu::select_kernels().isa;
-  return precision == Precision::kF32 || ((isa == cpu::Isa::kAvx512 || isa == cpu::Isa::kAmx) &&
-                                          __builtin_cpu_supports("avx512bf16"));
+  return (isa == cpu::Isa::kAvx512 || isa == cpu::Isa::kAmx) &&
+         __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 const TileKernel& select_tile(Precision precision) {
@@ -79,6 +87,7 @@ const TileKernel& select_tile(Precision precision) {
     case cpu::Isa::kAvx512: return kTileAvx512;
     case cpu::Isa::kAvxVnni:
     case cpu::Isa::kAvx2: return kTileAvx2;
+    case cpu::Isa::kNeon:
     case cpu::Isa::kScalar: break;
   }
   return kTileScalar;
