@@ -223,6 +223,7 @@ TEST_F(CliTest, FlagsThatWouldBeIgnored) {
   refused(run, {"--drafter", "chimera"}, "--drafter chimera: expected a draft model, found none");
   refused(run, {"--drafter", "none", "--tune"}, "--tune: expected a drafter that sizes its trees");
   refused(run, {"--draft", "d", "--tree", "3", "--tune"}, "--tune: expected a drafter");
+  refused(run, {"--draft", "d", "--tree", "3", "--nodes", "2"}, "--nodes: expected a drafter");
   refused(run, {"--eager", "--device", "cpu"}, "--eager: expected a GPU");
 }
 

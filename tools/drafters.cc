@@ -50,6 +50,9 @@ void DrafterFlags::check(const std::string& drafter) const {
     throw UsageError("--drafter static", "a tree", "none", "give one with --tree SPEC");
   if (drafter != "static" && !tree.empty())
     throw UsageError("--tree", "--drafter static", "--drafter " + drafter, "leave one out");
+  if (nodes && drafter == "static")
+    throw UsageError("--nodes", "a drafter that sizes its trees", "--drafter static",
+                     "leave one out: --tree says how many");
   if (tune && (drafter == "none" || drafter == "static"))
     throw UsageError("--tune", "a drafter that sizes its trees", "--drafter " + drafter,
                      "leave one out");

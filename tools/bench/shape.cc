@@ -100,6 +100,19 @@ struct Tree {
   Series seconds[std::size(kParts)];
 };
 
+struct Report {
+  ShapeBenchOptions options;
+  std::string device;
+  size_t weight_bytes;
+  Tree trees[3] = {{1, {}}, {25, {}}, {64, {}}};
+  Series plain{}, drafting{};  // seconds of a whole step of decoding
+  Series bandwidth{};          // GB/s
+
+  double share(const Tree& tree) const {
+    return static_cast<double>(weight_bytes) / tree.seconds[0].median() / 1e9 / bandwidth.median();
+  }
+};
+
 // One pass over a root and a binary tree of candidates below it.
 double pass_seconds(Session* session, int context, int rows) {
   Step& step = session->edit_step();
@@ -152,6 +165,83 @@ double decoding_seconds(Session* session, Drafter* drafter, int context) {
   return seconds.median();
 }
 
+void measure(const Llama& llama, TimedBackend* backend, const DraftTensors& draft, Report* report) {
+  const ShapeBenchOptions& o = report->options;
+  const int context = o.context + 256;
+  Session session(llama, {.context = context, .max_nodes = 63});
+  const auto plain = drafter_for(llama, nullptr, context),
+             drafting = drafter_for(llama, &draft, context);
+  for (int round = -1; round < o.rounds; ++round) {  // the first one warms up
+    const auto add = [&](Series* series, double value) {
+      if (round >= 0) series->add(value);
+    };
+    add(&report->bandwidth, read_bandwidth(*backend, llama.weight_bytes(), o.threads));
+    for (Tree& tree : report->trees)
+      for (size_t part = 0; part < std::size(kParts); ++part) {
+        backend->only(kParts[part]);
+        double seconds = pass_seconds(&session, o.context, tree.rows);
+        for (int i = 0; i < 2; ++i)
+          seconds = std::min(seconds, pass_seconds(&session, o.context, tree.rows));
+        add(&tree.seconds[part], seconds);
+      }
+    backend->only(Part::kAll);
+    add(&report->plain, decoding_seconds(&session, plain.get(), o.context));
+    add(&report->drafting, decoding_seconds(&session, drafting.get(), o.context));
+  }
+}
+
+nlohmann::ordered_json json_of(const Report& r) {
+  auto steps = nlohmann::ordered_json::array();
+  for (const Tree& tree : r.trees)
+    steps.push_back({{"rows", tree.rows},
+                     {"seconds", tree.seconds[0].median()},
+                     {"seconds_spread", tree.seconds[0].spread()},
+                     {"products", tree.seconds[1].median()},
+                     {"attention", tree.seconds[2].median()},
+                     {"rest", tree.seconds[3].median()},
+                     {"bandwidth_share", r.share(tree)}});
+  return {{"shape", r.options.shape},
+          {"type", r.options.type},
+          {"device", r.device},
+          {"context", r.options.context},
+          {"rounds", r.options.rounds},
+          {"weight_bytes", r.weight_bytes},
+          {"read_bandwidth_gb_s", r.bandwidth.median()},
+          {"steps", steps},
+          {"decoding",
+           {{"plain_seconds", r.plain.median()},
+            {"draft_nodes", kDraftNodes},
+            {"draft_depth", kDraftDepth},
+            {"drafting_seconds", r.drafting.median()}}}};
+}
+
+std::string table_of(const Report& r) {
+  std::string table;
+  for (const Tree& tree : r.trees) {
+    const Series& seconds = tree.seconds[0];
+    Series ms;
+    for (const double s : {seconds.spread()[0], seconds.median(), seconds.spread()[1]})
+      ms.add(1e3 * s);
+    char line[200];
+    std::snprintf(line, sizeof line, "%4d  %-25s %9.3f %10.3f %9.3f %7.2f %7.2f\n", tree.rows,
+                  ms.text(3).c_str(), 1e3 * tree.seconds[1].median(),
+                  1e3 * tree.seconds[2].median(), 1e3 * tree.seconds[3].median(), r.share(tree),
+                  seconds.median() / r.trees[0].seconds[0].median());
+    table += line;
+  }
+  return r.options.shape + " in " + r.options.type + ", random weights, on " + r.device +
+         "\nafter " + std::to_string(r.options.context) + " tokens; median (lowest..highest) of " +
+         count_text(r.options.rounds, "round") +
+         "\n\nrows  ms a step                  products  attention      rest   share  times the "
+         "first\n" +
+         table + "\nshare: of reading the " + bytes_text(r.weight_bytes) + " of weights once at " +
+         r.bandwidth.text(1) + " GB/s, measured between the steps. Parts are run by themselves.\n" +
+         "decoding, whole steps: plain " + fixed_text(1e3 * r.plain.median(), 3) +
+         " ms; with a draft model, " + std::to_string(kDraftNodes) + " nodes, " +
+         std::to_string(kDraftDepth) + " deep: " + fixed_text(1e3 * r.drafting.median(), 3) +
+         " ms\n";
+}
+
 }  // namespace
 
 std::vector<std::string> shape_names() {
@@ -170,13 +260,11 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
                                           [&](const ModelShape& s) { return s.name == o.shape; });
   const DType type = *std::find_if(std::begin(kTypes), std::end(kTypes),
                                    [&](DType t) { return name_of(t) == o.type; });
-  if (shape.hidden % dtype_info(type).block_weights != 0 ||
-      shape.ffn % dtype_info(type).block_weights != 0)
-    throw Error(
-        "--type " + o.type,
-        "rows of whole blocks of " + std::to_string(dtype_info(type).block_weights) + " weights",
-        "rows of " + std::to_string(shape.hidden) + " and " + std::to_string(shape.ffn),
-        "use another type");
+  const int block = dtype_info(type).block_weights;
+  if (shape.hidden % block != 0 || shape.ffn % block != 0)
+    throw Error("--type " + o.type, "rows of whole blocks of " + std::to_string(block) + " weights",
+                "rows of " + std::to_string(shape.hidden) + " and " + std::to_string(shape.ffn),
+                "use another type");
   TimedBackend backend(std::move(device));
   const int64_t largest = int64_t{shape.hidden} * std::max(shape.vocab, shape.ffn);
   const std::vector<float> norm(static_cast<size_t>(shape.hidden), 1.0f);
@@ -184,92 +272,12 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
   const Llama llama(backend, random_model(shape, type, weights, norm));
   weights = {};
 
-  Tree trees[] = {{1, {}}, {25, {}}, {64, {}}};
-  const int context = o.context + 256;
-  Session session(llama, {.context = context, .max_nodes = 63});
-  const DraftTensors draft = random_draft(llama.config(), norm);
-  const auto plain = drafter_for(llama, nullptr, context),
-             drafting = drafter_for(llama, &draft, context);
-  Series plain_seconds, drafting_seconds;
-  Series bandwidth;
-  for (int round = -1; round < o.rounds; ++round) {  // the first one warms up
-    const double gb_per_second = read_bandwidth(backend, llama.weight_bytes(), o.threads);
-    if (round >= 0) bandwidth.add(gb_per_second);
-    for (Tree& tree : trees)
-      for (size_t part = 0; part < std::size(kParts); ++part) {
-        backend.only(kParts[part]);
-        double seconds = pass_seconds(&session, o.context, tree.rows);
-        for (int i = 0; i < 2; ++i)
-          seconds = std::min(seconds, pass_seconds(&session, o.context, tree.rows));
-        if (round >= 0) tree.seconds[part].add(seconds);
-      }
-    backend.only(Part::kAll);
-    for (const auto& [drafter, seconds] :
-         {std::pair{plain.get(), &plain_seconds}, {drafting.get(), &drafting_seconds}}) {
-      const double median = decoding_seconds(&session, drafter, o.context);
-      if (round >= 0) seconds->add(median);
-    }
-  }
-
-  const auto bytes = static_cast<double>(llama.weight_bytes());
-  const auto share = [&](const Tree& tree) {
-    return bytes / tree.seconds[0].median() / 1e9 / bandwidth.median();
-  };
-  if (o.json) {
-    auto list = nlohmann::ordered_json::array();
-    for (const Tree& tree : trees)
-      list.push_back({{"rows", tree.rows},
-                      {"seconds", tree.seconds[0].median()},
-                      {"seconds_spread", tree.seconds[0].spread()},
-                      {"products", tree.seconds[1].median()},
-                      {"attention", tree.seconds[2].median()},
-                      {"rest", tree.seconds[3].median()},
-                      {"bandwidth_share", share(tree)}});
-    print_json({{"shape", o.shape},
-                {"type", o.type},
-                {"device", backend.description()},
-                {"context", o.context},
-                {"rounds", o.rounds},
-                {"weight_bytes", llama.weight_bytes()},
-                {"read_bandwidth_gb_s", bandwidth.median()},
-                {"steps", list},
-                {"decoding",
-                 {{"plain_seconds", plain_seconds.median()},
-                  {"draft_nodes", kDraftNodes},
-                  {"draft_depth", kDraftDepth},
-                  {"drafting_seconds", drafting_seconds.median()}}}});
-    return 0;
-  }
-  std::string table;
-  for (const Tree& tree : trees) {
-    char line[200];
-    std::snprintf(
-        line, sizeof line, "%4d  %-25s %9.3f %10.3f %9.3f %7.2f %7.2f\n", tree.rows,
-        [&] {
-          Series ms;
-          for (const double s :
-               {tree.seconds[0].spread()[0], tree.seconds[0].median(), tree.seconds[0].spread()[1]})
-            ms.add(1e3 * s);
-          return ms.text(3);
-        }()
-            .c_str(),
-        1e3 * tree.seconds[1].median(), 1e3 * tree.seconds[2].median(),
-        1e3 * tree.seconds[3].median(), share(tree),
-        tree.seconds[0].median() / trees[0].seconds[0].median());
-    table += line;
-  }
-  print(o.shape + " in " + o.type + ", random weights, on " + backend.description() + "\nafter " +
-        std::to_string(o.context) + " tokens; median (lowest..highest) of " +
-        count_text(o.rounds, "round") +
-        "\n\nrows  ms a step                  products  attention      rest   share  times the "
-        "first\n" +
-        table + "\nshare: of reading the " + bytes_text(llama.weight_bytes()) +
-        " of weights once at " + bandwidth.text(1) +
-        " GB/s, measured between the steps. Parts are run by themselves.\n" +
-        "decoding, whole steps: plain " + fixed_text(1e3 * plain_seconds.median(), 3) +
-        " ms; with a draft model, " + std::to_string(kDraftNodes) + " nodes, " +
-        std::to_string(kDraftDepth) + " deep: " + fixed_text(1e3 * drafting_seconds.median(), 3) +
-        " ms\n");
+  Report report{o, backend.description(), llama.weight_bytes()};
+  measure(llama, &backend, random_draft(llama.config(), norm), &report);
+  if (o.json)
+    print_json(json_of(report));
+  else
+    print(table_of(report));
   return 0;
 }
 
