@@ -143,7 +143,7 @@ int info(const std::vector<std::string>& args) {
                 {"session_bytes", plan.total()},
                 {"scratch_bytes", scratch},
                 {"total_bytes", weight_bytes + plan.total() + scratch},
-                {"device", backend->description()},
+                {"device", backend->name()},
                 {"isa", backend->isa()},
                 {"contract_version", backend->contract_version()},
                 {"cuda", cuda_available()}});

@@ -102,7 +102,7 @@ struct Tree {
 
 struct Report {
   ShapeBenchOptions options;
-  std::string device;
+  const Backend& backend;
   size_t weight_bytes;
   Tree trees[3] = {{1, {}}, {25, {}}, {64, {}}};
   Series plain{}, drafting{};  // seconds of a whole step of decoding
@@ -202,7 +202,9 @@ nlohmann::ordered_json json_of(const Report& r) {
                      {"bandwidth_share", r.share(tree)}});
   return {{"shape", r.options.shape},
           {"type", r.options.type},
-          {"device", r.device},
+          {"device", r.backend.name()},
+          {"isa", r.backend.isa()},
+          {"machine", r.backend.description()},
           {"context", r.options.context},
           {"rounds", r.options.rounds},
           {"weight_bytes", r.weight_bytes},
@@ -229,9 +231,9 @@ std::string table_of(const Report& r) {
                   seconds.median() / r.trees[0].seconds[0].median());
     table += line;
   }
-  return r.options.shape + " in " + r.options.type + ", random weights, on " + r.device +
-         "\nafter " + std::to_string(r.options.context) + " tokens; median (lowest..highest) of " +
-         count_text(r.options.rounds, "round") +
+  return r.options.shape + " in " + r.options.type + ", random weights, on " +
+         r.backend.description() + "\nafter " + std::to_string(r.options.context) +
+         " tokens; median (lowest..highest) of " + count_text(r.options.rounds, "round") +
          "\n\nrows  ms a step                  products  attention      rest   share  times the "
          "first\n" +
          table + "\nshare: of reading the " + bytes_text(r.weight_bytes) + " of weights once at " +
@@ -272,7 +274,7 @@ int bench_shape(std::unique_ptr<Backend> device, const ShapeBenchOptions& o) {
   const Llama llama(backend, random_model(shape, type, weights, norm));
   weights = {};
 
-  Report report{o, backend.description(), llama.weight_bytes()};
+  Report report{o, backend, llama.weight_bytes()};
   measure(llama, &backend, random_draft(llama.config(), norm), &report);
   if (o.json)
     print_json(json_of(report));
