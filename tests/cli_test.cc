@@ -558,6 +558,7 @@ TEST_F(CliTest, Info) {
   EXPECT_EQ(o["total_bytes"], o["weight_bytes"].get<size_t>() + o["session_bytes"].get<size_t>() +
                                   o["scratch_bytes"].get<size_t>());
   EXPECT_TRUE(o["contract_version"].is_number());
+  EXPECT_EQ(o["device"], "cpu");
   EXPECT_LT(object({"info", kStories, "--json", "--ctx", "64"})["total_bytes"], o["total_bytes"]);
 
   const Output text = chimera({"info", kStories});

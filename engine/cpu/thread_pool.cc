@@ -65,7 +65,7 @@ void ThreadPool::wait_a_little(int thread) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("isb" ::: "memory");  // waits some tens of cycles; yield is a nop on most cores
+  asm volatile("isb" ::: "memory");  // not yield, which processors may take for a nop
 #endif
 }
 
